@@ -1,0 +1,195 @@
+"""Configuration: frozen data with every default, and the only reader of environment variables.
+
+People write YAML (``load_config``) or command-line options that become the same nested dictionary; unknown keys are
+errors that name the key. A resolved ``Config`` is passed on whole or in parts; nothing else holds a default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eagleray.core.errors import ConfigError
+
+DEMO_MODEL: Final = "demo"
+DEMO_MODEL_PATH: Final = Path(__file__).resolve().parent.parent / "models" / "demo"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfigSection(_Frozen):
+    """Which checkpoint, and in what precision."""
+
+    path: str = Field(DEMO_MODEL, description="folder in Hugging Face format, or 'demo' for the packaged model")
+    served_name: str | None = Field(None, description="name in the API; default: the folder's name")
+    revision: str = Field("", description="enters the identity of KV blocks; set it when weights change in place")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
+
+    @property
+    def folder(self) -> Path:
+        return DEMO_MODEL_PATH if self.path == DEMO_MODEL else Path(self.path).expanduser()
+
+    @property
+    def name(self) -> str:
+        return self.served_name or ("eagleray-demo" if self.path == DEMO_MODEL else self.folder.name)
+
+
+class EngineConfig(_Frozen):
+    """One worker's engine."""
+
+    block_size_tokens: int = Field(16, ge=1, le=1024)
+    num_blocks: int | None = Field(None, ge=2, description="KV blocks per worker; default: kv_memory_bytes / block")
+    kv_memory_bytes: int = Field(256 * 2**20, ge=1)
+    num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step: the chunk of chunked prefill")
+    max_num_waiting: int = Field(1024, ge=0, description="requests that may queue on one worker; more are refused")
+    scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = "fcfs"
+    enable_prefix_caching: bool = True
+    watermark: float = Field(0.01, ge=0.0, lt=1.0, description="share of blocks kept free when admitting")
+
+
+class PoolConfig(_Frozen):
+    """One pool of workers."""
+
+    replicas: int = Field(2, ge=0)
+    max_replicas: int | None = None
+    num_cpus: float = Field(1.0, ge=0, description="what Ray accounts for one worker")
+    num_gpus: float = Field(0.0, ge=0)
+    num_threads: int = Field(1, ge=1, description="torch threads of one worker")
+    engine: EngineConfig = EngineConfig()
+
+
+class RouterConfig(_Frozen):
+    """How the ingress chooses workers and how long it waits."""
+
+    policy: Literal["round_robin", "least_loaded", "prefix_aware", "predicted_time"] = "predicted_time"
+    local_prefill_tokens: int = Field(
+        32, ge=0, description="an uncached suffix up to this long is prefilled on the decode worker itself"
+    )
+    stall_deadline_s: float = Field(10.0, gt=0, description="a worker silent for so long on a request counts as dead")
+    submit_deadline_s: float = Field(5.0, gt=0, description="answer to a submit")
+    queue_deadline_s: float = Field(60.0, gt=0, description="wait for a worker with room; then 503")
+    max_queued: int = Field(1024, ge=1, description="requests waiting in one ingress; more get 429")
+    max_attempts: int = Field(8, ge=1, description="workers tried for one request before it fails")
+
+
+class TransferConfig(_Frozen):
+    """KV hand-over."""
+
+    transports: tuple[Literal["shared_memory", "tcp", "loopback"], ...] = Field(
+        ("shared_memory", "tcp"), min_length=1, description="in order of preference; the first that connects is used"
+    )
+    lease_s: float = Field(30.0, gt=0, description="a source keeps blocks for a reader for so long without progress")
+    stall_deadline_s: float = Field(5.0, gt=0, description="a pull without progress for so long is given up")
+    piece_bytes: int = Field(4 * 2**20, ge=4096, description="a pull looks for an abort after so many bytes")
+    num_threads: int = Field(4, ge=1, description="concurrent pulls per worker")
+
+
+class IndexConfig(_Frozen):
+    """The cluster's prefix index."""
+
+    backend: Literal["redis", "memory"] = "redis"
+    url: str | None = Field(None, description="redis://, rediss:// or unix://; none: a local server is started")
+    timeout_s: float = Field(0.05, gt=0, description="no request ever waits longer for the index")
+    breaker_failures: int = Field(3, ge=1)
+    breaker_reset_s: float = Field(1.0, gt=0)
+    entry_ttl_s: int = Field(3600, ge=1)
+    lease_s: float = Field(10.0, gt=0, description="a worker that does not renew its slot for so long is forgotten")
+
+
+class HTTPConfig(_Frozen):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_body_bytes: int = Field(16 * 2**20, ge=1024)
+
+
+class TelemetryConfig(_Frozen):
+    otlp_endpoint: str | None = Field(None, description="OTLP/gRPC endpoint; none: tracing is off")
+    service_name: str = "eagleray"
+
+
+class Config(_Frozen):
+    """Everything. With ``prefill.replicas: 0`` the decode workers do both (aggregated serving)."""
+
+    model: ModelConfigSection = ModelConfigSection()
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+    router: RouterConfig = RouterConfig()
+    transfer: TransferConfig = TransferConfig()
+    index: IndexConfig = IndexConfig()
+    http: HTTPConfig = HTTPConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _pools_fit_together(self) -> Config:
+        if self.decode.replicas < 1:
+            raise ValueError("decode.replicas must be at least 1: every request ends on a decode worker")
+        ours, theirs = self.prefill.engine.block_size_tokens, self.decode.engine.block_size_tokens
+        if self.prefill.replicas and ours != theirs:
+            raise ValueError(
+                f"prefill.engine.block_size_tokens={ours} and decode.engine.block_size_tokens={theirs} differ: "
+                "blocks travel as they are; set both to one value"
+            )
+        return self
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """A ``Config`` from a nested dictionary; ``ConfigError`` names the first field that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "config"
+        value = None if first["type"] == "extra_forbidden" and isinstance(first["input"], dict) else first["input"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown key; see `eagleray serve --help` and docs/operations.md for the ones there are"
+        raise ConfigError(field, value, message) from None
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """YAML file (or none: defaults), then ``overrides`` on top: a nested dictionary of the keys a user set."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError("config", str(path), f"cannot be read: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError("config", str(path), "the top level must be a mapping such as 'model: {path: ...}'")
+        values = loaded or {}
+    return parse_config(_merged(values, overrides or {}))
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+class Environment(_Frozen):
+    """The environment variables that we heed, read once at start."""
+
+    redis_url: str | None = None  # EAGLERAY_REDIS_URL
+    redis_server: str | None = None  # EAGLERAY_REDIS_SERVER: path of a server binary
+    otlp_endpoint: str | None = None  # OTEL_EXPORTER_OTLP_ENDPOINT
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
+    source = os.environ if environ is None else environ
+    return Environment(
+        redis_url=source.get("EAGLERAY_REDIS_URL"),
+        redis_server=source.get("EAGLERAY_REDIS_SERVER"),
+        otlp_endpoint=source.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+    )

@@ -1,0 +1,33 @@
+"""Where a worker's KV blocks lie, as told to the workers that read them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from eagleray.core.kv_layout import KVLayout
+
+
+class SharedMemoryRef(msgspec.Struct, frozen=True):
+    """An anonymous memory file of a living process on this host; it vanishes with the process, whatever kills it.
+
+    A reader opens ``/proc/{pid}/fd/{fd}``, which works exactly when both see the same process table and user.
+    ``cookie`` lies at the start of the file and tells a reused pid from the real owner.
+    """
+
+    host_id: str  # boot id of the machine: equal on both sides or the reference is useless
+    pid: int
+    fd: int
+    num_bytes: int
+    cookie: bytes
+
+
+class KVRegion(msgspec.Struct, frozen=True):
+    """One pool of KV blocks that others may read. Block b of group g lies at ``group_offsets[g] + b * its bytes``."""
+
+    worker_id: str
+    epoch: int  # a new one per incarnation of the worker: a ticket of another epoch is refused
+    layout: KVLayout
+    num_blocks: int
+    group_offsets: tuple[int, ...]
+    address: str  # host:port of the worker's direct channel, always there: control, and bytes when nothing better
+    shared_memory: SharedMemoryRef | None = None

@@ -1,0 +1,112 @@
+"""What ingress and workers say to each other on their direct connection. Frames are in ``workers/channel.py``.
+
+One connection per (worker, ingress). The ingress submits and aborts; the worker answers each submit once, then sends
+one ``StepOutputs`` per engine step with the new tokens of all that ingress's requests.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+from eagleray.core.kv_region import KVRegion
+from eagleray.core.request import FinishReason, RequestSpec
+from eagleray.core.snapshot import Role, WorkerSnapshot
+
+PROTOCOL_VERSION = 1
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token and its best alternatives, from the raw logits (before temperature)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most probable
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class RequestTiming(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Durations on the worker's own clock, sent with the first output of this worker for the request."""
+
+    queue_s: float = 0.0  # accepted (or committed) -> first scheduled
+    prefill_s: float = 0.0  # first scheduled -> first token sampled here
+    transfer_s: float = 0.0  # accepted -> KV in and verified, less what the source needed to compute it
+
+
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request from one step. Readers drop what they have by ``position``: doubles are harmless."""
+
+    request_id: str
+    position: int  # index among the request's output tokens of the first token here
+    choice: int = 0
+    token_ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()  # text that each token releases; held back while a stop string may still complete
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    error: str | None = None  # with FinishReason.ERROR: what a user may read
+    num_cached_tokens: int | None = None  # on this worker's first output
+    timing: RequestTiming | None = None  # on this worker's first output
+
+
+# ---- ingress -> worker
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    ingress_id: str
+    protocol: int = PROTOCOL_VERSION
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Compute a request. With ``pull_from``: reserve blocks first and take the KV from there as it gets ready.
+    With ``hand_over``: sample one token, then keep the blocks for a reader until it has them."""
+
+    spec: RequestSpec
+    pull_from: KVRegion | None = None
+    hand_over: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+# ---- worker -> ingress
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    worker_id: str
+    role: Role
+    epoch: int
+    region: KVRegion
+    max_model_tokens: int
+    snapshot: WorkerSnapshot
+    protocol: int = PROTOCOL_VERSION
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    num_cached_tokens: int = 0  # prefix blocks held already, in tokens: they need not travel
+
+
+class RefusalKind(str, Enum):
+    NO_ROOM = "no_room"  # now; another worker, or later
+    INVALID = "invalid"  # never: the request itself
+    DRAINING = "draining"  # this worker takes nothing new
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    kind: RefusalKind
+    reason: str
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    outputs: tuple[TokenOutput, ...] = ()
+    snapshot: WorkerSnapshot | None = None
+
+
+ToWorker = Hello | Submit | Abort
+ToIngress = Welcome | Accepted | Refused | StepOutputs

@@ -1,0 +1,124 @@
+"""A request and its life: one class and one table of legal transitions, for the router and every worker.
+
+What was the prompt and what was emitted stays known for ever. So penalties, stops, logprobs and usage can be rebuilt
+by replay wherever the request goes on, and preemption, migration and fail-over carry tokens, never hidden state.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from eagleray.core.block_hash import BlockHash
+from eagleray.core.errors import IllegalTransition
+from eagleray.core.sampling_params import SamplingParams
+
+
+class RequestState(Enum):
+    """Where a request is. Schedulers look at token counts only; states say what may happen next."""
+
+    QUEUED = "queued"  # known tokens, no blocks: new, preempted by recompute, or come from a worker that died
+    RESERVED = "reserved"  # blocks held under a lease, KV on its way from another worker
+    PREFILLING = "prefilling"  # blocks held, computed tokens catch up with known tokens
+    DECODING = "decoding"  # has caught up at least once since it got its blocks
+    SWAPPED = "swapped"  # KV in host memory
+    HANDED_OVER = "handed_over"  # nothing more to compute here; blocks held under a source lease for their reader
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in _FINAL
+
+
+_FINAL: Final = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.FAILED})
+_ENDS: Final = frozenset({RequestState.ABORTED, RequestState.FAILED})
+
+TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
+    RequestState.QUEUED: _ENDS | {RequestState.RESERVED, RequestState.PREFILLING, RequestState.FINISHED},
+    RequestState.RESERVED: _ENDS | {RequestState.PREFILLING, RequestState.QUEUED},
+    RequestState.PREFILLING: _ENDS
+    | {RequestState.DECODING, RequestState.QUEUED, RequestState.SWAPPED, RequestState.HANDED_OVER, RequestState.FINISHED},
+    RequestState.DECODING: _ENDS
+    | {RequestState.QUEUED, RequestState.SWAPPED, RequestState.HANDED_OVER, RequestState.FINISHED},
+    RequestState.SWAPPED: _ENDS | {RequestState.PREFILLING, RequestState.DECODING, RequestState.QUEUED},
+    RequestState.HANDED_OVER: _ENDS | {RequestState.QUEUED, RequestState.FINISHED},
+    RequestState.FINISHED: frozenset(),
+    RequestState.ABORTED: frozenset(),
+    RequestState.FAILED: frozenset(),
+}
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that a worker needs to compute a request, or to continue it: sent whole, self-sufficient.
+
+    ``token_ids`` is the prompt and whatever was emitted before this worker got the request.
+    """
+
+    request_id: str  # opaque to workers; the router makes one per request, choice and attempt
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    choice: int = 0  # tells the n answers of one request apart in the noise
+    priority: int = 0  # smaller is sooner
+    tenant_salt: str = ""
+    trace_parent: str = ""  # W3C traceparent of the request's span, or empty
+
+
+class Request:
+    """A request on one holder (a worker's engine, the router, the simulator)."""
+
+    __slots__ = (
+        "arrival_s", "block_hashes", "num_cached_tokens", "num_computed_tokens", "output_limit", "spec", "state", "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, spec: RequestSpec, arrival_s: float, output_limit: int | None = None) -> None:
+        self.spec = spec
+        self.arrival_s = arrival_s
+        self.state = RequestState.QUEUED
+        self.token_ids: list[int] = list(spec.token_ids)
+        self.num_computed_tokens = 0  # whose KV lies in blocks that this request holds
+        self.num_cached_tokens = 0  # found in the prefix cache at first admission; for usage
+        self.block_hashes: list[BlockHash] = []  # of the full blocks of token_ids, extended as they fill
+        self.output_limit = output_limit  # tokens that this holder emits before it hands over (a prefill worker: 1)
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.spec.num_prompt_tokens
+
+    @property
+    def num_emitted_here(self) -> int:
+        return len(self.token_ids) - len(self.spec.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def move(self, state: RequestState) -> None:
+        """Take one legal edge of the state table, or raise ``IllegalTransition``."""
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"request {self.request_id}: {self.state.value} -> {state.value}")
+        self.state = state
+
+    def continuation(self, request_id: str) -> RequestSpec:
+        """The spec that lets any other worker go on after the tokens known here."""
+        return msgspec.structs.replace(self.spec, request_id=request_id, token_ids=tuple(self.token_ids))

@@ -1,0 +1,74 @@
+"""Where a request's time went: one closed set of phases and one clock that fills them.
+
+The clock cuts the time since its last mark into parts that add up to it. So phases cannot overlap or leave a hole, and
+their sum is the time between the first mark and the last, whatever the workers reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+import msgspec
+
+from eagleray.core.clock import Clock
+
+
+class Phase(str, Enum):
+    QUEUE = "queue"  # waiting in the ingress for a worker, or on a worker for its first step
+    PREFILL = "prefill"  # computing known tokens up to the first new one
+    TRANSFER = "transfer"  # after the first token: the decode worker waits for KV
+    DECODE = "decode"
+    NETWORK = "network"  # between ingress and workers: what no worker accounts for
+
+
+class PhaseClock:
+    """Attributes all time from its creation on to phases. Not thread-safe: one request, one event loop."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start_s = self._mark_s = clock.now_s()
+        self._spent_s = dict.fromkeys(Phase, 0.0)
+
+    def mark(self, rest: Phase, parts: Mapping[Phase, float] | None = None) -> None:
+        """Attribute the time since the last mark: first to ``parts`` (as far as it reaches), what is left to ``rest``."""
+        now_s = self._clock.now_s()
+        left_s = now_s - self._mark_s
+        for phase, claimed_s in (parts or {}).items():
+            granted_s = min(max(claimed_s, 0.0), left_s)
+            self._spent_s[phase] += granted_s
+            left_s -= granted_s
+        self._spent_s[rest] += left_s
+        self._mark_s = now_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time between creation and the last mark; equals the sum of all phases."""
+        return self._mark_s - self._start_s
+
+    def spent_s(self) -> dict[Phase, float]:
+        return dict(self._spent_s)
+
+
+class TimeAccount(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user is told about one request, in seconds as the ingress measured them."""
+
+    queue_s: float
+    prefill_s: float
+    transfer_s: float
+    decode_s: float
+    network_s: float
+    total_s: float
+    time_to_first_token_s: float | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    prefill_worker: str | None  # None: prefilled where it was decoded
+    decode_worker: str | None
+    attempts: int
+    route_reason: str = ""
+
+    @classmethod
+    def from_phases(cls, phases: Mapping[Phase, float], **rest: object) -> TimeAccount:
+        spent = {f"{phase.value}_s": phases[phase] for phase in Phase}
+        return msgspec.convert({**spent, **rest}, cls)

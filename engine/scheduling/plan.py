@@ -1,0 +1,84 @@
+"""What one step does: plain data from the scheduler to an executor (or a simulator), and back.
+
+No phases: each scheduled request computes a run of its known tokens. A run that reaches the last known token also
+samples the next one. Chunked prefill, decode, prefix hits, preemption and fail-over all look like this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from eagleray.core.messages import TokenLogprobs
+from eagleray.core.request import RequestSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRun:
+    """Compute ``known_token_ids[start : start + num_tokens]`` of one request."""
+
+    spec: RequestSpec
+    known_token_ids: Sequence[int]  # prompt and output so far; valid until the step is over
+    start: int  # tokens computed before; position of the first token of the run
+    num_tokens: int
+    block_ids: Sequence[int]  # block i holds positions [i * block_size, (i + 1) * block_size); covers the run's end
+    samples: bool  # the run ends with the last known token: choose the next one
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy one whole block, before anything of the step is computed."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Copies happen in the order swap out, swap in; then the runs are computed as one batch."""
+
+    runs: tuple[ScheduledRun, ...] = ()
+    swap_out: tuple[BlockCopy, ...] = ()  # device block -> host block
+    swap_in: tuple[BlockCopy, ...] = ()  # host block -> device block
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.runs or self.swap_out or self.swap_in)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None  # when the request asks for logprobs
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the executor computed. ``prompt_logprobs[id]`` holds, for each position p of the run with p + 1 still in
+    the prompt, the log-probabilities of token p + 1; only for requests that ask for them."""
+
+    sampled: dict[str, SampledToken] = field(default_factory=dict)  # by request id, for runs that sample
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class StepHandle(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises what the executor met."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs steps in the order they were submitted. The next may be submitted while one runs."""
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
