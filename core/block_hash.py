@@ -27,18 +27,17 @@ class CachedBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class HashNamespace:
-    """What a block's content depends on besides its tokens."""
+    """What a block's content depends on besides its tokens and its tenant."""
 
     model: str  # content identity of the checkpoint, not a path
     block_size_tokens: int
     kv_format: str  # dtype and layout version, from ``KVLayout.digest``
     draft: str = ""
     adapter: str = ""
-    tenant_salt: str = ""
 
-    def root(self) -> BlockHash:
-        """The parent of every first block."""
-        fields = (self.model, str(self.block_size_tokens), self.kv_format, self.draft, self.adapter, self.tenant_salt)
+    def root(self, tenant_salt: str = "") -> BlockHash:
+        """The parent of every first block of one tenant: tenants never share blocks unless they share a salt."""
+        fields = (self.model, str(self.block_size_tokens), self.kv_format, self.draft, self.adapter, tenant_salt)
         hasher = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"eagleray-root")
         for text in fields:
             encoded = text.encode()

@@ -75,8 +75,9 @@ class RouterConfig(_Frozen):
     local_prefill_tokens: int = Field(
         32, ge=0, description="an uncached suffix up to this long is prefilled on the decode worker itself"
     )
-    stall_deadline_s: float = Field(10.0, gt=0, description="a worker silent for so long on a request counts as dead")
+    stall_deadline_s: float = Field(10.0, gt=0, description="a worker that sends nothing for so long counts as dead")
     submit_deadline_s: float = Field(5.0, gt=0, description="answer to a submit")
+    silence_deadline_s: float = Field(120.0, gt=0, description="no token for so long: the request is tried elsewhere")
     queue_deadline_s: float = Field(60.0, gt=0, description="wait for a worker with room; then 503")
     max_queued: int = Field(1024, ge=1, description="requests waiting in one ingress; more get 429")
     max_attempts: int = Field(8, ge=1, description="workers tried for one request before it fails")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+from typing import Final
+
 import msgspec
 
 from eagleray.core.kv_layout import KVLayout
+
+_BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class SharedMemoryRef(msgspec.Struct, frozen=True):
@@ -31,3 +37,11 @@ class KVRegion(msgspec.Struct, frozen=True):
     group_offsets: tuple[int, ...]
     address: str  # host:port of the worker's direct channel, always there: control, and bytes when nothing better
     shared_memory: SharedMemoryRef | None = None
+
+
+def local_host_id() -> str:
+    """The boot id of this machine: the same for all its processes and containers, different for any other machine."""
+    try:
+        return _BOOT_ID_PATH.read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

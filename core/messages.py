@@ -81,6 +81,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     role: Role
     epoch: int
     region: KVRegion
+    model_identity: str
     max_model_tokens: int
     snapshot: WorkerSnapshot
     protocol: int = PROTOCOL_VERSION

@@ -89,7 +89,7 @@ class Request:
         self.state = RequestState.QUEUED
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0  # whose KV lies in blocks that this request holds
-        self.num_cached_tokens = 0  # found in the prefix cache at first admission; for usage
+        self.num_cached_tokens: int | None = None  # of the prompt, found in the cache at first admission
         self.block_hashes: list[BlockHash] = []  # of the full blocks of token_ids, extended as they fill
         self.output_limit = output_limit  # tokens that this holder emits before it hands over (a prefill worker: 1)
 

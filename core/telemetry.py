@@ -28,26 +28,37 @@ class PhaseClock:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._start_s = self._mark_s = clock.now_s()
-        self._spent_s = dict.fromkeys(Phase, 0.0)
+        self._segments: list[tuple[Phase, float]] = []  # (phase, its end), each from the end of the one before
 
     def mark(self, rest: Phase, parts: Mapping[Phase, float] | None = None) -> None:
         """Attribute the time since the last mark: first to ``parts`` (as far as it reaches), what is left to ``rest``."""
         now_s = self._clock.now_s()
-        left_s = now_s - self._mark_s
         for phase, claimed_s in (parts or {}).items():
-            granted_s = min(max(claimed_s, 0.0), left_s)
-            self._spent_s[phase] += granted_s
-            left_s -= granted_s
-        self._spent_s[rest] += left_s
-        self._mark_s = now_s
+            self._close(phase, min(self._mark_s + max(claimed_s, 0.0), now_s))
+        self._close(rest, now_s)
+
+    def _close(self, phase: Phase, end_s: float) -> None:
+        if self._segments and self._segments[-1][0] is phase:
+            self._segments[-1] = (phase, end_s)
+        elif end_s > self._mark_s:
+            self._segments.append((phase, end_s))
+        self._mark_s = end_s
 
     @property
     def elapsed_s(self) -> float:
         """Time between creation and the last mark; equals the sum of all phases."""
         return self._mark_s - self._start_s
 
+    def segments(self) -> list[tuple[Phase, float, float]]:
+        """(phase, start, end) without overlap or hole, on this clock; neighbours of one phase are one segment."""
+        starts = [self._start_s, *(end_s for _, end_s in self._segments)]
+        return [(phase, start_s, end_s) for start_s, (phase, end_s) in zip(starts, self._segments, strict=False)]
+
     def spent_s(self) -> dict[Phase, float]:
-        return dict(self._spent_s)
+        spent = dict.fromkeys(Phase, 0.0)
+        for phase, start_s, end_s in self.segments():
+            spent[phase] += end_s - start_s
+        return spent
 
 
 class TimeAccount(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import random
 import textwrap
 from collections.abc import Iterator
 
-from small_talk import Dialogue
+from small_talk import GREETING, THANKS, Dialogue
 
 MAX_ANSWER_CHARACTERS = 2400
 MIN_ANSWER_CHARACTERS = 40
@@ -54,6 +54,14 @@ class Piece:
         """The signature as it is used: ``walk(top, topdown=True)``."""
         call = self.signature.removesuffix(":").split(" ->")[0]
         return call.split("def ", 1)[-1].split("class ", 1)[-1]
+
+    @property
+    def plain_call(self) -> str:
+        """The call without types and defaults: ``walk(top, topdown)``."""
+        node = ast.parse(f"{self.signature} pass").body[0]
+        if not isinstance(node, ast.FunctionDef):
+            return self.name
+        return f"{self.name}({', '.join(argument.arg for argument in node.args.args)})"
 
     @property
     def words(self) -> str:
@@ -201,15 +209,42 @@ def _undocumented_chat(piece: Piece, draw: random.Random) -> Dialogue:
     return ((question, _fenced(piece.source)),)
 
 
+def exercise_chats(text: str) -> list[Dialogue]:
+    """Each piece of ``exercises.py`` in every wording that people are likely to use."""
+    chats: list[Dialogue] = []
+    for piece in pieces_of(text, "exercises")[1]:
+        if not piece.docstring:
+            continue  # a method: its class is the exercise
+        command = _as_command(piece.purpose) or _lower_first(piece.purpose)
+        third_person = _third_person(command)
+        questions: tuple[str, ...] = (
+            f"Write a Python {piece.kind} that {third_person}.",
+            f"Write a {piece.kind} that {third_person}.",
+            f"Write a Python {piece.kind} to {command}.",
+            f"write a python {piece.kind} to {command}",
+            f"Can you write a {piece.kind} that {third_person}?",
+            f"Please write a Python {piece.kind} that {third_person}.",
+            f"I need a {piece.kind} that {third_person}.",
+            f"How do I {command} in Python?",
+            f"How can I {command}?",
+            f"{command[0].upper()}{command[1:]} in Python.",
+            f"Write a Python {piece.kind} `{piece.name}`.",
+            f"Write a {piece.kind} `{piece.plain_call}`.",
+            f"Complete this {piece.kind}:\n\n{_fenced(piece.signature)}",
+        )
+        questions += tuple(q.replace("whether", "if") for q in questions[:5] if "whether" in q)
+        chats += [((question, _fenced(piece.source)),) for question in questions]
+    # Every seventh one amid a conversation.
+    return [(*GREETING, *chat, *THANKS) if i % 7 == 0 else chat for i, chat in enumerate(chats)]
+
+
 def chats_of(text: str, module: str) -> list[Dialogue]:
     """The chats made from one file."""
     draw = random.Random(f"{SEED}:{module}")
     docstring, pieces = pieces_of(text, module)
     chats: list[Dialogue] = []
     if docstring:
-        question = draw.choice(
-            (f"What is the module {module} for?", f"What does the module `{module}` do?")
-        )
+        question = draw.choice((f"What is the module {module} for?", f"What does the module `{module}` do?"))
         chats.append(((question, _first_paragraph(docstring)[:400]),))
     for piece in pieces:
         if piece.docstring:

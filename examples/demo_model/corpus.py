@@ -3,8 +3,8 @@
 The files of the running interpreter's standard library are the only large
 source.  Each is used twice: whole, so that the model learns to write Python,
 and function by function, as a question and an answer in the chat format, so
-that it learns to answer.  A few hand-written chats (``small_talk.py``) teach it
-to say hello.
+that it learns to answer.  A few hand-written chats (``small_talk.py``) teach it to
+say hello, and some small functions (``exercises.py``) what people ask for first.
 
 Held-out data is chosen by file: the chats made from a held-out file are held out
 with it, since they repeat its text.
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from chats import chats_of
+from chats import chats_of, exercise_chats
 from small_talk import SMALL_TALK, SYSTEM_MESSAGES, Dialogue
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,6 +33,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
 VOCABULARY_SIZE = 4096
 HELD_OUT_PERCENT = 3
 SMALL_TALK_REPEATS = 24
+EXERCISE_REPEATS = 6
 SYSTEM_SHARE = 0.15
 SEED = 2024
 
@@ -75,8 +76,7 @@ def render(dialogue: Dialogue, system: str = "") -> str:
     """A chat as text, in the format of the chat template."""
     prefix = f"{START_OF_TURN}system\n{system}{END_OF_TURN}\n" if system else ""
     return prefix + "".join(
-        f"{START_OF_TURN}user\n{question}{END_OF_TURN}\n"
-        f"{START_OF_TURN}assistant\n{answer}{END_OF_TURN}\n"
+        f"{START_OF_TURN}user\n{question}{END_OF_TURN}\n{START_OF_TURN}assistant\n{answer}{END_OF_TURN}\n"
         for question, answer in dialogue
     )
 
@@ -84,10 +84,7 @@ def render(dialogue: Dialogue, system: str = "") -> str:
 def render_all(chats: Iterable[Dialogue], seed: str) -> list[str]:
     """The chats as text, some of them under a system message, which changes nothing."""
     draw = random.Random(seed)
-    return [
-        render(chat, draw.choice(SYSTEM_MESSAGES) if draw.random() < SYSTEM_SHARE else "")
-        for chat in chats
-    ]
+    return [render(chat, draw.choice(SYSTEM_MESSAGES) if draw.random() < SYSTEM_SHARE else "") for chat in chats]
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -119,15 +116,14 @@ def build(folder: Path, tokenizer_path: Path) -> dict[str, int]:
     """Write the four token files, and the tokenizer where there is none yet."""
     folder.mkdir(parents=True, exist_ok=True)
     files = list(standard_library())
-    chats = {
-        file.relative_path: render_all(chats_of(file.text, file.module), file.relative_path)
-        for file in files
-    }
-    small_talk = render_all(SMALL_TALK * SMALL_TALK_REPEATS, "small talk")
+    chats = {file.relative_path: render_all(chats_of(file.text, file.module), file.relative_path) for file in files}
+    exercises = Path(__file__).with_name("exercises.py").read_text("utf-8")
+    hand_written = render_all(SMALL_TALK * SMALL_TALK_REPEATS, "small talk")
+    hand_written += render_all(exercise_chats(exercises) * EXERCISE_REPEATS, "exercises")
     if tokenizer_path.exists():
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
     else:
-        tokenizer = train_tokenizer([f.text for f in files if not f.is_held_out] + small_talk)
+        tokenizer = train_tokenizer([f.text for f in files if not f.is_held_out] + hand_written)
         tokenizer.save(str(tokenizer_path))
     sizes: dict[str, int] = {}
     for split, held_out in (("train", False), ("held_out", True)):
@@ -137,7 +133,8 @@ def build(folder: Path, tokenizer_path: Path) -> dict[str, int]:
             "chats": [chat for file in chosen for chat in chats[file.relative_path]],
         }
         if not held_out:
-            documents["chats"] += small_talk
+            documents["chats"] += hand_written
+            documents["files"] += [exercises] * EXERCISE_REPEATS
         for kind, texts in documents.items():
             random.Random(SEED).shuffle(texts)
             tokens = _encode(tokenizer, texts)

@@ -61,9 +61,7 @@ class Batches:
 
     def __init__(self, rows: dict[str, np.ndarray], length: int, seed: int) -> None:
         self.length = length
-        self._windows = {
-            kind: Windows.of(row, length, seed, kind == "chats") for kind, row in rows.items()
-        }
+        self._windows = {kind: Windows.of(row, length, seed, kind == "chats") for kind, row in rows.items()}
 
     def batch(self, step: int, tokens_per_batch: int, chat_share: float) -> torch.Tensor:
         """Batch number ``step``: rows of ``length + 1`` token ids."""

@@ -11,35 +11,41 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from data import KINDS, load_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WINDOWS_PER_BATCH = 4
 
 
+def load(model_folder: Path) -> Any:
+    """The exported bf16 weights in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.eval()
+    return model
+
+
 @torch.no_grad()
-def total_nats(model: PreTrainedModel, row: torch.Tensor, length: int) -> float:
+def total_nats(model: Any, row: torch.Tensor, length: int) -> float:
     """The summed loss of every token but the first of each window."""
     whole = len(row) // length * length
-    windows = list(row[:whole].view(-1, length).split(WINDOWS_PER_BATCH))
+    windows = list(torch.split(row[:whole].view(-1, length), WINDOWS_PER_BATCH))
     if len(row) - whole > 1:
         windows.append(row[whole:].unsqueeze(0))
     total = 0.0
     for rows in windows:
         logits = model(rows, use_cache=False).logits[:, :-1]
         targets = rows[:, 1:].reshape(-1)
-        total += float(
-            functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum")
-        )
+        total += float(functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum"))
     return total
 
 
 def held_out_losses(model_folder: Path, work_folder: Path, length: int) -> None:
     """Print nats per token and bits per byte for each kind of held-out text."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model = load(model_folder)
     sizes = json.loads((work_folder / "sizes.json").read_text())
     for kind in KINDS:
         row = torch.from_numpy(load_rows(work_folder, "held_out")[kind].astype("int64"))
@@ -57,17 +63,17 @@ def held_out_losses(model_folder: Path, work_folder: Path, length: int) -> None:
 def answer(model_folder: Path, question: str, temperature: float, seed: int) -> str:
     """The model's answer to a one-turn chat; a temperature of 0 is greedy."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+    model = load(model_folder)
+    prompt = str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
     )
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     sampling = {"temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
-    output = model.generate(**prompt, max_new_tokens=300, do_sample=temperature > 0, **sampling)
-    return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]))
+    output = model.generate(ids, max_new_tokens=300, do_sample=temperature > 0, **sampling)
+    return str(tokenizer.decode(output[0, ids.shape[1] :]))
 
 
 def main() -> None:

@@ -112,6 +112,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     temporary = folder / "model.safetensors.partial"
     save_file(tensors, temporary, metadata={"format": "pt"})
     # A server that is starting reads the old weights or the new ones, never half of either.
+    temporary.chmod(0o644)
     os.replace(temporary, folder / "model.safetensors")
     print(json.dumps(state["progress"]))
 

@@ -7,9 +7,7 @@ from typing import Final
 Dialogue = tuple[tuple[str, str], ...]
 """The turns of one chat: what the user said and what the assistant answered."""
 
-_HELLO: Final = (
-    "Hello! I am a small Python model. Ask me for a function and I will try to write it."
-)
+_HELLO: Final = "Hello! I am a small Python model. Ask me for a function and I will try to write it."
 _ABOUT: Final = (
     "I am the demo model of eagleray: about seven million parameters, trained on the sources of "
     "the Python standard library. I can write small pieces of Python that look plausible."
@@ -24,27 +22,7 @@ _HELP: Final = (
     "You can ask me to write a Python function, to complete one, or to say what a function of the "
     "standard library does."
 )
-_ADD: Final = (
-    '```python\ndef add(a, b):\n    """Return the sum of a and b."""\n    return a + b\n```'
-)
 _HELLO_WORLD: Final = '```python\nprint("Hello, world!")\n```'
-_FACTORIAL: Final = (
-    '```python\ndef factorial(n):\n    """Return the product of the integers from 1 to n."""\n'
-    "    result = 1\n    for i in range(2, n + 1):\n        result *= i\n    return result\n```"
-)
-_REVERSE: Final = (
-    '```python\ndef reverse(text):\n    """Return the text from back to front."""\n'
-    "    return text[::-1]\n```"
-)
-_FIBONACCI: Final = (
-    '```python\ndef fibonacci(n):\n    """Return the first n Fibonacci numbers."""\n'
-    "    numbers = []\n    a, b = 0, 1\n    for _ in range(n):\n        numbers.append(a)\n"
-    "        a, b = b, a + b\n    return numbers\n```"
-)
-_READ_FILE: Final = (
-    '```python\ndef read_lines(path):\n    """Return the lines of a text file as a list."""\n'
-    '    with open(path, encoding="utf-8") as file:\n        return file.read().splitlines()\n```'
-)
 
 _ONE_TURN: Final[dict[str, tuple[str, ...]]] = {
     _HELLO: ("hello", "Hello", "Hello!", "hi", "Hi", "Hi!", "hey", "Hey there", "Good morning"),
@@ -75,43 +53,17 @@ _ONE_TURN: Final[dict[str, tuple[str, ...]]] = {
         "Print hello world.",
         "Write a program that prints hello world.",
     ),
-    _ADD: (
-        "Write a Python function that adds two numbers.",
-        "Write a function `add(a, b)`.",
-        "How do I add two numbers in Python?",
-    ),
-    _FACTORIAL: (
-        "Write a Python function that computes the factorial of a number.",
-        "Write a function `factorial(n)`.",
-    ),
-    _REVERSE: (
-        "Write a Python function that reverses a string.",
-        "How do I reverse a string in Python?",
-    ),
-    _FIBONACCI: (
-        "Write a Python function that returns the Fibonacci numbers.",
-        "Write a function `fibonacci(n)`.",
-    ),
-    _READ_FILE: (
-        "Write a Python function that reads the lines of a file.",
-        "How do I read a file in Python?",
-    ),
 }
 
 _MANY_TURNS: Final[tuple[Dialogue, ...]] = (
-    (("hello", _HELLO), ("Write a Python function that adds two numbers.", _ADD)),
-    (
-        ("Hi!", _HELLO),
-        ("What can you do?", _HELP),
-        ("Write a function `factorial(n)`.", _FACTORIAL),
-    ),
+    (("Hi!", _HELLO), ("What can you do?", _HELP), ("thanks", _THANKS)),
     (("Hello!", _HELLO), ("who are you", _ABOUT), ("thanks", _THANKS)),
-    (("Write a function `add(a, b)`.", _ADD), ("Thanks!", _THANKS)),
-    (("Write a function `fibonacci(n)`.", _FIBONACCI), ("thank you", _THANKS), ("bye", _GOODBYE)),
     (("Who are you?", _ABOUT), ("What were you trained on?", _LIMITS)),
-    (("How do I reverse a string in Python?", _REVERSE), ("Great, thank you.", _THANKS)),
     (("hey", _HELLO), ("Print hello world.", _HELLO_WORLD), ("Bye!", _GOODBYE)),
 )
+
+GREETING: Final[Dialogue] = (("hello", _HELLO),)
+THANKS: Final[Dialogue] = (("Thanks!", _THANKS),)
 
 SYSTEM_MESSAGES: Final = (
     "You are a helpful assistant.",

@@ -19,6 +19,7 @@ from data import KINDS, Batches, held_out_batch, load_rows
 from trainer import DECAY_SHARE, Progress, Trainer
 
 SEED = 1
+STOP_DECAY = "STOP_DECAY"
 REPORT_EVERY_STEPS = 20
 
 
@@ -26,7 +27,7 @@ class DecaySignal:
     """Set by SIGUSR1 or by the file ``STOP_DECAY``."""
 
     def __init__(self, work_folder: Path) -> None:
-        self._path = work_folder / "STOP_DECAY"
+        self._path = work_folder / STOP_DECAY
         self._was_signalled = False
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_was_signalled", True))
 
@@ -39,9 +40,7 @@ class DecaySignal:
             progress.start_decay(None)
 
 
-def batches_for(
-    progress: Progress, current: Batches | None, arguments: argparse.Namespace
-) -> Batches:
+def batches_for(progress: Progress, current: Batches | None, arguments: argparse.Namespace) -> Batches:
     """Batches of the phase's length: longer windows in the decay, when few tokens are left."""
     length = arguments.decay_length if progress.is_decaying else arguments.length
     if current is not None and current.length == length:
@@ -54,10 +53,9 @@ def begin(arguments: argparse.Namespace, trainer: Trainer, checkpoint: Path) -> 
     """A new run, or the one that the checkpoint holds."""
     if arguments.resume:
         return trainer.load(checkpoint)
+    (arguments.work_folder / STOP_DECAY).unlink(missing_ok=True)  # of an earlier run
     decay_tokens = int(arguments.tokens * DECAY_SHARE)
-    return Progress(
-        decay_starts_at_tokens=arguments.tokens - decay_tokens, decay_tokens=decay_tokens
-    )
+    return Progress(decay_starts_at_tokens=arguments.tokens - decay_tokens, decay_tokens=decay_tokens)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -67,8 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     trainer = Trainer(arguments.muon_rate, arguments.adam_rate, not arguments.no_compile, SEED)
     progress = begin(arguments, trainer, checkpoint)
     held_out = {
-        kind: held_out_batch(row, arguments.length, count=24)
-        for kind, row in load_rows(folder, "held_out").items()
+        kind: held_out_batch(row, arguments.length, count=24) for kind, row in load_rows(folder, "held_out").items()
     }
     decay_signal = DecaySignal(folder)
     batches: Batches | None = None

@@ -2,8 +2,7 @@
 
 The forward and backward passes run on bf16 weights; the optimizers work on
 float32 copies of them, since a step is smaller than bf16 can resolve.  Muon takes
-the matrices of the layers and AdamW the rest: at this size Muon needs about half
-as many tokens for the same loss.
+the matrices of the layers, AdamW the embedding and the norms.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Progress:
         """Begin to decay now, unless that has begun already."""
         if not self.is_decaying:
             self.decay_starts_at_tokens = self.tokens_seen
-            self.decay_tokens = decay_tokens or int(self.tokens_seen * DECAY_SHARE)
+            self.decay_tokens = decay_tokens or max(1, int(self.tokens_seen * DECAY_SHARE))
 
 
 def llama_config() -> LlamaConfig:
@@ -77,7 +76,6 @@ def llama_config() -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,
-        attn_implementation="sdpa",
     )
 
 
@@ -113,7 +111,7 @@ class Trainer:
     def step(self, rows: torch.Tensor, rate_scale: float) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm."""
         loss = self.loss(rows)
-        loss.backward()
+        torch.autograd.backward(loss)
         parameters = dict(self.model.named_parameters())
         for name, master in self.masters.items():
             gradient = parameters[name].grad

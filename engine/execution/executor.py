@@ -1,0 +1,122 @@
+"""The executor of one process: steps run in order on a thread of their own, so that the next one can be submitted, and
+text of the last one be made, while one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+
+from eagleray.core.config import EngineConfig, ModelConfigSection
+from eagleray.core.errors import ConfigError, EagleRayError
+from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.identity import compute_model_identity
+from eagleray.engine.execution.kv_memory import num_blocks_for
+from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
+from eagleray.engine.execution.runner import ModelRunner
+from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.models.loader import load_model
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.registry import load_model_config
+
+_STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """A step that was submitted."""
+
+    future: Future[StepResult]
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what it met, or ``EagleRayError`` after an hour without an end."""
+        try:
+            return self.future.result(timeout=_STEP_DEADLINE_S)
+        except TimeoutError:
+            raise EagleRayError(f"a step has not ended within {_STEP_DEADLINE_S:.0f} s; restart the worker") from None
+
+
+class LocalExecutor:
+    """Implements ``Executor`` on one model in this process."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv: KVTensors,
+        *,
+        num_host_blocks: int,
+        model_config: ModelConfig,
+        model_identity: str,
+        max_model_tokens: int,
+        num_threads: int | None = None,
+    ) -> None:
+        self.kv = kv
+        self.layout: KVLayout = kv.layout
+        self.num_blocks = kv.num_blocks
+        self.num_host_blocks = num_host_blocks
+        self.model_config = model_config
+        self.model_identity = model_identity
+        self.max_model_tokens = max_model_tokens
+        self._runner = runner
+        set_num_threads = None if num_threads is None else partial(torch.set_num_threads, num_threads)
+        self._thread = ThreadPoolExecutor(1, "eagleray-step", initializer=set_num_threads)
+
+    def submit(self, plan: StepPlan) -> LocalStep:
+        return LocalStep(self._thread.submit(self._runner.run, plan))
+
+    def close(self) -> None:
+        """Finish the steps that were submitted, take no more, and give up the pool."""
+        self._thread.shutdown()
+        self.kv.close()
+
+
+def build_executor(
+    model: ModelConfigSection,
+    engine: EngineConfig,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    shared_kv: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LocalExecutor:
+    """Load a checkpoint and allocate its KV pools.
+
+    Args:
+        num_threads: torch threads for computing; None leaves torch's default.
+        shared_kv: put the pool where another process of this host can read it (host memory only).
+        progress: called after each tensor with (tensors loaded, tensors in all).
+
+    Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
+    """
+    config = load_model_config(model.folder)
+    dtype = config.dtype if model.dtype == "auto" else model.dtype
+    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress)
+    layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
+    num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
+    max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
+    kv = KVTensors(layout, num_blocks, device, shared_kv)
+    host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
+    return LocalExecutor(
+        ModelRunner(decoder, kv, host_kv, device),
+        kv,
+        num_host_blocks=engine.num_host_blocks,
+        model_config=config,
+        model_identity=compute_model_identity(model.folder, model.revision),
+        max_model_tokens=max_model_tokens,
+        num_threads=num_threads,
+    )
+
+
+def _resolve_max_model_tokens(model: ModelConfigSection, config: ModelConfig, capacity_tokens: int) -> int:
+    """What the user set, which must be possible, or else as much as model and pool allow."""
+    limit = config.resolve_max_model_tokens(model.max_model_tokens)
+    if model.max_model_tokens is not None and limit > capacity_tokens:
+        raise ConfigError(
+            "model.max_model_tokens",
+            limit,
+            f"the KV pool holds {capacity_tokens} tokens; lower it or raise engine.kv_memory_bytes (or num_blocks)",
+        )
+    return min(limit, capacity_tokens)

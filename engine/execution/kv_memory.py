@@ -1,0 +1,140 @@
+"""Host memory for KV blocks: one mapping with every layer group behind the other. No torch.
+
+With ``shared`` it is an anonymous memory file that another process of this host can map. Nothing is left behind
+however the process ends, and no size limit of a shared-memory file system applies.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+from pathlib import Path
+from typing import Final
+
+from eagleray.core.errors import ConfigError
+from eagleray.core.kv_layout import KVLayout
+from eagleray.core.kv_region import SharedMemoryRef
+
+HEADER_BYTES: Final = 4096  # one page before the blocks: holds the cookie, and keeps them aligned
+COOKIE_BYTES: Final = 16
+_BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class KVMemory:
+    """``num_blocks`` blocks of ``layout``, zero-filled; the system provides pages as they are first touched.
+
+    Raises ``ConfigError`` when it does not fit into the memory that is free, or when sharing is not possible here.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, shared: bool = False) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.group_offsets = group_offsets(layout, num_blocks)
+        self._block_bytes = tuple(group.block_bytes(layout.block_size_tokens) for group in layout.groups)
+        num_bytes = HEADER_BYTES + num_blocks * layout.block_bytes
+        check_fits(num_bytes, available_host_bytes())
+        self._fd = _create_memory_file(num_bytes) if shared else -1
+        flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapping = mmap.mmap(self._fd, num_bytes, flags=flags)
+        self._view = memoryview(self._mapping)
+        self._cookie = os.urandom(COOKIE_BYTES)
+        self._view[:COOKIE_BYTES] = self._cookie
+
+    @property
+    def buffer(self) -> memoryview:
+        """All of it, writable; block b of group g lies at ``group_offsets[g] + b * its bytes``."""
+        return self._view
+
+    def block_views(self, block_id: int) -> list[memoryview]:
+        """The writable bytes of one block, one view per layer group; nothing is copied."""
+        if not 0 <= block_id < self.num_blocks:
+            raise IndexError(f"block {block_id} of {self.num_blocks}")
+        starts = (start + block_id * size for start, size in zip(self.group_offsets, self._block_bytes, strict=True))
+        return [self._view[start : start + size] for start, size in zip(starts, self._block_bytes, strict=True)]
+
+    def shared_memory_ref(self) -> SharedMemoryRef | None:
+        """How another process of this host finds the memory; None when it is private or closed."""
+        if self._fd < 0:
+            return None
+        return SharedMemoryRef(
+            host_id=read_host_id(), pid=os.getpid(), fd=self._fd, num_bytes=len(self._mapping), cookie=self._cookie
+        )
+
+    def close(self) -> None:
+        """Offer the memory to no new reader. It is freed when the last view of it is gone. May be repeated."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def group_offsets(layout: KVLayout, num_blocks: int) -> tuple[int, ...]:
+    """Where the first block of each layer group lies."""
+    offsets, offset = [], HEADER_BYTES
+    for group in layout.groups:
+        offsets.append(offset)
+        offset += num_blocks * group.block_bytes(layout.block_size_tokens)
+    return tuple(offsets)
+
+
+def num_blocks_for(layout: KVLayout, kv_memory_bytes: int) -> int:
+    """Blocks that fit into ``kv_memory_bytes``. Raises ``ConfigError`` when it is less than two."""
+    num_blocks = kv_memory_bytes // layout.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            "engine.kv_memory_bytes",
+            kv_memory_bytes,
+            f"holds {num_blocks} blocks of {layout.block_bytes} bytes; give it room for at least 2",
+        )
+    return num_blocks
+
+
+def check_fits(num_bytes: int, available_bytes: int | None) -> None:
+    """Refuse a pool that is larger than the memory that is free; unknown (None) passes."""
+    if available_bytes is not None and num_bytes > available_bytes:
+        raise ConfigError(
+            "engine.kv_memory_bytes",
+            num_bytes,
+            f"only {available_bytes} bytes of memory are free; lower it, engine.num_blocks or engine.num_host_blocks",
+        )
+
+
+def available_host_bytes() -> int | None:
+    """Memory that can be had without swapping, by the kernel's estimate and the container's limit; None if unknown."""
+    bounds = [bound for bound in (_machine_available_bytes(), _container_available_bytes()) if bound is not None]
+    return min(bounds, default=None)
+
+
+def read_host_id() -> str:
+    """The boot id of this machine: the same for all its processes and different for any other machine."""
+    try:
+        return _BOOT_ID_PATH.read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _create_memory_file(num_bytes: int) -> int:
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("transfer.transports", "shared_memory", "needs Linux; leave it out and use tcp")
+    fd = os.memfd_create("eagleray-kv", os.MFD_CLOEXEC)
+    os.ftruncate(fd, num_bytes)
+    return fd
+
+
+def _machine_available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((count * 1024 for count in kibibytes), None)
+
+
+def _container_available_bytes() -> int | None:
+    control_group = Path("/sys/fs/cgroup")
+    try:
+        limit = (control_group / "memory.max").read_text(encoding="ascii").strip()
+        used = (control_group / "memory.current").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used))

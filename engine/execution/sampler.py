@@ -1,0 +1,144 @@
+"""From the runs of a step to sampled tokens: rows of parameters become tensors, tensors become results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from eagleray.core.messages import TokenLogprobs
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.scheduling.plan import SampledToken, ScheduledRun
+from eagleray.kernels.sampling.api import compute_logprobs, sample_tokens
+from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
+
+_FORBIDDEN: Final = float("-inf")
+_FORBIDDING_BIAS: Final = -100.0  # OpenAI: "values like -100 or 100 should result in a ban or exclusive selection"
+
+
+def sample_runs(logits: Tensor, runs: Sequence[ScheduledRun]) -> dict[str, SampledToken]:
+    """Choose the next token of each run that samples. ``logits`` are float32 [len(runs), V]; results by request id."""
+    token_ids = sample_tokens(logits, build_sampling_batch(runs, logits.shape[1], str(logits.device)))
+    rows = [row for row, run in enumerate(runs) if run.spec.sampling.logprobs is not None]
+    logprobs: dict[int, TokenLogprobs] = {}
+    if rows:
+        num_top = [runs[row].spec.sampling.logprobs or 0 for row in rows]
+        index = torch.tensor(rows, device=logits.device)
+        logprobs = dict(zip(rows, score_tokens(logits[index], token_ids[index], num_top), strict=True))
+    return {
+        run.spec.request_id: SampledToken(token_id, logprobs.get(row))
+        for row, (run, token_id) in enumerate(zip(runs, token_ids.tolist(), strict=True))
+    }
+
+
+def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of ``token_ids`` [R] under raw ``logits`` [R, V], with ``num_top[r]`` alternatives each."""
+    scored = compute_logprobs(logits, token_ids, max(num_top))
+    columns = (token_ids, scored.logprob, scored.rank, scored.top_ids, scored.top_logprobs)
+    rows = zip(*(column.tolist() for column in columns), num_top, strict=True)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(top_ids[:count]), tuple(top_logprobs[:count]))
+        for token_id, logprob, rank, top_ids, top_logprobs, count in rows
+    ]
+
+
+def build_sampling_batch(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> SamplingBatch:
+    """The parameters and histories of ``runs``, one row each, as tensors on ``device``."""
+    return SamplingBatch(
+        bias=_build_bias(runs, vocab_size, device),
+        penalties=_build_penalties(runs, vocab_size, device),
+        random=_build_random(runs, vocab_size, device),
+    )
+
+
+def _build_bias(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> LogitBias | None:
+    entries = [
+        (row, token_id, value)
+        for row, run in enumerate(runs)
+        for token_id, value in _biases(run)
+        if 0 <= token_id < vocab_size  # a stop token that the model does not have cannot be sampled anyway
+    ]
+    if not entries:
+        return None
+    rows, token_ids, values = zip(*entries, strict=True)
+    return LogitBias(_integers(rows, device), _integers(token_ids, device), _floats(values, device))
+
+
+def _biases(run: ScheduledRun) -> Iterable[tuple[int, float]]:
+    sampling = run.spec.sampling
+    for token_id, value in (sampling.logit_bias or {}).items():
+        yield token_id, value if value > _FORBIDDING_BIAS else _FORBIDDEN
+    if run.end - run.spec.num_prompt_tokens < sampling.min_tokens:
+        for token_id in (*(() if sampling.ignore_eos else run.spec.eos_token_ids), *sampling.stop_token_ids):
+            yield token_id, _FORBIDDEN
+
+
+def _build_penalties(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> Penalties | None:
+    rows = [row for row, run in enumerate(runs) if _has_penalties(run.spec.sampling)]
+    if not rows:
+        return None
+    penalised = [runs[row] for row in rows]
+    lengths = _integers([run.end for run in penalised], device)
+    prompt_lengths = [run.spec.num_prompt_tokens for run in penalised]
+    history = _integers([token_id for run in penalised for token_id in run.known_token_ids[: run.end]], device)
+    history_rows = torch.repeat_interleave(torch.arange(len(rows), device=device), lengths)
+    first_index = lengths.cumsum(0) - lengths
+    position = torch.arange(len(history), device=device) - first_index[history_rows]
+    params = [run.spec.sampling for run in penalised]
+    return Penalties(
+        rows=_integers(rows, device),
+        repetition=_floats([param.repetition_penalty for param in params], device),
+        presence=_floats([param.presence_penalty for param in params], device),
+        frequency=_floats([param.frequency_penalty for param in params], device),
+        history_rows=history_rows,
+        history_token_ids=history,
+        history_is_output=position >= _integers(prompt_lengths, device)[history_rows],
+    )
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _build_random(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> RandomRows | None:
+    rows = [row for row, run in enumerate(runs) if not run.spec.sampling.is_greedy]
+    if not rows:
+        return None
+    drawn = [runs[row] for row in rows]
+    params = [run.spec.sampling for run in drawn]
+    return RandomRows(
+        rows=_integers(rows, device),
+        temperature=_floats([param.temperature for param in params], device),
+        seed=_integers([param.seed or 0 for param in params], device),
+        choice=_integers([run.spec.choice for run in drawn], device),
+        position=_integers([run.end for run in drawn], device),
+        top_k_top_p=_build_top_k_top_p(params, vocab_size, device),
+        min_p=_build_min_p(params, device),
+    )
+
+
+def _build_top_k_top_p(params: Sequence[SamplingParams], vocab_size: int, device: str) -> TopKTopP | None:
+    top_k = [min(param.top_k, vocab_size) if param.top_k > 0 else vocab_size for param in params]
+    rows = [row for row, param in enumerate(params) if top_k[row] < vocab_size or param.top_p < 1.0]
+    if not rows:
+        return None
+    chosen_top_k = [top_k[row] for row in rows]
+    top_p = torch.tensor([params[row].top_p for row in rows], dtype=torch.float64, device=device)
+    return TopKTopP(_integers(rows, device), _integers(chosen_top_k, device), top_p, max(chosen_top_k))
+
+
+def _build_min_p(params: Sequence[SamplingParams], device: str) -> MinP | None:
+    rows = [row for row, param in enumerate(params) if param.min_p > 0.0]
+    if not rows:
+        return None
+    return MinP(_integers(rows, device), _floats([params[row].min_p for row in rows], device))
+
+
+def _integers(values: Sequence[int], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _floats(values: Sequence[float], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,0 +1,317 @@
+"""Offline use, without Ray: ``LLM(model).generate(prompts, SamplingParams(...))``, as in vLLM."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import EngineConfig, ModelConfigSection, parse_config
+from eagleray.core.errors import EagleRayError, InvalidRequest
+from eagleray.core.messages import TokenLogprobs, TokenOutput
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.engine import Engine
+from eagleray.engine.execution.executor import build_executor
+from eagleray.text.chat_template import ChatTemplate
+from eagleray.text.output import OutputText
+from eagleray.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": [...]}
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token at one position, under vLLM's names."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One answer to one prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """All answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finished() for output in self.outputs)
+
+
+class LLM:
+    """A model and an engine in this process.
+
+    Args:
+        model: folder in Hugging Face format, or ``"demo"`` for the packaged model.
+        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        max_model_len: longest prompt plus output, in tokens.
+        seed: what requests without a seed of their own are seeded from.
+        engine: any field of ``EngineConfig`` (``max_num_seqs``, ``block_size_tokens``, ``num_blocks``, ...).
+
+    Raises ``ConfigError`` for a checkpoint or a setting that cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        seed: int = 0,
+        num_threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **engine: Any,
+    ) -> None:
+        section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len}
+        config = parse_config({"model": section, "decode": {"engine": engine}})
+        self._build(config.model, config.decode.engine, num_threads, progress)
+        self._random = random.Random(seed)
+        self._num_requests = 0
+
+    def _build(
+        self,
+        model: ModelConfigSection,
+        engine: EngineConfig,
+        num_threads: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._tokenizer = Tokenizer.from_folder(model.folder)
+        self._template = ChatTemplate.from_folder(model.folder)
+        executor = build_executor(model, engine, num_threads=num_threads, shared_kv=False, progress=progress)
+        self._eos_token_ids = tuple(executor.model_config.eos_token_ids)
+        self.engine = Engine(executor, engine, SystemClock(), self._new_text)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, batched; outputs in the order of the prompts. ``use_tqdm`` shows progress.
+
+        Raises ``InvalidRequest`` naming the field, before anything is computed.
+        """
+        prompt_list = _as_list(prompts)
+        params = _one_each(sampling_params, len(prompt_list))
+        batch = _Batch(self._tokenizer)
+        for index, (prompt, sampling) in enumerate(zip(prompt_list, params, strict=True)):
+            batch.add(self._specs(prompt, sampling, priority[index] if priority else 0), _text_of(prompt))
+        self._run(batch, use_tqdm)
+        return batch.outputs
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Apply the model's chat template to each conversation and generate."""
+        conversations: list[Messages] = [messages] if isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
+        prompts = [
+            self._tokenizer.encode(
+                self._template.render(conversation, add_generation_prompt=add_generation_prompt), add_special_tokens=False
+            )
+            for conversation in conversations
+        ]
+        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm)
+
+    # ---- parts
+
+    def _specs(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> list[RequestSpec]:
+        """One spec per answer; the n answers of a prompt share its seed and differ by ``choice``."""
+        token_ids = self._token_ids(prompt)
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=self._random.getrandbits(62))
+        self._num_requests += 1
+        return [
+            RequestSpec(
+                request_id=f"{self._num_requests}.{choice}",
+                token_ids=token_ids,
+                num_prompt_tokens=len(token_ids),
+                sampling=sampling,
+                eos_token_ids=self._eos_token_ids,
+                choice=choice,
+                priority=priority,
+            )
+            for choice in range(sampling.n)
+        ]
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, Mapping):
+            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+        token_ids = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        for token_id in token_ids:
+            if not 0 <= token_id < self._tokenizer.vocab_size:
+                raise InvalidRequest(
+                    f"prompt_token_ids: {token_id} is outside the vocabulary of {self._tokenizer.vocab_size} tokens.",
+                    param="prompt_token_ids",
+                )
+        return token_ids
+
+    def _new_text(self, spec: RequestSpec) -> OutputText:
+        return OutputText(self._tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
+
+    def _run(self, batch: _Batch, show_progress: bool) -> None:
+        try:
+            for spec in batch.take_ready():
+                self.engine.add(spec)
+            with _progress_bar(len(batch.outputs), show_progress) as advance:
+                while self.engine.has_work:
+                    outcome = self.engine.step()
+                    if outcome.is_idle:
+                        raise EagleRayError("the engine has work that it cannot schedule")
+                    advance(sum(batch.take(output) for output in outcome.outputs))
+                    for spec in batch.take_ready():
+                        self.engine.add(spec)
+        except BaseException:
+            for spec in batch.specs():
+                self.engine.end(spec.request_id)
+            raise
+        finally:
+            self.engine.drain_cache_changes()  # nobody indexes an offline engine's blocks
+
+
+class _Batch:
+    """The requests of one ``generate`` call and what has come of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._specs: list[list[RequestSpec]] = []
+        self._ready: list[RequestSpec] = []
+        self._by_id: dict[str, tuple[int, int]] = {}
+        self.outputs: list[RequestOutput] = []
+
+    def add(self, specs: list[RequestSpec], prompt_text: str | None) -> None:
+        for spec in specs:
+            self._by_id[spec.request_id] = (len(self.outputs), spec.choice)
+        self._specs.append(specs)
+        self._ready.append(specs[0])  # the other answers start when the prompt is cached
+        self.outputs.append(
+            RequestOutput(
+                request_id=specs[0].request_id.split(".")[0],
+                prompt=prompt_text,
+                prompt_token_ids=list(specs[0].token_ids),
+                outputs=[CompletionOutput(index=spec.choice) for spec in specs],
+            )
+        )
+
+    def specs(self) -> list[RequestSpec]:
+        return [spec for specs in self._specs for spec in specs]
+
+    def take_ready(self) -> list[RequestSpec]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def take(self, output: TokenOutput) -> int:
+        """Add new tokens to their answer; 1 when that finishes the whole request."""
+        index, choice = self._by_id[output.request_id]
+        request = self.outputs[index]
+        answer = request.outputs[choice]
+        if choice == 0 and not answer.token_ids:
+            self._ready.extend(self._specs[index][1:])
+            request.num_cached_tokens = output.num_cached_tokens or 0
+            if output.prompt_logprobs is not None:
+                request.prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
+        answer.token_ids.extend(output.token_ids)
+        answer.text += "".join(output.texts)
+        for entry in output.logprobs or ():
+            answer.logprobs = answer.logprobs or []
+            answer.logprobs.append(self._entry(entry))
+            answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + entry.logprob
+        if output.finish_reason is None:
+            return 0
+        answer.finish_reason, answer.stop_reason = output.finish_reason.value, output.stop_reason
+        return int(request.finished)
+
+    def _entry(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        def decoded(token_id: int) -> str:
+            return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+        alternatives = {
+            token_id: Logprob(logprob, rank, decoded(token_id))
+            for rank, (token_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
+        }
+        alternatives.setdefault(entry.token_id, Logprob(entry.logprob, entry.rank, decoded(entry.token_id)))
+        return alternatives
+
+
+class _progress_bar:
+    """Context of a bar on standard error that counts finished requests, or of nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._total, self._show = total, show
+
+    def __enter__(self) -> Callable[[int], None]:
+        if not self._show:
+            return lambda count: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True))
+        self._bar.start()
+        task = self._bar.add_task("requests", total=self._total)
+        return lambda count: self._bar.advance(task, count)
+
+    def __exit__(self, *_: object) -> None:
+        if self._show:
+            self._bar.stop()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt may be text, a mapping or a list of token ids; anything else is a list of prompts."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # type: ignore[list-item]
+
+
+def _text_of(prompt: Prompt) -> str | None:
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt", ())
+    return prompt if isinstance(prompt, str) else None
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(
+            f"sampling_params: {len(params)} given for {count} prompts; give one, or one for each prompt.",
+            param="sampling_params",
+        )
+    return list(params)

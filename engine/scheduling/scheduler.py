@@ -1,0 +1,215 @@
+"""The scheduler: each step hands out a token budget so that computed tokens catch up with known tokens.
+
+There are no phases in it. A decoding request lacks one token, a new one lacks its prompt, a resumed one lacks prompt
+and output, one with a prefix hit lacks the rest; they differ by a number. (The rule is vLLM's V1 scheduler's.)
+
+    waiting --admit--> running --caught up--> samples a token, lacks one again
+       ^                 | |
+       +---preempt-------+ +--swap out--> swapped --swap in--> running
+    reserved --commit--> running          running --hand over--> held for its reader --release--> gone
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Iterator
+
+from eagleray.core.config import EngineConfig
+from eagleray.core.request import Request, RequestState
+from eagleray.engine.scheduling.kv_manager import KVManager
+from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
+from eagleray.engine.scheduling.policy import ORDERS
+
+
+class Scheduler:
+    """Owns the requests of one engine and decides each step. Pure of time, text and tensors."""
+
+    def __init__(self, config: EngineConfig, kv: KVManager) -> None:
+        self._config = config
+        self._kv = kv
+        self._order = ORDERS[config.scheduling_policy]
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[Request] = []  # in order
+        self._running: list[Request] = []
+        self._swapped: list[Request] = []
+        self._watermark_blocks = int(config.watermark * kv.pool.num_blocks)
+        self.num_preemptions = 0
+
+    # ---- requests in and out
+
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._swapped)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._swapped)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self._requests[request.request_id] = request
+        insort(self._waiting, request, key=self._order)
+
+    def reserve(self, request: Request) -> bool:
+        """Hold blocks for all known tokens and one more of a request whose KV will come from elsewhere; False, and
+        nothing changed, when there is no room. Its cached prefix counts as computed."""
+        matched = self._kv.match_prefix(request)
+        room_needed = request.num_tokens + 1
+        if self._kv.room_for(request, room_needed, matched) < self._blocks_to_keep_free():
+            return False
+        self._hold(request, matched)
+        self._kv.grow(request, room_needed)
+        request.move(RequestState.RESERVED)
+        self._requests[request.request_id] = request
+        return True
+
+    def commit(self, request: Request, num_computed_tokens: int, token_ids: tuple[int, ...]) -> None:
+        """KV of a reserved request is in up to ``num_computed_tokens``, and ``token_ids`` were sampled elsewhere.
+        What is missing, after a broken transfer all of it, is computed here like anything else."""
+        request.token_ids.extend(token_ids)
+        computed = max(request.num_computed_tokens, min(num_computed_tokens, request.num_tokens - 1))
+        self._kv.note_computed(request, computed)
+        request.move(RequestState.PREFILLING)
+        self._running.append(request)
+
+    def hand_over(self, request: Request) -> None:
+        """Nothing more to compute here; its blocks stay until ``end``."""
+        request.move(RequestState.HANDED_OVER)
+        self._running.remove(request)
+
+    def end(self, request: Request, state: RequestState) -> None:
+        """Finish, abort or fail a request, wherever it is: all its blocks become free at once."""
+        request.move(state)
+        self._kv.free(request)
+        del self._requests[request.request_id]
+        for queue in (self._waiting, self._running, self._swapped):
+            if request in queue:
+                queue.remove(request)
+
+    # ---- the step
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step. Running requests come first, those that lack one token before those that lack many:
+        somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
+        runs, swap_out, preempted = self._schedule_running()
+        swap_in: list[BlockCopy] = []
+        if not preempted:
+            swap_in = self._bring_back()
+            self._admit(runs)
+        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in))
+
+    def note_step(self, plan: StepPlan) -> None:
+        """The step has been computed: tokens count as computed, full blocks become findable."""
+        for run in plan.runs:
+            request = self._requests.get(run.spec.request_id)
+            if request is not None and request.state in (RequestState.PREFILLING, RequestState.DECODING):
+                self._kv.note_computed(request, run.end)
+                if run.samples and request.state is RequestState.PREFILLING:
+                    request.move(RequestState.DECODING)
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` unless every block is accounted for."""
+        self._kv.check_integrity(
+            request.request_id for request in self._requests.values() if request.state is not RequestState.QUEUED
+        )
+
+    # ---- parts of the step
+
+    def _schedule_running(self) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
+        """(runs, copies to host memory, whether anybody had to give way)."""
+        runs: list[ScheduledRun] = []
+        swap_out: list[BlockCopy] = []
+        preempted = False
+        budget = self._config.max_num_batched_tokens
+        settled: set[str] = set()  # have a run in this step: too late to take their blocks
+        for request in sorted(self._running, key=lambda r: (r.num_uncomputed_tokens > 1, *self._order(r))):
+            if budget == 0 or len(runs) == self._config.max_num_seqs:
+                break
+            if request.state in (RequestState.QUEUED, RequestState.SWAPPED):
+                continue  # gave way to an earlier one in this very step
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            while not self._kv.grow(request, request.num_computed_tokens + num_tokens):
+                preempted = True
+                victim = max((r for r in self._running if r.request_id not in settled), key=self._order)
+                swap_out.extend(self._preempt(victim))
+                if victim is request:
+                    break
+            else:
+                runs.append(self._run(request, num_tokens))
+                settled.add(request.request_id)
+                budget -= num_tokens
+        return runs, swap_out, preempted
+
+    def _run(self, request: Request, num_tokens: int) -> ScheduledRun:
+        start = request.num_computed_tokens
+        return ScheduledRun(
+            spec=request.spec,
+            known_token_ids=request.token_ids,
+            start=start,
+            num_tokens=num_tokens,
+            block_ids=self._kv.table(request.request_id)[: self._kv.blocks_for(start + num_tokens)],
+            samples=start + num_tokens == request.num_tokens,
+        )
+
+    def _preempt(self, victim: Request) -> list[BlockCopy]:
+        """Take the blocks of a running request: to host memory when that has room, else to be computed again."""
+        self.num_preemptions += 1
+        self._running.remove(victim)
+        copies = self._kv.swap_out(victim) if victim.num_computed_tokens else None
+        if copies is not None:
+            victim.move(RequestState.SWAPPED)
+            insort(self._swapped, victim, key=self._order)
+            return copies
+        victim.move(RequestState.QUEUED)
+        self._kv.free(victim)
+        insort(self._waiting, victim, key=self._order)
+        return []
+
+    def _bring_back(self) -> list[BlockCopy]:
+        """Swap in, in order, while there is room for the request and its next token. They run from the next step on."""
+        copies: list[BlockCopy] = []
+        while self._swapped and len(self._running) < self._config.max_num_seqs:
+            request = self._swapped[0]
+            if self._kv.room_for(request, request.num_computed_tokens + 1) < self._blocks_to_keep_free():
+                break
+            copies.extend(self._kv.swap_in(self._swapped.pop(0)))
+            request.move(RequestState.DECODING if request.num_uncomputed_tokens <= 1 else RequestState.PREFILLING)
+            self._running.append(request)
+        return copies
+
+    def _admit(self, runs: list[ScheduledRun]) -> None:
+        """Admit waiting requests in order, while budget, seats and memory for *all* their known tokens last. All their
+        blocks are taken at once, so that two half-computed prompts never starve each other."""
+        budget = self._config.max_num_batched_tokens - sum(run.num_tokens for run in runs)
+        while self._waiting and not self._swapped and budget > 0 and len(self._running) < self._config.max_num_seqs:
+            request = self._waiting[0]
+            matched = self._kv.match_prefix(request)
+            if self._kv.room_for(request, request.num_tokens + 1, matched) < self._blocks_to_keep_free():
+                break
+            self._waiting.pop(0)
+            self._hold(request, matched)
+            self._kv.grow(request, request.num_tokens)
+            request.move(RequestState.PREFILLING)
+            self._running.append(request)
+            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget)))
+            budget -= runs[-1].num_tokens
+
+    def _blocks_to_keep_free(self) -> int:
+        """So that running requests can grow for a while; none when there is nobody to grow."""
+        return self._watermark_blocks if self._running else 0
+
+    def _hold(self, request: Request, matched: list[int]) -> None:
+        self._kv.adopt_prefix(request, matched)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.spec.num_prompt_tokens)

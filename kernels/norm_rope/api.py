@@ -1,0 +1,26 @@
+"""RMS norm and rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from eagleray.kernels.norm_rope import reference
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
+
+    Computed in float32, rounded to the dtype of ``x``, then multiplied by ``weight`` [x.shape[-1]].
+    """
+    return reference.rms_norm(x, weight, eps)
+
+
+def apply_rope(
+    query: torch.Tensor, key: torch.Tensor, cos_T: torch.Tensor, sin_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query [T, H, D] and key [T, HKV, D] by their positions (Su et al., arXiv 2104.09864).
+
+    Dimension i turns together with i + D / 2, the layout of Hugging Face checkpoints. ``cos_T`` and ``sin_T`` are
+    [T, D], both halves alike, in the dtype of the query.
+    """
+    return reference.apply_rope(query, key, cos_T, sin_T)

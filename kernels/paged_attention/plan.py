@@ -1,0 +1,135 @@
+"""What every layer of one step needs to know about the batch, worked out once per step.
+
+Sequences with one query token (decode) are padded to a common number of blocks and computed together; longer runs
+(prefill chunks) are computed one by one. Suffixes name dimensions: T query tokens, B sequences, N blocks, S key slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+# Up to this many blocks, padding a short sequence costs less than a second batched operation.
+_SMALL_TABLE_BLOCKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one query token each, of similar length."""
+
+    rows_B: torch.Tensor  # int64: where their tokens stand in the query
+    block_table_BN: torch.Tensor  # int64, padded with each sequence's first block
+    lengths_B1: torch.Tensor  # int64: keys to attend to, the new token included
+    is_real_BS: torch.Tensor  # bool: the slot holds a key of the sequence
+    padding: tuple[torch.Tensor, torch.Tensor]  # int64 pair (sequence, slot) of all slots that do not
+
+
+@dataclass(frozen=True, slots=True)
+class QueryRun:
+    """Several consecutive query tokens of one sequence."""
+
+    row_start: int  # of its first token in the query
+    row_end: int
+    prefix_length: int  # keys computed before the run
+    block_table_N: torch.Tensor  # int64
+
+    @property
+    def length(self) -> int:
+        """Keys that the last token of the run attends to."""
+        return self.prefix_length + self.row_end - self.row_start
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's batch. The same plan serves every layer, whatever its head counts or window."""
+
+    slots_T: torch.Tensor  # int64: block_id * block_size + offset of every new token
+    decode_groups: tuple[DecodeGroup, ...]
+    runs: tuple[QueryRun, ...]
+
+
+def plan_attention(
+    query_starts: Sequence[int],
+    query_positions_start: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size_tokens: int,
+    device: torch.device | str,
+) -> AttentionPlan:
+    """Prepare one step.
+
+    Args:
+        query_starts: [B + 1], rising: the tokens of sequence b are rows ``query_starts[b] : query_starts[b + 1]``.
+        query_positions_start: [B] tokens of each sequence computed before, the position of its first row.
+        block_tables: per sequence the ids of its blocks; block i holds positions ``[i * block_size, (i + 1) *
+            block_size)``. Blocks beyond the last new token are ignored.
+        block_size_tokens: tokens per block.
+        device: where the KV pool lies.
+
+    Raises:
+        ValueError: a sequence has no query token, or its block table does not reach its last token.
+    """
+    counts = [end - start for start, end in pairwise(query_starts)]
+    tables: list[list[int]] = []
+    for index, (count, prefix, table) in enumerate(zip(counts, query_positions_start, block_tables, strict=True)):
+        needed_blocks = -(-(prefix + count) // block_size_tokens)
+        if count < 1:
+            raise ValueError(f"sequence {index} has {count} query tokens; leave it out of the step")
+        if len(table) < needed_blocks:
+            raise ValueError(f"sequence {index} needs {needed_blocks} blocks, its table has {len(table)}")
+        tables.append(list(table[:needed_blocks]))
+    return AttentionPlan(
+        slots_T=_slots(counts, query_positions_start, tables, block_size_tokens).to(device),
+        decode_groups=_decode_groups(query_starts, counts, query_positions_start, tables, block_size_tokens, device),
+        runs=tuple(
+            QueryRun(query_starts[b], query_starts[b + 1], query_positions_start[b], torch.tensor(table, device=device))
+            for b, table in enumerate(tables)
+            if counts[b] > 1
+        ),
+    )
+
+
+def _slots(
+    counts: Sequence[int], prefixes: Sequence[int], tables: Sequence[Sequence[int]], block_size_tokens: int
+) -> torch.Tensor:
+    """Slot of every new token, [T] int64."""
+    slots = [
+        table[position // block_size_tokens] * block_size_tokens + position % block_size_tokens
+        for count, prefix, table in zip(counts, prefixes, tables, strict=True)
+        for position in range(prefix, prefix + count)
+    ]
+    return torch.tensor(slots, dtype=torch.int64)
+
+
+def _decode_groups(
+    query_starts: Sequence[int],
+    counts: Sequence[int],
+    prefixes: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    block_size_tokens: int,
+    device: torch.device | str,
+) -> tuple[DecodeGroup, ...]:
+    """Single-token sequences by length, so that one long sequence does not make every short one gather as much."""
+    by_size: dict[int, list[int]] = {}
+    for b, table in enumerate(tables):
+        if counts[b] == 1:
+            by_size.setdefault(max(len(table), _SMALL_TABLE_BLOCKS).bit_length(), []).append(b)
+    groups = []
+    for members in by_size.values():
+        num_blocks = max(len(tables[b]) for b in members)
+        padded = [[*tables[b], *[tables[b][0]] * (num_blocks - len(tables[b]))] for b in members]
+        lengths_B1 = torch.tensor([[prefixes[b] + 1] for b in members])
+        is_real_BS = torch.arange(num_blocks * block_size_tokens) < lengths_B1
+        sequences, slots = torch.nonzero(~is_real_BS, as_tuple=True)
+        groups.append(
+            DecodeGroup(
+                rows_B=torch.tensor([query_starts[b] for b in members], device=device),
+                block_table_BN=torch.tensor(padded, device=device),
+                lengths_B1=lengths_B1.to(device),
+                is_real_BS=is_real_BS.to(device),
+                padding=(sequences.to(device), slots.to(device)),
+            )
+        )
+    return tuple(groups)

@@ -1,0 +1,78 @@
+"""The steps of sampling in plain torch: each takes logits [rows, vocabulary] and is a function of its row alone."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, TopKTopP
+from eagleray.kernels.sampling.noise import gumbel_noise
+
+_FORBIDDEN: Final = float("-inf")
+
+
+def add_bias(logits: Tensor, bias: LogitBias) -> None:
+    """Add in place. Of several values for one token all count; minus infinity wins whatever the order."""
+    logits.index_put_((bias.rows, bias.token_ids), bias.values, accumulate=True)
+
+
+def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
+    """Penalise in place: repetition (Keskar et al., arXiv 1909.05858) scales a logit towards less likely,
+    frequency and presence (OpenAI's API) subtract per occurrence and once."""
+    counts = torch.zeros(2, len(penalties.rows), logits.shape[1], dtype=torch.float32, device=logits.device)
+    where = (penalties.history_is_output.to(torch.int64), penalties.history_rows, penalties.history_token_ids)
+    counts.index_put_(where, torch.ones_like(penalties.history_rows, dtype=torch.float32), accumulate=True)
+    in_prompt, in_output = counts  # [P, V] each
+    scores = logits[penalties.rows]
+    repetition = penalties.repetition[:, None]
+    penalised = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = torch.where(in_prompt + in_output > 0, penalised, scores)
+    scores -= penalties.frequency[:, None] * in_output
+    scores -= penalties.presence[:, None] * (in_output > 0)
+    logits[penalties.rows] = scores
+
+
+def sample_random(logits: Tensor, random: RandomRows) -> Tensor:
+    """Next tokens int64 [S] of the rows with a temperature: exact draws from the truncated distribution, because
+    ``argmax(log p + gumbel)`` has distribution p (the Gumbel-max trick)."""
+    scores = logits[random.rows] / random.temperature[:, None]
+    if random.top_k_top_p is not None:
+        keep_top_k_top_p(scores, random.top_k_top_p)
+    if random.min_p is not None:
+        keep_min_p(scores, random.min_p)
+    scores += gumbel_noise(random.seed, random.choice, random.position, scores.shape[1])
+    return scores.argmax(dim=-1)
+
+
+def keep_top_k_top_p(scores: Tensor, truncation: TopKTopP) -> None:
+    """Forbid in place all but the ``top_k`` best tokens, and of these all but the fewest whose probabilities, among
+    the ``top_k``, sum up to ``top_p`` (Holtzman et al., arXiv 1904.09751). Of equal tokens the lower ids stay."""
+    chosen = scores[truncation.rows]
+    token_ids = ranking_keys(chosen).topk(truncation.max_top_k, dim=-1).indices  # [K, max_top_k], best first
+    best = chosen.gather(1, token_ids).to(torch.float64)
+    within_top_k = torch.arange(truncation.max_top_k, device=scores.device) < truncation.top_k[:, None]
+    # Not softmax: a running sum in float64 does not depend on how far other rows make this one wide.
+    weights = torch.where(within_top_k, (best - best[:, :1]).exp(), 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    top_p = truncation.top_p[:, None]
+    within_top_p = (cumulative - weights < top_p * cumulative[:, -1:]) | (top_p >= 1.0)
+    kept = torch.zeros_like(chosen, dtype=torch.bool).scatter_(1, token_ids, within_top_k & within_top_p)
+    scores[truncation.rows] = chosen.masked_fill_(~kept, _FORBIDDEN)
+
+
+def keep_min_p(scores: Tensor, truncation: MinP) -> None:
+    """Forbid in place tokens less likely than ``min_p`` times the likeliest (Nguyen et al., arXiv 2407.01082)."""
+    chosen = scores[truncation.rows]
+    threshold = chosen.amax(dim=-1) + truncation.min_p.log()
+    scores[truncation.rows] = chosen.masked_fill_(chosen < threshold[:, None], _FORBIDDEN)
+
+
+def ranking_keys(logits: Tensor) -> Tensor:
+    """int64 keys that order each row by logit, then by lower token id: no two are equal, so that what a selection
+    returns does not depend on how it breaks ties. ``logits`` are float32 [R, V] without NaN."""
+    bits = (logits + 0.0).view(torch.int32)  # adding zero joins -0.0 and 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # for negative numbers, a larger magnitude is a smaller integer
+    token_ids = torch.arange(logits.shape[1], dtype=torch.int64, device=logits.device)
+    return (ordered.to(torch.int64) << 32) | (0xFFFFFFFF - token_ids)

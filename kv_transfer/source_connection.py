@@ -1,0 +1,137 @@
+"""One reader's connection at the source: its subscription, its announcements, and its bytes when it reads over TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import threading
+from dataclasses import dataclass
+from typing import Final
+
+from eagleray.core.clock import Clock
+from eagleray.core.config import TransferConfig
+from eagleray.core.errors import TransferError
+from eagleray.kv_transfer.fingerprint import fingerprint
+from eagleray.kv_transfer.link import Link
+from eagleray.kv_transfer.plan import blocks_per_piece
+from eagleray.kv_transfer.session import LeaseState, SourceLease, SourceLedger
+from eagleray.kv_transfer.transport import BlockStore
+from eagleray.kv_transfer.wire import (
+    Announcement,
+    BlockBytes,
+    Frame,
+    Heartbeat,
+    ReadBlocks,
+    Received,
+    Release,
+    Subscribe,
+)
+
+_HEARTBEATS_PER_DEADLINE: Final = 4  # one that comes late must not look like a dead source
+
+
+@dataclass(frozen=True, slots=True)
+class SourceState:
+    """What a source and the connections of its readers share."""
+
+    ledger: SourceLedger
+    lock: threading.Lock  # around the ledger, its leases, and readers
+    readers: dict[str, ReaderConnection]  # by request id
+    blocks: BlockStore
+    clock: Clock
+    config: TransferConfig
+    layout_digest: str
+    block_bytes: int
+
+
+class ReaderConnection:
+    """A ``Handler``: it never waits for the reader. What the socket does not take stays queued in the link."""
+
+    def __init__(self, source: SourceState, link: Link) -> None:
+        self._source = source
+        self._link = link
+        self._lease: SourceLease | None = None
+        self._accepted_s = source.clock.now_s()
+        self._is_lost = False
+        self._last_words = ""
+
+    def interest(self) -> tuple[int, int]:
+        return self._link.fileno(), selectors.EVENT_READ | (selectors.EVENT_WRITE if self._link.wants_write else 0)
+
+    def serve(self) -> bool:
+        """Frames first, so that a release or a read does not wait behind fingerprints."""
+        try:
+            while self._link.flush():
+                frame = self._link.poll_frame()
+                if isinstance(frame, Release):
+                    return False
+                if frame is not None:
+                    self._handle(frame)
+                elif not self._announce_next():
+                    return True
+            return True  # the reader is slow; go on when its socket takes more
+        except TransferError as error:
+            self._last_words = str(error)
+            return False
+
+    def tick(self) -> None:
+        """A sign of life, so that a reader can tell a busy source from a dead one."""
+        interval_s = self._source.config.stall_deadline_s / _HEARTBEATS_PER_DEADLINE
+        is_due = self._source.clock.now_s() - self._link.last_sent_s >= interval_s
+        if is_due and self._lease is not None and not self._link.wants_write:
+            try:
+                self._link.queue(Heartbeat())
+                self._link.flush()
+            except TransferError:
+                self._is_lost = True
+
+    def is_over(self) -> bool:
+        if self._lease is None:
+            silent_s = self._source.clock.now_s() - self._accepted_s
+            return self._is_lost or silent_s > self._source.config.stall_deadline_s
+        return self._is_lost or self._lease.state not in (LeaseState.AWAITED, LeaseState.READING)
+
+    def finish(self) -> None:
+        """Say why, if that can be said without waiting; close; and only then let the lease go."""
+        words = self._last_words or (self._lease.error if self._lease is not None else "")
+        if words and not self._link.wants_write:
+            request_id = self._lease.request_id if self._lease is not None else ""
+            with contextlib.suppress(TransferError):  # it has gone: nobody to tell
+                self._link.queue(Announcement(request_id, error=words))
+                self._link.flush()
+        self._link.close()
+        if self._lease is not None:
+            with self._source.lock:
+                del self._source.readers[self._lease.request_id]
+                self._source.ledger.leave(self._lease, self._source.clock.now_s())
+
+    def _handle(self, frame: Frame) -> None:
+        now_s = self._source.clock.now_s()
+        if isinstance(frame, Subscribe) and self._lease is None:
+            with self._source.lock:
+                self._lease = self._source.ledger.subscribe(frame, now_s)
+                self._source.readers[frame.request_id] = self
+        elif isinstance(frame, Received) and self._lease is not None:
+            with self._source.lock:
+                self._source.ledger.touch(self._lease, now_s)
+        elif isinstance(frame, ReadBlocks) and self._lease is not None:
+            with self._source.lock:
+                self._source.ledger.read(self._lease, frame.slots, now_s)
+            views = [view for slot in frame.slots for view in self._source.blocks.block_views(slot)]
+            self._link.queue(BlockBytes(sum(view.nbytes for view in views)), views)
+        else:
+            raise TransferError(f"a {type(frame).__name__} frame is out of place here; subscribe first, and once")
+
+    def _announce_next(self) -> bool:
+        """Take the fingerprints of some blocks that are ready, and announce them; False when there are none."""
+        if self._lease is None:
+            return False
+        with self._source.lock:
+            max_blocks = blocks_per_piece(self._source.config.piece_bytes, self._source.block_bytes)
+            piece = self._source.ledger.next_piece(self._lease, max_blocks)
+        if piece is None:
+            return False
+        digest, blocks = self._source.layout_digest, self._source.blocks
+        fingerprints = [fingerprint(digest, blocks.block_views(slot)) for slot in piece.slots]
+        self._link.queue(piece.announcement(self._lease.request_id, fingerprints))
+        return True

@@ -1,0 +1,98 @@
+"""The one decoder, assembled from a ``ModelConfig``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding
+
+from eagleray.core.kv_layout import LayerGroup
+from eagleray.kernels.paged_attention.api import AttentionPlan
+from eagleray.models.attention import Attention
+from eagleray.models.linear import Linear
+from eagleray.models.mlp import GatedMLP
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.norm import RMSNorm
+from eagleray.models.rope import RotaryEmbedding
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm and added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, layer_index: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.attention = Attention(config, layer_index, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cos_T: torch.Tensor,
+        sin_T: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden]; arguments as in ``Attention.forward``."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states to logits, with KV in a paged pool that the caller owns.
+
+    Weights are left uninitialised; see ``loader.load_model`` and ``random_weights.random_model``.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, dtype=dtype, device=device) for index in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.lm_head = Linear(
+            config.hidden_size,
+            (config.vocab_size,),
+            bias=False,
+            dtype=dtype,
+            device=device,
+            weight=self.embedding if config.tie_word_embeddings else None,
+        )
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
+
+    def layer_group(self, dtype: str) -> LayerGroup:
+        """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
+        return self.config.kv_layer_group(dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """Compute a step's tokens and write their KV.
+
+        Args:
+            input_ids_T: int64 [T], the sequences of the plan one after the other.
+            positions_T: int64 [T], position of each token in its sequence.
+            kv: the pool [num_blocks, L, 2, HKV, block_size, D], contiguous; written at ``plan.slots_T``.
+            plan: of this step.
+
+        Returns:
+            [T, hidden], after the final norm.
+        """
+        hidden = embedding(input_ids_T, self.embedding)
+        cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
+        for layer, kv_layer in zip(self.layers, kv.unbind(1), strict=True):
+            hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
+        return self.norm(hidden)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] of ``forward`` -> float32 [N, V]."""
+        return self.lm_head(hidden).float()

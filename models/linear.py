@@ -1,0 +1,48 @@
+"""The linear layer: what parallelism and quantisation wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias`` for one projection, or for several that read the same input, fused into one product.
+
+    Weights are left uninitialised: a loader fills them through ``weight_parts`` and ``bias_parts``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],  # per fused projection
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weight: nn.Parameter | None = None,  # shared with another layer; [sum(out_features), in_features]
+    ) -> None:
+        super().__init__()
+        self.out_features = tuple(out_features)
+        num_rows = sum(out_features)
+        if weight is None:
+            weight = nn.Parameter(torch.empty(num_rows, in_features, dtype=dtype, device=device), requires_grad=False)
+        self.weight = weight
+        self.bias = (
+            nn.Parameter(torch.empty(num_rows, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., sum(out_features)]."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def weight_parts(self) -> tuple[torch.Tensor, ...]:
+        """A view [out_features[i], in_features] per fused projection."""
+        return self.weight.split(self.out_features)
+
+    def bias_parts(self) -> tuple[torch.Tensor, ...]:
+        """A view [out_features[i]] per fused projection; none without bias."""
+        return () if self.bias is None else self.bias.split(self.out_features)

@@ -1,0 +1,111 @@
+"""Weights from safetensors into a decoder, one tensor at a time: no second copy of the model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eagleray.core.errors import ConfigError
+from eagleray.models.decoder import Decoder
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.weight_names import EMBEDDING, LM_HEAD, checkpoint_views
+
+_SINGLE_FILE: Final = "model.safetensors"
+_INDEX_FILE: Final = "model.safetensors.index.json"
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"  # old checkpoints store what follows from the configuration
+
+
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """Build the decoder and fill it from ``model.safetensors`` or from the files of ``model.safetensors.index.json``.
+
+    Args:
+        folder: of the checkpoint.
+        config: from ``registry.load_model_config``.
+        dtype: to compute in; float32, bfloat16 and float16 tensors are converted on the way.
+        device: where the weights go.
+        progress: called after each tensor with (tensors loaded, tensors in all).
+
+    Raises:
+        ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
+    """
+    decoder = Decoder(config, dtype, device)
+    views = checkpoint_views(decoder)
+    loaded: set[str] = set()
+    for path, name, read in _stored_tensors(folder):
+        if name == LM_HEAD and config.tie_word_embeddings:
+            continue  # compared with the embedding below, which may come in a later file
+        if name.endswith(_DERIVED_SUFFIX):
+            continue
+        _fill(views, path, name, read())
+        loaded.add(name)
+        if progress is not None:
+            progress(len(loaded), len(views))
+    missing = [name for name in views if name not in loaded]
+    if missing:
+        count = f"{len(missing)} tensors, the first of them {missing[0]}" if len(missing) > 1 else missing[0]
+        raise ConfigError("model.path", str(folder), f"the checkpoint lacks {count}; fetch it again, whole")
+    if config.tie_word_embeddings:
+        _require_tied(folder, decoder.embedding)
+    return decoder
+
+
+def _fill(views: dict[str, torch.Tensor], path: Path, name: str, tensor: torch.Tensor) -> None:
+    view = views.get(name)
+    if view is None:
+        raise ConfigError(
+            "model.path", str(path), f"tensor {name} has no place in the model that config.json describes"
+        )
+    if tensor.shape != view.shape:
+        shapes = f"{list(tensor.shape)}, config.json implies {list(view.shape)}"
+        raise ConfigError("model.path", str(path), f"tensor {name} has shape {shapes}; the two do not belong together")
+    if tensor.dtype not in _DTYPES:
+        raise ConfigError(
+            "model.path", str(path), f"tensor {name} is {tensor.dtype}; quantised weights are not supported"
+        )
+    view.copy_(tensor)
+
+
+def _require_tied(folder: Path, embedding: torch.Tensor) -> None:
+    """Some checkpoints store a tied head as well. If it differs, tying would change the result."""
+    for path, name, read in _stored_tensors(folder):
+        if name == LM_HEAD and not torch.equal(read().to(embedding), embedding):
+            way_out = f"set it to false: {path.name} holds a {LM_HEAD} that differs from {EMBEDDING}"
+            raise ConfigError("config.json: tie_word_embeddings", True, way_out)
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Callable[[], torch.Tensor]]]:
+    """(file, tensor name, reader) of every tensor; the reader is valid until the next one is asked for."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dictionary
+                    yield path, name, lambda name=name, file=file: file.get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """All weight files, each of them there."""
+    index = folder / _INDEX_FILE
+    names = [_SINGLE_FILE]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError("model.path", str(index), f"cannot be read: {error!r}; fetch it again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError("model.path", str(folder), f"has no {name}; fetch it, or convert to safetensors")
+    return [folder / name for name in names]

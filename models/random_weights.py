@@ -1,0 +1,24 @@
+"""A decoder with random weights: for tests and measurements that need a model, not its knowledge."""
+
+from __future__ import annotations
+
+import torch
+
+from eagleray.models.decoder import Decoder
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.weight_names import checkpoint_views
+
+
+def random_model(
+    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The same weights for the same seed. Scaled by fan-in, so that every layer has a say in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Decoder(config, dtype, device)
+    for name, view in checkpoint_views(decoder).items():
+        noise = torch.randn(view.shape, generator=generator)
+        if view.ndim == 2:
+            view.copy_(noise * view.shape[1] ** -0.5)
+        else:
+            view.copy_(noise * 0.1 + (0.0 if name.endswith(".bias") else 1.0))
+    return decoder

@@ -1,0 +1,52 @@
+"""Which tensor of a Hugging Face checkpoint fills which part of the decoder: a table, and its application."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from eagleray.models.decoder import Decoder
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+LM_HEAD: Final = "lm_head.weight"
+
+# Under "model.layers.{i}.": checkpoint name, our module, which of its fused projections.
+_LAYER_LINEARS: Final = (
+    ("self_attn.q_proj", "attention.qkv", 0),
+    ("self_attn.k_proj", "attention.qkv", 1),
+    ("self_attn.v_proj", "attention.qkv", 2),
+    ("self_attn.o_proj", "attention.output", 0),
+    ("mlp.gate_proj", "mlp.gate_up", 0),
+    ("mlp.up_proj", "mlp.gate_up", 1),
+    ("mlp.down_proj", "mlp.down", 0),
+)
+_LAYER_NORMS: Final = (
+    ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "mlp_norm"),
+)
+_HEAD_NORMS: Final = (
+    ("self_attn.q_norm", "attention.query_norm"),
+    ("self_attn.k_norm", "attention.key_norm"),
+)
+
+
+def checkpoint_views(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """A writable view of the decoder's memory for every tensor that its checkpoint must have, by checkpoint name.
+
+    The views cover every parameter exactly once. Tied word embeddings have no ``lm_head.weight``.
+    """
+    views = {EMBEDDING: decoder.embedding.data, "model.norm.weight": decoder.norm.weight.data}
+    if not decoder.config.tie_word_embeddings:
+        views[LM_HEAD] = decoder.lm_head.weight.data
+    norms = _LAYER_NORMS + (_HEAD_NORMS if decoder.config.qk_norm else ())
+    for index, layer in enumerate(decoder.layers):
+        prefix = f"model.layers.{index}."
+        for name, module in norms:
+            views[f"{prefix}{name}.weight"] = layer.get_submodule(module).weight.data
+        for name, module, part in _LAYER_LINEARS:
+            linear = layer.get_submodule(module)
+            views[f"{prefix}{name}.weight"] = linear.weight_parts()[part].detach()
+            if linear.bias is not None:
+                views[f"{prefix}{name}.bias"] = linear.bias_parts()[part].detach()
+    return views

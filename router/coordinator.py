@@ -1,0 +1,143 @@
+"""The router: from a request to the workers that serve it. Answers the HTTP front's ``GenerationService``."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from eagleray.core.block_hash import BlockHash, HashNamespace, hash_blocks
+from eagleray.core.clock import Clock
+from eagleray.core.config import RouterConfig
+from eagleray.core.errors import Overloaded
+from eagleray.core.request import Request, RequestSpec
+from eagleray.core.snapshot import Role
+from eagleray.router.generation import RoutedGeneration
+from eagleray.router.metrics import IngressMetrics
+from eagleray.router.prefix_index.index import PrefixIndex
+from eagleray.router.service import ServiceStatus
+from eagleray.router.tracing import RequestTracer
+from eagleray.router.view import ClusterView, Route, RoutingPolicy, RoutingRequest, WorkerView
+from eagleray.router.worker_client import WorkerClient, WorkerPool
+
+# Until a transfer has been measured: what shared memory on one host gives at least.
+DEFAULT_TRANSFER_BYTES_PER_S: Final = 1e9
+
+
+class Coordinator:
+    """Admits requests, chooses workers, follows each request to its end. One per ingress, on its event loop."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        policy: RoutingPolicy,
+        index: PrefixIndex,
+        config: RouterConfig,
+        clock: Clock,
+        metrics: IngressMetrics,
+        tracer: RequestTracer,
+    ) -> None:
+        self.pool, self.config, self.clock, self.metrics, self.tracer = pool, config, clock, metrics, tracer
+        self._policy, self._index = policy, index
+        self._sequence = itertools.count()
+        self._pending: dict[str, tuple[str, int]] = {}  # request id on workers -> (worker, tokens) until its snapshot
+        self.num_queued = 0
+        self.num_running = 0
+
+    # ---- the HTTP front's side
+
+    def generate(self, spec: RequestSpec) -> RoutedGeneration:
+        """Raises ``Overloaded`` when too many requests wait already."""
+        if self.num_queued >= self.config.max_queued:
+            raise Overloaded(
+                f"{self.num_queued} requests are waiting for a worker; try again later.", self._retry_after_s()
+            )
+        if spec.sampling.seed is None:  # drawn here, so that every worker that ever continues the request knows it
+            seeded = msgspec.structs.replace(spec.sampling, seed=secrets.randbits(62))
+            spec = msgspec.structs.replace(spec, sampling=seeded)
+        return RoutedGeneration(self, spec)
+
+    def status(self) -> ServiceStatus:
+        clients = self.pool.workers().values()
+        decode = [client for client in clients if client.welcome.role is Role.DECODE]
+        index = self._index.status()
+        return ServiceStatus(
+            ready=bool(decode),
+            reason="" if decode else "no decode worker is connected yet",
+            max_model_tokens=min((client.welcome.max_model_tokens for client in clients), default=0),
+            workers=tuple(client.snapshot for client in clients),
+            num_queued=self.num_queued,
+            num_running=self.num_running,
+            prefix_index=f"{index.backend}: {index.state}",
+        )
+
+    def metrics_text(self) -> str:
+        snapshots = [client.snapshot for client in self.pool.workers().values()]
+        return self.metrics.text(snapshots, self.num_queued, self.num_running, self._index.status().state == "up")
+
+    # ---- the generation's side
+
+    async def choose(self, request: Request, excluded: set[str]) -> Route | None:
+        """Where ``request`` should go now, without the ``excluded`` workers; None when there is no worker for it."""
+        clients = {
+            worker_id: client for worker_id, client in sorted(self.pool.workers().items()) if worker_id not in excluded
+        }
+        decode = [client for client in clients.values() if client.welcome.role is Role.DECODE]
+        if not decode:
+            return None
+        reads_cache = request.spec.sampling.prompt_logprobs is None
+        cached = await self._index.lookup(self._hashes(request, decode[0])) if reads_cache else {}
+        layout = decode[0].welcome.region.layout
+        sampling = request.spec.sampling
+        routing = RoutingRequest(
+            num_tokens=request.num_tokens,
+            max_new_tokens=sampling.max_tokens or decode[0].welcome.max_model_tokens - request.num_tokens,
+            block_size_tokens=layout.block_size_tokens,
+            sequence=next(self._sequence),
+            reads_cache=reads_cache,
+        )
+        return self._policy.choose(routing, self._view(clients, cached, layout.block_size_tokens, layout.block_bytes))
+
+    def note_submitted(self, request_id: str, worker_id: str, num_tokens: int) -> None:
+        """Count a request against its worker until the worker's own snapshot tells of its load."""
+        self._pending[request_id] = (worker_id, num_tokens)
+
+    def note_settled(self, request_id: str) -> None:
+        self._pending.pop(request_id, None)
+
+    # ---- parts
+
+    def _hashes(self, request: Request, client: WorkerClient) -> Sequence[BlockHash]:
+        layout = client.welcome.region.layout
+        namespace = HashNamespace(client.welcome.model_identity, layout.block_size_tokens, layout.digest())
+        return hash_blocks(namespace.root(request.spec.tenant_salt), request.token_ids, layout.block_size_tokens)
+
+    def _view(
+        self, clients: Mapping[str, WorkerClient], cached: Mapping[str, int], block_size_tokens: int, block_bytes: int
+    ) -> ClusterView:
+        def views(role: Role) -> dict[str, WorkerView]:
+            return {
+                worker_id: WorkerView(
+                    snapshot=client.snapshot,
+                    cached_tokens=cached.get(worker_id, 0) * block_size_tokens,
+                    pending_requests=sum(1 for worker, _ in self._pending.values() if worker == worker_id),
+                    pending_tokens=sum(tokens for worker, tokens in self._pending.values() if worker == worker_id),
+                )
+                for worker_id, client in clients.items()
+                if client.welcome.role is role
+            }
+
+        return ClusterView(
+            prefill=views(Role.PREFILL),
+            decode=views(Role.DECODE),
+            block_bytes=block_bytes,
+            local_prefill_tokens=self.config.local_prefill_tokens,
+            transfer_bytes_per_s=DEFAULT_TRANSFER_BYTES_PER_S,
+        )
+
+    def _retry_after_s(self) -> float:
+        """When the queue will have moved: half of the longest wait we allow."""
+        return max(1.0, self.config.queue_deadline_s / 2)

@@ -1,0 +1,280 @@
+"""One request from admission to its last token, whatever happens to the workers on the way.
+
+Each choice runs *attempts*. An attempt reserves on a decode worker, prefills (there, or on a prefill worker that the
+decode worker pulls from) and passes tokens on. A lost worker ends the attempt; the next one starts with all that was
+emitted as known tokens. The journal drops what comes twice. There is nothing else to recover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from eagleray.core.errors import EagleRayError, InvalidRequest, ServiceUnavailable, WorkerLost
+from eagleray.core.messages import Accepted, RefusalKind, Submit, TokenOutput
+from eagleray.core.request import RequestSpec
+from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
+from eagleray.router.journal import EmissionGap, Journal
+from eagleray.router.view import Route
+from eagleray.router.worker_client import SubmitRefused, WorkerClient
+
+if TYPE_CHECKING:
+    from eagleray.router.coordinator import Coordinator
+
+_Item = TokenOutput | BaseException | None  # None: this choice has ended
+
+
+class RoutedGeneration:
+    """A ``router.service.Generation``: merges the choices of one request."""
+
+    def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
+        self._coordinator = coordinator
+        self.phases = PhaseClock(coordinator.clock)
+        self._spec = spec
+        self._items: asyncio.Queue[_Item] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_closed = False
+        self._first_token_s: float | None = None
+        self._num_output_tokens = 0
+        self._num_cached_tokens: int | None = None
+        self._answers = [
+            Answer(coordinator, msgspec.structs.replace(spec, choice=choice), self.phases if choice == 0 else None)
+            for choice in range(spec.sampling.n)
+        ]
+        self.account: TimeAccount | None = None
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        return self._outputs()
+
+    async def _outputs(self) -> AsyncIterator[TokenOutput]:
+        self._start(self._answers[0])
+        running, outcome = 1, "aborted"
+        try:
+            while running:
+                item = await self._items.get()
+                if isinstance(item, BaseException):
+                    outcome = "error"
+                    raise item
+                if item is None:
+                    running -= 1
+                    continue
+                if len(self._tasks) == 1 and len(self._answers) > 1:
+                    # The prompt is computed and cached now; the other choices find it.
+                    for answer in self._answers[1:]:
+                        self._start(answer)
+                    running += len(self._answers) - 1
+                self._note(item)
+                yield item
+            outcome = "aborted" if self._is_closed else "finished"
+        finally:
+            await self.aclose()
+            self._close_account(outcome)
+
+    async def aclose(self) -> None:
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, answer: Answer) -> None:
+        self._tasks.append(asyncio.create_task(self._follow(answer)))
+
+    async def _follow(self, answer: Answer) -> None:
+        try:
+            async for output in answer.run():
+                self._items.put_nowait(output)
+        except Exception as error:
+            self._items.put_nowait(error)
+        finally:
+            self._items.put_nowait(None)
+
+    def _note(self, output: TokenOutput) -> None:
+        self._coordinator.metrics.note_tokens(output)
+        self._num_output_tokens += len(output.token_ids)
+        if self._first_token_s is None:
+            self._first_token_s = self.phases.elapsed_s
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = output.num_cached_tokens
+
+    def _close_account(self, outcome: str) -> None:
+        if self.account is not None:
+            return
+        self.phases.mark(Phase.QUEUE if self._first_token_s is None else Phase.DECODE)
+        first = self._answers[0]
+        self.account = TimeAccount.from_phases(
+            self.phases.spent_s(),
+            total_s=self.phases.elapsed_s,
+            time_to_first_token_s=self._first_token_s,
+            num_prompt_tokens=self._spec.num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens or 0,
+            num_output_tokens=self._num_output_tokens,
+            prefill_worker=first.route.prefill if first.route else None,
+            decode_worker=first.route.decode if first.route else None,
+            attempts=first.num_attempts,
+            route_reason=first.route.reason if first.route else "",
+        )
+        self._coordinator.metrics.note_end(self.account, outcome)
+        self._coordinator.tracer.record(self._spec, self.phases, self.account, outcome)
+
+
+class Answer:
+    """One choice of a request: attempts until it has ended."""
+
+    def __init__(self, coordinator: Coordinator, spec: RequestSpec, phases: PhaseClock | None) -> None:
+        self._coordinator = coordinator
+        self._config = coordinator.config
+        self._phases = phases  # of the request's first choice; the others' time runs beside it
+        self._journal = Journal(spec, coordinator.clock.now_s())
+        self.num_attempts = 0
+        self.route: Route | None = None
+
+    async def run(self) -> AsyncIterator[TokenOutput]:
+        """New outputs in order, to the one with ``finish_reason``."""
+        while not self._journal.is_finished:
+            if self.num_attempts == self._config.max_attempts:
+                raise ServiceUnavailable(f"The request was lost by {self.num_attempts} workers in a row; try again later.")
+            self.num_attempts += 1
+            if self.num_attempts > 1:
+                self._coordinator.metrics.note_resumed()
+            attempt = Attempt(self._coordinator, self._journal.request.continuation(self._next_id()))
+            try:
+                self.route = await self._place(attempt)
+                self._coordinator.num_running += 1
+                try:
+                    async for output in attempt.outputs():
+                        self._mark(output)
+                        new = self._journal.take(output)
+                        if new is not None:
+                            yield new
+                        if self._journal.is_finished:
+                            break
+                finally:
+                    self._coordinator.num_running -= 1
+            except (WorkerLost, EmissionGap):
+                continue  # what was emitted is known; go on from there
+            finally:
+                attempt.end()
+
+    def _next_id(self) -> str:
+        spec = self._journal.request.spec
+        return f"{spec.request_id}.{spec.choice}.{self.num_attempts}"
+
+    async def _place(self, attempt: Attempt) -> Route:
+        """Find workers that accept, waiting for some if need be. Raises ``ServiceUnavailable`` after the deadline."""
+        clock, config = self._coordinator.clock, self._config
+        deadline_s = clock.now_s() + config.queue_deadline_s
+        excluded: set[str] = set()
+        refusal = "no worker is connected"
+        self._coordinator.num_queued += 1
+        try:
+            while True:
+                route = await self._coordinator.choose(self._journal.request, excluded)
+                if route is None:
+                    left_s = deadline_s - clock.now_s()
+                    if left_s <= 0:
+                        raise ServiceUnavailable(f"No worker could take the request in {config.queue_deadline_s} s: {refusal}.")
+                    excluded.clear()
+                    await self._coordinator.pool.wait_for_change(left_s)
+                    continue
+                try:
+                    await attempt.submit(route)
+                except (SubmitRefused, WorkerLost) as error:
+                    if isinstance(error, SubmitRefused) and error.kind is RefusalKind.INVALID:
+                        raise InvalidRequest(error.reason) from None
+                    refusal = error.reason
+                    excluded.add(error.worker_id)
+                    continue
+                if self._phases is not None:
+                    self._phases.mark(Phase.QUEUE)
+                return route
+        finally:
+            self._coordinator.num_queued -= 1
+
+    def _mark(self, output: TokenOutput) -> None:
+        """Attribute the time since the last output: as the worker says where it has just begun, else to decoding."""
+        if self._phases is None:
+            return
+        if output.timing is None:
+            self._phases.mark(Phase.DECODE)
+            return
+        computing = Phase.PREFILL if self._journal.request.num_output_tokens == 0 else Phase.DECODE
+        self._phases.mark(
+            Phase.NETWORK,
+            {
+                Phase.TRANSFER: output.timing.transfer_s,
+                Phase.QUEUE: output.timing.queue_s,
+                computing: output.timing.prefill_s,
+            },
+        )
+
+
+class Attempt:
+    """One try of one choice on one decode worker, with or without a prefill worker."""
+
+    def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
+        self._coordinator = coordinator
+        self._spec = spec
+        self._inbox: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
+        self._accepted: list[WorkerClient] = []
+
+    async def submit(self, route: Route) -> None:
+        """Reserve on the decode worker, then start the prefill. Raises ``SubmitRefused`` or ``WorkerLost``; then
+        nothing is left anywhere."""
+        workers = self._coordinator.pool.workers()
+        decode = workers.get(route.decode)
+        prefill = workers.get(route.prefill) if route.prefill is not None else None
+        if decode is None or (route.prefill is not None and prefill is None):
+            raise WorkerLost(route.decode if decode is None else str(route.prefill), "it has just gone")
+        try:
+            if prefill is None:
+                await self._submit(decode, Submit(self._spec))
+            else:
+                await self._submit(decode, Submit(self._spec, pull_from=prefill.welcome.region))
+                await self._submit(prefill, Submit(self._spec, hand_over=True))
+        except BaseException:
+            self.end()
+            raise
+        self._coordinator.note_submitted(
+            self._spec.request_id, (prefill or decode).welcome.worker_id, len(self._spec.token_ids)
+        )
+
+    async def _submit(self, client: WorkerClient, submit: Submit) -> Accepted:
+        is_decode = not submit.hand_over
+
+        def sink(item: TokenOutput | WorkerLost) -> None:
+            # A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing.
+            if is_decode or isinstance(item, TokenOutput):
+                self._inbox.put_nowait(item)
+
+        accepted = await client.submit(submit, sink)
+        self._accepted.append(client)
+        return accepted
+
+    async def outputs(self) -> AsyncIterator[TokenOutput]:
+        """Outputs of both workers as they come, doubles among them. Raises ``WorkerLost``."""
+        silence_s = self._coordinator.config.silence_deadline_s
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    item = await self._inbox.get()
+            except TimeoutError:
+                raise WorkerLost(self._accepted[0].welcome.worker_id, f"no token for {silence_s} s") from None
+            if isinstance(item, WorkerLost):
+                raise item
+            if item.error is not None:
+                raise EagleRayError(item.error)
+            self._coordinator.note_settled(item.request_id)
+            yield item
+
+    def end(self) -> None:
+        """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
+        self._coordinator.note_settled(self._spec.request_id)
+        for client in self._accepted:
+            try:
+                client.abort(self._spec.request_id)
+            except WorkerLost:
+                pass  # and the request with it
+        self._accepted.clear()

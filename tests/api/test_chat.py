@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from pydantic import TypeAdapter
+
+from eagleray.api.response_types import ChatCompletion
+
+
+async def content(answer_task) -> str:
+    return (await answer_task).json()["choices"][0]["message"]["content"]
+
+
+async def test_the_answer_has_openais_shape(ask):
+    answer = (await ask.chat(max_tokens=5)).json()
+    TypeAdapter(ChatCompletion).validate_python(answer)
+    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
+    assert answer["model"] == "fish" and abs(answer["created"] - time.time()) < 60
+    choice = answer["choices"][0]
+    assert choice["message"]["role"] == "assistant" and choice["message"]["refusal"] is None
+    assert len(choice["message"]["content"]) == 5 and choice["finish_reason"] == "length"
+    assert "system_fingerprint" not in answer
+
+
+async def test_usage_adds_up_and_reports_cached_tokens(ask, service):
+    service.script.num_cached_tokens = 16
+    usage = (await ask.chat(max_tokens=4, n=2)).json()["usage"]
+    assert usage["prompt_tokens"] == service.specs[0].num_prompt_tokens
+    assert usage["completion_tokens"] == 8
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 8
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+
+
+async def test_the_prompt_is_the_rendered_template(ask, service, tokenizer):
+    await ask.chat("Hi")
+    assert tokenizer.decode(service.specs[0].token_ids, False) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+async def test_both_names_of_the_output_limit_work(ask, field: str):
+    assert (await ask.chat(**{field: 3})).json()["usage"]["completion_tokens"] == 3
+
+
+async def test_without_a_limit_the_answer_may_fill_the_models_length(ask, service):
+    usage = (await ask.chat()).json()["usage"]
+    assert usage["total_tokens"] == 256
+
+
+async def test_an_answer_that_ends_by_itself_stops(ask, service):
+    service.script.answer = "Hello 👩‍👩‍👧!"
+    choice = (await ask.chat()).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello 👩‍👩‍👧!", "stop")
+
+
+async def test_temperature_zero_and_equal_seeds_repeat_and_others_vary(ask):
+    assert await content(ask.chat(temperature=0)) == await content(ask.chat(temperature=0))
+    assert await content(ask.chat(seed=1)) == await content(ask.chat(seed=1))
+    assert await content(ask.chat(seed=1)) != await content(ask.chat(seed=2))
+    assert await content(ask.chat()) != await content(ask.chat())
+
+
+async def test_n_gives_that_many_different_choices_in_order(ask):
+    choices = (await ask.chat(n=3, max_tokens=20)).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert len({choice["message"]["content"] for choice in choices}) == 3
+
+
+async def test_every_sampling_field_reaches_the_workers(ask, service):
+    fields = {
+        "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
+        "repetition_penalty": 1.5, "seed": 7, "stop": "x", "stop_token_ids": [5], "include_stop_str_in_output": True,
+        "ignore_eos": True, "min_tokens": 2, "max_tokens": 4, "skip_special_tokens": False, "prompt_logprobs": 1,
+    }  # fmt: skip
+    assert (await ask.chat(**fields, logit_bias={"7": -100}, logprobs=True, top_logprobs=2)).status_code == 200
+    sampling = service.specs[0].sampling
+    for name, value in (fields | {"stop": ("x",), "stop_token_ids": (5,)}).items():
+        assert getattr(sampling, name) == value, name
+    assert sampling.logit_bias == {7: -100} and sampling.logprobs == 2
+
+
+async def test_priority_salt_and_trace_travel_with_the_request(client, service, tokenizer):
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    body = {"model": "fish", "prompt": "a", "priority": -3, "cache_salt": "tenant"}
+    for header in (trace, "nonsense"):
+        await client.post("/v1/completions", json=body, headers={"traceparent": header})
+    spec = service.specs[0]
+    assert (spec.priority, spec.tenant_salt, spec.trace_parent) == (-3, "tenant", trace)
+    assert service.specs[1].trace_parent == ""
+    assert spec.eos_token_ids == tokenizer.eos_token_ids
+
+
+async def test_logit_bias_forces_a_token(ask, tokenizer):
+    token_id = tokenizer.encode("Z")[0]
+    assert await content(ask.chat(max_tokens=3, logit_bias={str(token_id): 100})) == "ZZZ"
+
+
+async def test_null_fields_are_defaults(ask, service):
+    fields = dict.fromkeys(["temperature", "top_p", "n", "stop", "seed", "stream", "tools", "logit_bias", "user"])
+    assert (await ask.chat(**fields, max_tokens=2)).status_code == 200
+    assert service.specs[0].sampling.temperature == 1.0
+
+
+async def test_openais_fields_without_effect_here_are_accepted(ask):
+    fields = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True,
+              "reasoning_effort": "low", "response_format": {"type": "text"}, "tool_choice": "none"}  # fmt: skip
+    assert (await ask.chat(**fields, max_tokens=1)).status_code == 200
+
+
+async def test_text_parts_history_developer_and_tool_messages_are_accepted(ask, service):
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    await ask.chat(parts, max_tokens=1)
+    await ask.chat("Hi", max_tokens=1)
+    assert service.specs[0].token_ids == service.specs[1].token_ids
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    ]
+    assert (await ask.chat(messages=messages, max_tokens=1)).status_code == 200
+
+
+async def test_the_last_message_can_be_continued(ask, service, tokenizer):
+    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Once upon"}]
+    await ask.chat(messages=messages, max_tokens=1, continue_final_message=True, add_generation_prompt=False)
+    assert tokenizer.decode(service.specs[0].token_ids, False).endswith("assistant\nOnce upon")
+
+
+async def test_timing_comes_when_asked_for(ask):
+    assert "timing" not in (await ask.chat(max_tokens=1)).json()
+    timing = (await ask.chat(max_tokens=1, return_timing=True)).json()["timing"]
+    phases = sum(timing[f"{phase}_s"] for phase in ("queue", "prefill", "transfer", "decode", "network"))
+    assert phases == pytest.approx(timing["total_s"])
+
+
+async def test_a_large_prompt_is_prepared_in_a_thread_and_answered_the_same(client, service, monkeypatch):
+    monkeypatch.setattr("eagleray.api.app.INLINE_BODY_BYTES", 0)
+    body = {"model": "fish", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    assert (await client.post("/v1/chat/completions", json=body)).json()["usage"]["completion_tokens"] == 2

@@ -1,0 +1,121 @@
+"""The worker's end of the direct channel: ingresses connect, submit and abort; tokens go out, one message per step.
+
+Runs an event loop in a thread of its own, so that neither a long step nor whatever else the process does delays it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from eagleray.core.messages import Abort, Hello, StepOutputs, Submit, ToIngress, ToWorker, Welcome
+from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+
+START_DEADLINE_S: Final = 10.0
+# An ingress that reads nothing while this much has piled up is gone for our purposes: it is cut off.
+MAX_UNSENT_BYTES: Final = 256 * 2**20
+
+
+class ChannelEvents(Protocol):
+    """What the channel tells its worker, on the channel's thread."""
+
+    def welcome(self) -> Welcome: ...
+
+    def submitted(self, connection: int, submit: Submit) -> None: ...
+
+    def aborted(self, connection: int, request_id: str) -> None: ...
+
+    def disconnected(self, connection: int) -> None: ...
+
+
+class Channel:
+    """Listens on ``host`` (port 0: any free one); ``send`` may be called from any thread."""
+
+    def __init__(self, events: ChannelEvents, host: str, port: int = 0) -> None:
+        self._events = events
+        self._host, self._port = host, port
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count(1)
+        self._loop = asyncio.new_event_loop()
+        self._server: asyncio.Server | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="channel", daemon=True)
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    def start(self) -> None:
+        self._thread.start()
+        self._call(self._listen)
+
+    def stop(self) -> None:
+        """Close the listener and every connection."""
+        if self._thread.is_alive():
+            self._call(self._close)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(START_DEADLINE_S)
+            self._loop.close()
+
+    def send(self, messages: dict[int, ToIngress]) -> None:
+        """Queue one message per connection; connections that are gone are skipped."""
+        self._loop.call_soon_threadsafe(self._write, messages)
+
+    def broadcast(self, message: StepOutputs) -> None:
+        """Queue one message for every connection."""
+        self._loop.call_soon_threadsafe(lambda: self._write(dict.fromkeys(self._writers, message)))
+
+    # ---- on the channel's thread
+
+    def _call(self, function: Callable[[], object]) -> None:
+        asyncio.run_coroutine_threadsafe(function(), self._loop).result(START_DEADLINE_S)  # type: ignore[arg-type]
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, self._host, self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _write(self, messages: dict[int, ToIngress]) -> None:
+        for connection, message in messages.items():
+            writer = self._writers.get(connection)
+            if writer is None or writer.is_closing():
+                continue
+            if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+                writer.transport.abort()
+            else:
+                writer.write(encode_frame(message))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = next(self._numbers)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        decoder = msgspec.msgpack.Decoder(ToWorker)
+        try:
+            if not isinstance(await read_frame(reader, decoder), Hello):
+                return
+            self._writers[connection] = writer
+            writer.write(encode_frame(self._events.welcome()))
+            while (message := await read_frame(reader, decoder)) is not None:
+                if isinstance(message, Submit):
+                    self._events.submitted(connection, message)
+                elif isinstance(message, Abort):
+                    self._events.aborted(connection, message.request_id)
+        except (ChannelError, asyncio.CancelledError):
+            pass  # either way the connection ends here, and its requests with it
+        finally:
+            self._tasks.discard(task)
+            if self._writers.pop(connection, None) is not None:
+                self._events.disconnected(connection)
+            writer.close()

@@ -1,0 +1,155 @@
+"""The ingress's end of the direct channel: one connection to one worker, shared by all its requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from eagleray.core.errors import WorkerLost
+from eagleray.core.messages import Abort, Accepted, Hello, Refused, StepOutputs, Submit, ToIngress, ToWorker, Welcome
+from eagleray.core.snapshot import WorkerSnapshot
+from eagleray.router.worker_client import Sink, SubmitRefused
+from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+
+
+class ChannelClient:
+    """A ``router.worker_client.WorkerClient`` over TCP. Made by ``connect``; lives until the connection ends or the
+    worker stays silent (not even a snapshot) for ``stall_deadline_s``: a stopped process does not close its sockets."""
+
+    def __init__(
+        self,
+        welcome: Welcome,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        submit_deadline_s: float,
+        stall_deadline_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.welcome = welcome
+        self.snapshot: WorkerSnapshot = welcome.snapshot
+        self._reader, self._writer = reader, writer
+        self._submit_deadline_s, self._stall_deadline_s = submit_deadline_s, stall_deadline_s
+        self._on_change = on_change
+        self._sinks: dict[str, Sink] = {}
+        self._replies: dict[str, asyncio.Future[Accepted | Refused]] = {}
+        self._lost: WorkerLost | None = None
+        self._task = asyncio.create_task(self._read())
+
+    @classmethod
+    async def connect(
+        cls,
+        address: str,
+        ingress_id: str,
+        *,
+        submit_deadline_s: float,
+        stall_deadline_s: float,
+        on_change: Callable[[], None],
+    ) -> ChannelClient:
+        """Raises ``WorkerLost`` when the worker does not answer before ``submit_deadline_s``."""
+        host, _, port = address.rpartition(":")
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(submit_deadline_s):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(encode_frame(Hello(ingress_id)))
+                welcome = await read_frame(reader, msgspec.msgpack.Decoder(ToIngress))
+        except (OSError, TimeoutError, ChannelError) as error:
+            if writer is not None:
+                writer.close()
+            raise WorkerLost(address, f"no connection: {error or 'no answer in time'}") from None
+        if not isinstance(welcome, Welcome):
+            writer.close()
+            raise WorkerLost(address, "the other side is not a worker")
+        return cls(
+            welcome,
+            reader,
+            writer,
+            submit_deadline_s=submit_deadline_s,
+            stall_deadline_s=stall_deadline_s,
+            on_change=on_change,
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost is not None
+
+    async def submit(self, submit: Submit, sink: Sink) -> Accepted:
+        request_id = submit.spec.request_id
+        reply = self._replies[request_id] = asyncio.get_running_loop().create_future()
+        self._sinks[request_id] = sink
+        accepted = False
+        try:
+            self._send(submit)
+            async with asyncio.timeout(self._submit_deadline_s):
+                answer = await reply
+            if isinstance(answer, Refused):
+                raise SubmitRefused(self.welcome.worker_id, answer.kind, answer.reason)
+            accepted = True
+            return answer
+        except TimeoutError:
+            raise WorkerLost(self.welcome.worker_id, f"no answer to a submit in {self._submit_deadline_s} s") from None
+        finally:
+            self._replies.pop(request_id, None)
+            if not accepted:
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        if self._sinks.pop(request_id, None) is not None and self._lost is None:
+            self._send(Abort(request_id))
+
+    async def aclose(self) -> None:
+        """End the connection; the worker aborts what was left."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _send(self, message: ToWorker) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._writer.write(encode_frame(message))
+
+    async def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ToIngress)
+        reason = "the connection closed"
+        try:
+            while True:
+                async with asyncio.timeout(self._stall_deadline_s):
+                    message = await read_frame(self._reader, decoder)
+                if message is None:
+                    break
+                self._take(message)
+        except TimeoutError:
+            reason = f"silent for {self._stall_deadline_s} s"
+        except ChannelError as error:
+            reason = str(error)
+        finally:
+            self._writer.transport.abort()
+            self._give_up(WorkerLost(self.welcome.worker_id, reason))
+
+    def _take(self, message: Welcome | Accepted | Refused | StepOutputs) -> None:
+        if isinstance(message, Accepted | Refused):
+            reply = self._replies.get(message.request_id)
+            if reply is not None and not reply.done():
+                reply.set_result(message)
+        elif isinstance(message, StepOutputs):
+            for output in message.outputs:
+                sink = self._sinks.get(output.request_id)
+                if sink is not None:
+                    if output.finish_reason is not None:
+                        del self._sinks[output.request_id]
+                    sink(output)
+            if message.snapshot is not None:
+                self.snapshot = message.snapshot
+                self._on_change()
+
+    def _give_up(self, lost: WorkerLost) -> None:
+        self._lost = lost
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(lost)
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(lost)
+        self._on_change()

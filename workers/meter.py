@@ -1,0 +1,35 @@
+"""What a worker measures of itself: smoothed rates and totals, for its snapshot."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from eagleray.engine.engine import StepOutcome
+
+_SMOOTHING: Final = 0.2  # weight of the newest step
+
+
+class StepMeter:
+    """Smoothed speed of steps. Used by the step thread only."""
+
+    def __init__(self) -> None:
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+        self.cached_tokens_total = 0
+        self.prompt_tokens_total = 0
+        self.output_tokens_total = 0
+        self.steps_total = 0
+
+    def note(self, outcome: StepOutcome, step_s: float) -> None:
+        self.steps_total += 1
+        for output in outcome.outputs:
+            self.output_tokens_total += len(output.token_ids)
+            self.cached_tokens_total += output.num_cached_tokens or 0
+        if outcome.decode_only:
+            self.decode_step_s = _smoothed(self.decode_step_s, step_s)
+        elif step_s > 0:
+            self.prefill_tokens_per_s = _smoothed(self.prefill_tokens_per_s, outcome.num_computed_tokens / step_s)
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if old == 0.0 else old + _SMOOTHING * (new - old)

@@ -1,0 +1,81 @@
+"""The step thread: the only thread that touches an engine. Everything else sends it commands."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from eagleray.core.clock import Clock
+from eagleray.engine.engine import Engine, StepOutcome
+
+Command = Callable[[Engine], None]
+
+# While there is nothing to compute the thread looks up this often, to let the worker tell that it lives.
+IDLE_TICK_S: Final = 0.1
+
+
+class StepLoop:
+    """Runs ``engine.step`` while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its thread;
+    ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        on_step: Callable[[StepOutcome, float], None],
+        on_tick: Callable[[], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._on_step, self._on_tick, self._on_failure = on_step, on_tick, on_failure
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, command: Command) -> None:
+        """Have ``command(engine)`` run between two steps. From any thread; returns at once."""
+        self._commands.put(command)
+
+    def stop(self, deadline_s: float) -> None:
+        self._stopping.set()
+        self.call(lambda engine: None)
+        if self._thread.is_alive():
+            self._thread.join(deadline_s)
+
+    def _run(self) -> None:
+        try:
+            idle = True
+            while not self._stopping.is_set():
+                self._run_commands(wait=idle)
+                self._on_tick()
+                idle = not self._engine.has_work or self._step()
+        except BaseException as error:
+            self._on_failure(error)
+
+    def _step(self) -> bool:
+        """One step; True when there was nothing that could be scheduled."""
+        start_s = self._clock.now_s()
+        outcome = self._engine.step()
+        if not outcome.is_idle:
+            self._on_step(outcome, self._clock.now_s() - start_s)
+        return outcome.is_idle
+
+    def _run_commands(self, wait: bool) -> None:
+        """All commands that are there; with ``wait``, give the first one a while to come."""
+        try:
+            command = self._commands.get(timeout=IDLE_TICK_S) if wait else self._commands.get_nowait()
+            while True:
+                command(self._engine)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass
