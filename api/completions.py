@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from eagleray.api.answer import Answer, Choice
 from eagleray.api.context import ApiContext
@@ -125,8 +125,8 @@ def _prompt_list(given: str | list[str] | list[int] | list[list[int]]) -> list[s
     if not given:
         raise InvalidRequest("prompt: is empty; give at least one prompt.", param="prompt")
     if isinstance(given[0], int):
-        return [cast(list[int], given)]
-    return cast(list[str] | list[list[int]], given)
+        return [given]
+    return given
 
 
 def _num_logprobs(body: CompletionRequest) -> int | None:

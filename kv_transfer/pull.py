@@ -75,6 +75,7 @@ class Pull:
         self._skipped: list[str] = []
         self._is_cancelled = False
         self._reason = ""
+        self._lost: TransferError | None = None  # the connection, while announced blocks are still being read
         self._last_announced_s: float | None = None
         self._idle_since_s = receiver.clock.now_s()
 
@@ -95,7 +96,9 @@ class Pull:
         try:
             link = self._link or self._connect()
             while not (self._session.is_complete or self._is_cancelled):
-                if not (self._take_frames(link) or self._read_piece(link)):
+                if not (self._take_frame(link) or self._read_piece(link)):
+                    if self._lost is not None:
+                        raise self._lost
                     self._idle_since_s = self._receiver.clock.now_s()
                     return True
         except (TransferError, OSError) as error:
@@ -140,9 +143,15 @@ class Pull:
         link.send(Subscribe(order.request_id, source.epoch, receiver.layout_digest, order.first_block))
         return link
 
-    def _take_frames(self, link: Link) -> bool:
-        """Take in one frame if there is one."""
-        frame = link.poll_frame()
+    def _take_frame(self, link: Link) -> bool:
+        """Take in one frame if there is one. Blocks announced before a source died may still be in reach."""
+        if self._lost is not None:
+            return False
+        try:
+            frame = link.poll_frame()
+        except TransferError as error:
+            self._lost = error
+            return False
         if isinstance(frame, Announcement):
             self._session.announced(frame)
             if frame.is_last:
@@ -169,7 +178,7 @@ class Pull:
                     f"{notice.fingerprint.hex()}: it was changed on the way or at its source"
                 )
             self._session.verified(notice)
-        if not self._session.is_complete:
+        if not (self._session.is_complete or self._lost):
             link.send(Received(self._session.num_verified))
         return True
 

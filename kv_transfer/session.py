@@ -256,10 +256,10 @@ class PullSession:
 
     def announced(self, announcement: Announcement) -> None:
         """Take in an announcement; repeated ones are harmless. Raises ``TransferError`` when it cannot go on."""
+        if announcement.error:  # before the id, which a refusal may lack
+            raise TransferError(f"source: {announcement.error}")
         if announcement.request_id != self._request_id:
             raise TransferError(f"announcement of request {announcement.request_id} on {self._request_id}'s connection")
-        if announcement.error:
-            raise TransferError(f"source: {announcement.error}")
         for notice in announcement.blocks:
             if not 0 <= notice.index - self._first_block < self._num_reserved:
                 raise TransferError(

@@ -81,6 +81,9 @@ class FakeGeneration:
         return self._outputs()
 
     async def aclose(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._is_open:
             self._is_open = False
             self._service._closed(self._num_output_tokens)
@@ -110,6 +113,7 @@ class FakeGeneration:
             num_cached_tokens=self._script.num_cached_tokens, num_output_tokens=self._num_output_tokens,
             prefill_worker="prefill-0", decode_worker="decode-0", attempts=1,
         )  # fmt: skip
+        self._close()
 
     def _choice(self, choice: int) -> Iterator[TokenOutput]:
         """The outputs of one choice, each of ``tokens_per_output`` tokens but perhaps the last."""

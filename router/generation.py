@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from eagleray.core.errors import EagleRayError, InvalidRequest, ServiceUnavailable, WorkerLost
-from eagleray.core.messages import Accepted, RefusalKind, Submit, TokenOutput
+from eagleray.core.messages import RefusalKind, Submit, TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
-from eagleray.router.journal import EmissionGap, Journal
+from eagleray.router.journal import Journal
 from eagleray.router.view import Route
 from eagleray.router.worker_client import SubmitRefused, WorkerClient
 
@@ -128,6 +128,7 @@ class Answer:
         self._config = coordinator.config
         self._phases = phases  # of the request's first choice; the others' time runs beside it
         self._journal = Journal(spec, coordinator.clock.now_s())
+        self._num_tries = 0
         self.num_attempts = 0
         self.route: Route | None = None
 
@@ -139,30 +140,30 @@ class Answer:
             self.num_attempts += 1
             if self.num_attempts > 1:
                 self._coordinator.metrics.note_resumed()
-            attempt = Attempt(self._coordinator, self._journal.request.continuation(self._next_id()))
+            attempt = await self._place()
             try:
-                self.route = await self._place(attempt)
                 self._coordinator.num_running += 1
                 try:
-                    async for output in attempt.outputs():
+                    async for output in attempt.outputs(self._journal):
                         self._mark(output)
-                        new = self._journal.take(output)
-                        if new is not None:
+                        for new in self._journal.take(output):
                             yield new
-                        if self._journal.is_finished:
-                            break
                 finally:
                     self._coordinator.num_running -= 1
-            except (WorkerLost, EmissionGap):
+            except WorkerLost:
                 continue  # what was emitted is known; go on from there
             finally:
                 attempt.end()
+                self._journal.forget_early()
 
-    def _next_id(self) -> str:
+    def _new_attempt(self) -> Attempt:
+        """Each try has an id of its own: what a refused or lost one left on a worker may still be going away."""
+        self._num_tries += 1
         spec = self._journal.request.spec
-        return f"{spec.request_id}.{spec.choice}.{self.num_attempts}"
+        request_id = f"{spec.request_id}.{spec.choice}.{self._num_tries}"
+        return Attempt(self._coordinator, self._journal.request.continuation(request_id))
 
-    async def _place(self, attempt: Attempt) -> Route:
+    async def _place(self) -> Attempt:
         """Find workers that accept, waiting for some if need be. Raises ``ServiceUnavailable`` after the deadline."""
         clock, config = self._coordinator.clock, self._config
         deadline_s = clock.now_s() + config.queue_deadline_s
@@ -179,6 +180,7 @@ class Answer:
                     excluded.clear()
                     await self._coordinator.pool.wait_for_change(left_s)
                     continue
+                attempt = self._new_attempt()
                 try:
                     await attempt.submit(route)
                 except (SubmitRefused, WorkerLost) as error:
@@ -189,7 +191,8 @@ class Answer:
                     continue
                 if self._phases is not None:
                     self._phases.mark(Phase.QUEUE)
-                return route
+                self.route = route
+                return attempt
         finally:
             self._coordinator.num_queued -= 1
 
@@ -241,33 +244,37 @@ class Attempt:
             self._spec.request_id, (prefill or decode).welcome.worker_id, len(self._spec.token_ids)
         )
 
-    async def _submit(self, client: WorkerClient, submit: Submit) -> Accepted:
-        is_decode = not submit.hand_over
-
-        def sink(item: TokenOutput | WorkerLost) -> None:
-            # A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing.
-            if is_decode or isinstance(item, TokenOutput):
-                self._inbox.put_nowait(item)
-
-        accepted = await client.submit(submit, sink)
+    async def _submit(self, client: WorkerClient, submit: Submit) -> None:
+        await client.submit(submit, self._inbox.put_nowait)
         self._accepted.append(client)
-        return accepted
 
-    async def outputs(self) -> AsyncIterator[TokenOutput]:
-        """Outputs of both workers as they come, doubles among them. Raises ``WorkerLost``."""
-        silence_s = self._coordinator.config.silence_deadline_s
-        while True:
+    async def outputs(self, journal: Journal) -> AsyncIterator[TokenOutput]:
+        """Outputs of both workers as they come, until ``journal`` has all; doubles and early ones among them.
+
+        A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing. Only
+        if it had taken over already, and the first token was lost on its way here, nobody will say that token again.
+
+        Raises ``WorkerLost``.
+        """
+        decode_id, silence_s = self._accepted[0].welcome.worker_id, self._coordinator.config.silence_deadline_s
+        prefill_lost: WorkerLost | None = None
+        while not journal.is_finished:
             try:
                 async with asyncio.timeout(silence_s):
                     item = await self._inbox.get()
             except TimeoutError:
-                raise WorkerLost(self._accepted[0].welcome.worker_id, f"no token for {silence_s} s") from None
-            if isinstance(item, WorkerLost):
+                raise WorkerLost(decode_id, f"no token for {silence_s} s") from None
+            if isinstance(item, TokenOutput):
+                if item.error is not None:
+                    raise EagleRayError(item.error)
+                self._coordinator.note_settled(item.request_id)
+                yield item
+            elif item.worker_id == decode_id:
                 raise item
-            if item.error is not None:
-                raise EagleRayError(item.error)
-            self._coordinator.note_settled(item.request_id)
-            yield item
+            else:
+                prefill_lost = item
+            if prefill_lost is not None and journal.has_gap:
+                raise prefill_lost
 
     def end(self) -> None:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""

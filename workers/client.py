@@ -100,6 +100,10 @@ class ChannelClient:
         if self._sinks.pop(request_id, None) is not None and self._lost is None:
             self._send(Abort(request_id))
 
+    async def wait_lost(self) -> None:
+        """Return when the connection has ended."""
+        await asyncio.wait([self._task])
+
     async def aclose(self) -> None:
         """End the connection; the worker aborts what was left."""
         self._task.cancel()

@@ -78,7 +78,7 @@ class SharedMemoryReader:
                 np.copyto(np.frombuffer(view, np.uint8), self._data[start : start + size])
 
     def close(self) -> None:
-        self._data = self._data[:0]
+        self._data = np.empty(0, np.uint8)  # not a slice, which would keep the mapping
 
 
 def _path(ref: SharedMemoryRef) -> str:

@@ -70,9 +70,10 @@ async def test_n_gives_that_many_different_choices_in_order(ask):
 
 async def test_every_sampling_field_reaches_the_workers(ask, service):
     fields = {
-        "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
-        "repetition_penalty": 1.5, "seed": 7, "stop": "x", "stop_token_ids": [5], "include_stop_str_in_output": True,
-        "ignore_eos": True, "min_tokens": 2, "max_tokens": 4, "skip_special_tokens": False, "prompt_logprobs": 1,
+        "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7, "stop": "x", "max_tokens": 4,
+        "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5, "stop_token_ids": [5],
+        "include_stop_str_in_output": True, "ignore_eos": True, "min_tokens": 2, "skip_special_tokens": False,
+        "prompt_logprobs": 1,
     }  # fmt: skip
     assert (await ask.chat(**fields, logit_bias={"7": -100}, logprobs=True, top_logprobs=2)).status_code == 200
     sampling = service.specs[0].sampling

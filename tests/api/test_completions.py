@@ -17,9 +17,8 @@ async def test_the_answer_has_openais_shape_and_sixteen_tokens_by_default(ask):
 
 async def test_a_string_and_its_token_ids_are_the_same_prompt(ask, tokenizer):
     ids = tokenizer.encode("Once")
-    texts = {
-        (await ask.complete(prompt, seed=1)).json()["choices"][0]["text"] for prompt in ("Once", ids, [ids], ["Once"])
-    }
+    answers = [(await ask.complete(prompt, seed=1)).json() for prompt in ("Once", ids, [ids], ["Once"])]
+    texts = {answer["choices"][0]["text"] for answer in answers}
     assert len(texts) == 1
 
 

@@ -79,12 +79,8 @@ async def test_a_request_id_that_no_header_should_carry_is_replaced(client):
 async def test_a_wrong_or_missing_key_is_401_where_a_key_is_asked_for(service, tokenizer):
     app = create_app(service, tokenizer, chatml_template(), ApiSettings("m", 1000, 0, api_key="s3cret"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        for headers, status in (
-            ({}, 401),
-            ({"authorization": "Bearer no"}, 401),
-            ({"authorization": "Bearer s3cret"}, 200),
-        ):
-            answer = await client.get("/v1/models", headers=headers)
+        for authorization, status in (("", 401), ("Bearer no", 401), ("Basic s3cret", 401), ("Bearer s3cret", 200)):
+            answer = await client.get("/v1/models", headers={"authorization": authorization})
             assert answer.status_code == status
         assert (await client.get("/health")).status_code == 200
 

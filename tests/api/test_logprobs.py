@@ -54,9 +54,8 @@ async def test_completion_logprobs_are_lists_of_one_length_with_offsets_into_the
     assert choice["text"][lists["text_offset"][-1] :] == "b"
     assert (lists["token_logprobs"][0] is None) == echo and (lists["top_logprobs"][0] is None) == echo
     assert None not in lists["token_logprobs"][1:]
-    streamed = [
-        chunk["choices"][0]["logprobs"] for chunk in chunks((await ask.complete("aé", **fields, stream=True)).text)
-    ]
+    stream = await ask.complete("aé", **fields, stream=True)
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks(stream.text)]
     for name, values in lists.items():
         assert [value for part in streamed for value in part[name]] == values
 

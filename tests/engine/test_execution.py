@@ -286,6 +286,20 @@ def test_number_of_blocks_follows_the_memory_and_too_little_is_refused():
         num_blocks_for(layout, layout.block_bytes)
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_on_a_cpu_the_dtype_is_float32_unless_another_is_chosen(
+    checkpoint: Path, tmp_path: Path, wanted: str, expected: str
+):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "bfloat16"}))
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    executor = build_executor(ModelConfigSection(path=str(tmp_path), dtype=wanted), engine, num_threads=1)
+    spec = make_spec("a")
+    assert "a" in run_step(executor, make_run(spec, [0, 1, 2], list(spec.token_ids), 0, 11)).sampled
+    executor.close()
+    assert executor.layout.groups[0].dtype == expected
+
+
 def test_length_limit_is_the_models_the_users_or_the_pools(checkpoint: Path):
     def limit(num_blocks: int, wanted: int | None) -> int:
         engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=num_blocks)

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-upper-layers-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen2-yarn": ("qwen2", {"rope_parameters": {**YARN, "rope_theta": 10000.0}}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": {**YARN, "rope_theta": 20.0}}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
     "qwen3-yarn-mscale": ("qwen3", {"head_dim": 16, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),

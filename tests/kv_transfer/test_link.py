@@ -58,13 +58,13 @@ def test_a_frame_arrives_as_it_was_sent(ends: tuple[socket.socket, Link], frame:
 
 def test_frames_that_come_in_small_pieces_are_put_together(ends: tuple[socket.socket, Link]) -> None:
     raw, link = ends
+    arrived: list[Frame] = []
     for byte in b"".join(encode_frame(frame) for frame in FRAMES):
-        assert len(FRAMES) > 0
         raw.sendall(bytes([byte]))
         frame = link.poll_frame()
         if frame is not None:
-            assert frame == FRAMES.pop(0)
-    assert not FRAMES
+            arrived.append(frame)
+    assert arrived == FRAMES
 
 
 def test_raw_bytes_go_into_place_and_frames_before_them_are_kept(ends: tuple[socket.socket, Link]) -> None:
@@ -79,7 +79,7 @@ def test_raw_bytes_go_into_place_and_frames_before_them_are_kept(ends: tuple[soc
 
 def test_a_connection_closed_within_a_frame_is_an_error(ends: tuple[socket.socket, Link]) -> None:
     raw, link = ends
-    raw.sendall(encode_frame(FRAMES[0])[:-1] if FRAMES else b"\0\0\0\5ab")
+    raw.sendall(encode_frame(FRAMES[0])[:-1])
     raw.close()
     with pytest.raises(TransferError, match="peer closed the connection"):
         link.wait_for(Subscribe)

@@ -233,6 +233,7 @@ def test_verified_blocks_justify_their_tokens() -> None:
     [
         (Announcement("other", (), 0), "announcement of request other"),
         (Announcement("r", error="prefill failed"), "prefill failed"),
+        (Announcement("", error="epoch 2 is not epoch 1"), "source: epoch 2 is not"),
         (Announcement("r", (notice(0),), 4), "block 0; reserved here are 3 from block 1"),
         (Announcement("r", (notice(4),), 20), "block 4; reserved here are 3"),
         (Announcement("r", (notice(1), notice(3)), 16, is_last=True), "never block 2"),

@@ -1,0 +1,59 @@
+"""What building either kind of worker has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from eagleray.core.clock import Clock
+from eagleray.core.config import EngineConfig, TransferConfig
+from eagleray.core.kv_layout import KVLayout
+from eagleray.core.kv_region import KVRegion, SharedMemoryRef
+from eagleray.engine.engine import EngineExecutor
+from eagleray.engine.outputs import TextStreamFactory
+from eagleray.engine.scheduling.plan import StepHandle, StepPlan
+from eagleray.kv_transfer.transport import BlockStore
+from eagleray.workers.worker import CacheListener
+
+
+class WorkerKV(BlockStore, Protocol):
+    """A worker's KV pool, as far as others read it."""
+
+    group_offsets: tuple[int, ...]
+
+    def shared_memory_ref(self) -> SharedMemoryRef | None: ...
+
+
+class WorkerExecutor(EngineExecutor, Protocol):
+    kv: WorkerKV
+    layout: KVLayout
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerParts:
+    """What a worker is made of, whatever its role."""
+
+    worker_id: str
+    epoch: int  # a new one for each incarnation
+    executor: WorkerExecutor
+    engine: EngineConfig
+    transfer: TransferConfig
+    new_text_stream: TextStreamFactory
+    clock: Clock
+    host: str = "127.0.0.1"
+    cache_listener: CacheListener | None = None
+
+    def region(self) -> KVRegion:
+        """The worker's pool as told to others, before it has an address."""
+        executor = self.executor
+        return KVRegion(
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            layout=executor.layout,
+            num_blocks=executor.num_blocks,
+            group_offsets=tuple(executor.kv.group_offsets),
+            address=f"{self.host}:0",
+            shared_memory=executor.kv.shared_memory_ref(),
+        )
