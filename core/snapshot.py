@@ -18,6 +18,7 @@ class WorkerSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     role: Role
     epoch: int
+    pid: int = 0  # of the worker's process, on its host
     num_waiting: int = 0
     num_running: int = 0
     num_reserved: int = 0  # decode: leases whose KV is still on its way

@@ -113,6 +113,8 @@ class Engine:
         """A reservation's KV is in up to ``num_computed_tokens``; go on from there. Unknown requests were aborted."""
         request = self._scheduler.get(request_id)
         if request is not None and request.state is RequestState.RESERVED:
+            if request.spec.sampling.prompt_logprobs is not None and not token_ids:
+                num_computed_tokens = 0  # they come from computing the prompt, not from its KV
             self._outputs[request_id].note_committed(token_ids, transfer_s)
             self._scheduler.commit(request, num_computed_tokens, token_ids)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +96,7 @@ class LLM:
         config = parse_config({"model": section, "decode": {"engine": engine}})
         self._build(config.model, config.decode.engine, num_threads, progress)
         self._random = random.Random(seed)
-        self._num_requests = 0
+        self._request_numbers = itertools.count()
 
     def _build(
         self,
@@ -104,9 +106,10 @@ class LLM:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._tokenizer = Tokenizer.from_folder(model.folder)
-        self._template = ChatTemplate.from_folder(model.folder)
-        executor = build_executor(model, engine, num_threads=num_threads, shared_kv=False, progress=progress)
-        self._eos_token_ids = tuple(executor.model_config.eos_token_ids)
+        self._template = ChatTemplate.from_folder(model.folder, self._tokenizer)
+        executor = build_executor(model, engine, num_threads=num_threads, progress=progress)
+        self._vocab_size = executor.model_config.vocab_size
+        self._orders_by_priority = engine.scheduling_policy == "priority"
         self.engine = Engine(executor, engine, SystemClock(), self._new_text)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -120,15 +123,23 @@ class LLM:
         use_tqdm: bool = False,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answer all prompts, batched; outputs in the order of the prompts. ``use_tqdm`` shows progress.
+        """Answer all prompts, batched; outputs in the order of the prompts.
 
-        Raises ``InvalidRequest`` naming the field, before anything is computed.
+        Args:
+            prompts: one prompt or several: text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``.
+            sampling_params: for all prompts, or one for each; default ``SamplingParams()``.
+            use_tqdm: show on standard error how many prompts are answered.
+            priority: one number per prompt, the smaller the sooner; needs ``scheduling_policy="priority"``.
+
+        Raises ``InvalidRequest`` naming the field, before anything is computed. Whatever else ends it early, be it
+        ``KeyboardInterrupt``, all its blocks are free afterwards.
         """
         prompt_list = _as_list(prompts)
         params = _one_each(sampling_params, len(prompt_list))
+        priorities = self._priorities(priority, len(prompt_list))
         batch = _Batch(self._tokenizer)
-        for index, (prompt, sampling) in enumerate(zip(prompt_list, params, strict=True)):
-            batch.add(self._specs(prompt, sampling, priority[index] if priority else 0), _text_of(prompt))
+        for prompt, sampling, rank in zip(prompt_list, params, priorities, strict=True):
+            batch.add(self._specs(prompt, sampling, rank), _text_of(prompt))
         self._run(batch, use_tqdm)
         return batch.outputs
 
@@ -139,32 +150,57 @@ class LLM:
         *,
         use_tqdm: bool = False,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Apply the model's chat template to each conversation and generate."""
-        conversations: list[Messages] = [messages] if isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
-        prompts = [
-            self._tokenizer.encode(
-                self._template.render(conversation, add_generation_prompt=add_generation_prompt), add_special_tokens=False
+        """Answer one conversation or several, each rendered by the model's chat template. Raises as ``generate``."""
+        if not messages:
+            raise InvalidRequest("messages: is empty; give at least one message.", param="messages")
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        texts = [
+            self._template.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                variables=chat_template_kwargs,
             )
             for conversation in conversations
         ]
-        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm)
+        # The template has written the special tokens already.
+        prompts = [
+            {"prompt": text, "prompt_token_ids": self._tokenizer.encode(text, add_special_tokens=False)}
+            for text in texts
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     # ---- parts
+
+    def _priorities(self, priority: Sequence[int] | None, count: int) -> Sequence[int]:
+        if priority is None:
+            return [0] * count
+        if not self._orders_by_priority:
+            message = "priority: the scheduling policy ignores it; construct LLM(..., scheduling_policy='priority')."
+            raise InvalidRequest(message, param="priority")
+        if len(priority) != count:
+            message = f"priority: {len(priority)} given for {count} prompts; give one for each prompt."
+            raise InvalidRequest(message, param="priority")
+        return priority
 
     def _specs(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> list[RequestSpec]:
         """One spec per answer; the n answers of a prompt share its seed and differ by ``choice``."""
         token_ids = self._token_ids(prompt)
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=self._random.getrandbits(62))
-        self._num_requests += 1
+        number = next(self._request_numbers)
         return [
             RequestSpec(
-                request_id=f"{self._num_requests}.{choice}",
+                request_id=f"{number}.{choice}",
                 token_ids=token_ids,
                 num_prompt_tokens=len(token_ids),
                 sampling=sampling,
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=self._tokenizer.eos_token_ids,
                 choice=choice,
                 priority=priority,
             )
@@ -172,13 +208,12 @@ class LLM:
         ]
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, Mapping):
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-        token_ids = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        content = _content_of(prompt)
+        token_ids = tuple(self._tokenizer.encode(content) if isinstance(content, str) else content)
         for token_id in token_ids:
-            if not 0 <= token_id < self._tokenizer.vocab_size:
+            if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequest(
-                    f"prompt_token_ids: {token_id} is outside the vocabulary of {self._tokenizer.vocab_size} tokens.",
+                    f"prompt_token_ids: {token_id} is outside the vocabulary of {self._vocab_size} tokens.",
                     param="prompt_token_ids",
                 )
         return token_ids
@@ -223,7 +258,7 @@ class _Batch:
         self._ready.append(specs[0])  # the other answers start when the prompt is cached
         self.outputs.append(
             RequestOutput(
-                request_id=specs[0].request_id.split(".")[0],
+                request_id=specs[0].request_id.partition(".")[0],
                 prompt=prompt_text,
                 prompt_token_ids=list(specs[0].token_ids),
                 outputs=[CompletionOutput(index=spec.choice) for spec in specs],
@@ -246,7 +281,7 @@ class _Batch:
             self._ready.extend(self._specs[index][1:])
             request.num_cached_tokens = output.num_cached_tokens or 0
             if output.prompt_logprobs is not None:
-                request.prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
+                request.prompt_logprobs = [entry and self._entry(entry) for entry in output.prompt_logprobs]
         answer.token_ids.extend(output.token_ids)
         answer.text += "".join(output.texts)
         for entry in output.logprobs or ():
@@ -262,48 +297,52 @@ class _Batch:
         def decoded(token_id: int) -> str:
             return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+        chosen = {entry.token_id: Logprob(entry.logprob, entry.rank, decoded(entry.token_id))}  # first, as in vLLM
         alternatives = {
             token_id: Logprob(logprob, rank, decoded(token_id))
             for rank, (token_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
         }
-        alternatives.setdefault(entry.token_id, Logprob(entry.logprob, entry.rank, decoded(entry.token_id)))
-        return alternatives
+        return chosen | alternatives
 
 
-class _progress_bar:
-    """Context of a bar on standard error that counts finished requests, or of nothing."""
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Gives what counts further answered prompts, on a bar on standard error if ``show``."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.console import Console  # not needed by most uses
+    from rich.progress import Progress
 
-    def __init__(self, total: int, show: bool) -> None:
-        self._total, self._show = total, show
-
-    def __enter__(self) -> Callable[[int], None]:
-        if not self._show:
-            return lambda count: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True))
-        self._bar.start()
-        task = self._bar.add_task("requests", total=self._total)
-        return lambda count: self._bar.advance(task, count)
-
-    def __exit__(self, *_: object) -> None:
-        if self._show:
-            self._bar.stop()
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("prompts", total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt may be text, a mapping or a list of token ids; anything else is a list of prompts."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # type: ignore[list-item]
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and isinstance(listed[0], int) else listed
+
+
+def _content_of(prompt: Prompt) -> str | Sequence[int]:
+    """Text or token ids. Raises ``InvalidRequest`` for anything else."""
+    content: Any = prompt
+    if isinstance(prompt, Mapping):
+        content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and all(isinstance(token_id, int) for token_id in content):
+        return content
+    message = f"prompt={prompt!r:.80}: give text, token ids, {{'prompt': text}} or {{'prompt_token_ids': ids}}."
+    raise InvalidRequest(message, param="prompt")
 
 
 def _text_of(prompt: Prompt) -> str | None:
-    if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt", ())
-    return prompt if isinstance(prompt, str) else None
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return text if isinstance(text, str) else None
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -56,14 +56,15 @@ class RequestOutputs:
         self._first_scheduled_s: float | None = None
         self._transfer_s = 0.0
         self._sent_first = False
-        self._prompt_logprobs: list[TokenLogprobs | None] | None = (
-            None if request.spec.sampling.prompt_logprobs is None else [None]
-        )
+        wants_prompt_logprobs = request.spec.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wants_prompt_logprobs else None
         text.replay(request.token_ids[request.spec.num_prompt_tokens :])
 
     def note_committed(self, token_ids: tuple[int, ...], transfer_s: float) -> None:
         """KV came from another worker, which emitted ``token_ids``: the wait for a step begins now."""
         self._text.replay(list(token_ids))
+        if token_ids:
+            self._prompt_logprobs = None  # they went out with the first token
         self._transfer_s = transfer_s
         self._accepted_s = self._clock.now_s()
 
@@ -74,8 +75,8 @@ class RequestOutputs:
     def note_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> None:
         """Log-probabilities of prompt tokens ``start + 1`` on; a recomputed run says again what is known."""
         collected = self._prompt_logprobs
-        if collected is not None and len(collected) == start + 1:
-            collected.extend(logprobs)
+        if collected is not None:
+            collected.extend(logprobs[len(collected) - (start + 1) :])
 
     def push(self, sampled: SampledToken) -> TokenOutput:
         """Append the sampled token to the request and say what the user gets. ``finish_reason`` tells if it ended."""

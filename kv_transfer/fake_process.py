@@ -5,10 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import TransferConfig
@@ -69,11 +69,11 @@ class SourceProcess:
         assert self._process.pid is not None
         return self._process.pid
 
-    def _ask(self, command: str, *arguments: object) -> object:
+    def _ask(self, command: str, *arguments: object) -> Any:
         self._pipe.send((command, *arguments))
         return self._answer()
 
-    def _answer(self) -> object:
+    def _answer(self) -> Any:
         if not self._pipe.poll(_DEADLINE_S):
             raise TimeoutError(f"the source process did not answer within {_DEADLINE_S:g} s")
         return self._pipe.recv()
@@ -86,7 +86,11 @@ def _serve(pipe: Connection, layout: KVLayout, num_blocks: int, config: Transfer
         store.fill(block_id, f"block {block_id}")
     released: Calls[str] = Calls()
     source = KVSource(store.region("other-process"), store, SystemClock(), config, released)
-    commands = {"open": source.open, "announce": source.announce, "released": released.wait}
+    commands: dict[str, Callable[..., object]] = {
+        "open": source.open,
+        "announce": source.announce,
+        "released": released.wait,
+    }
     pipe.send(source.region)
     while True:
         try:

@@ -49,7 +49,9 @@ class Link:
         """Begin to connect to ``address`` (host:port); the first wait on the link waits for it to be established."""
         host, _, port = address.rpartition(":")
         try:
-            family, kind, protocol, _, sockaddr = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+            family, kind, protocol, _, sockaddr = socket.getaddrinfo(
+                host.strip("[]"), int(port), type=socket.SOCK_STREAM
+            )[0]
         except (OSError, ValueError) as error:
             raise TransferError(f"{peer}: address {address!r} is not a host:port that is known here: {error}") from None
         link = cls(socket.socket(family, kind, protocol), clock, stall_deadline_s, peer)

@@ -116,7 +116,7 @@ class Reactor:
         while not self._stopping or self._states:
             self._select()
             while self._requests:
-                self._requests.popleft()()
+                run_guarded(self._requests.popleft())
             for handler in list(self._states):
                 self._tick(handler)
             run_guarded(self._on_tick)

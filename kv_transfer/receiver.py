@@ -57,7 +57,7 @@ class KVReceiver:
             if request_id in self._pulls:
                 raise ValueError(f"request_id={request_id!r} is being pulled already; every attempt needs its own id")
             self._pulls[request_id] = pull
-        self._reactor.add(pull)
+            self._reactor.add(pull)
 
     def cancel(self, request_id: str) -> None:
         """Stop within a piece; ``on_done`` tells when it is quiet. No effect on a pull that has ended."""

@@ -152,6 +152,7 @@ class SourceLedger:
             lease.deadline_s = now_s + self._lease_s
         elif lease.state is LeaseState.OPEN:
             lease.state = LeaseState.READING
+            self.touch(lease, now_s)
         else:
             raise TransferError(
                 f"request {lease.request_id}: " + (lease.error or "has a reader already; one connection per pull")

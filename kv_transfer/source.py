@@ -7,6 +7,7 @@ threads. A reader that is slow or stopped costs one connection and no thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 import selectors
 import socket
 import threading
@@ -17,7 +18,7 @@ import msgspec
 
 from eagleray.core.clock import Clock
 from eagleray.core.config import TransferConfig
-from eagleray.core.errors import ConfigError
+from eagleray.core.errors import ConfigError, TransferError
 from eagleray.core.kv_region import KVRegion
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.reactor import Reactor, run_guarded
@@ -35,6 +36,7 @@ class KVSource:
     ``ConfigError`` when it cannot listen there.
     ``on_released(request_id)`` is called exactly once for each opened request, on a thread of the source, when no
     reader will read it any more: handed over, reader gone, deadline passed, or closed. Then its blocks may be freed.
+    It must be quick: the same thread keeps the other readers alive.
     """
 
     def __init__(
@@ -47,11 +49,9 @@ class KVSource:
     ) -> None:
         digest, block_size_tokens = region.layout.digest(), region.layout.block_size_tokens
         ledger = SourceLedger(region.epoch, digest, block_size_tokens, config.lease_s)
-        self._state = SourceState(
-            ledger, threading.Lock(), {}, blocks, clock, config, digest, region.layout.block_bytes
-        )
+        self._state = SourceState(ledger, blocks, clock, config, digest, region.layout.block_bytes)
         self._on_released = on_released
-        self._listener = _Listener(region.address, self._accept)
+        self._listener = _Listener(region.address, self._accept, self._state.stopping)
         self._region = msgspec.structs.replace(region, address=self._listener.address)
         self._reactor = Reactor("kv-source", config.num_threads, self._deliver)
         self._reactor.add(self._listener)
@@ -62,8 +62,13 @@ class KVSource:
         return self._region
 
     def open(self, request_id: str) -> None:
-        """The request has been accepted here. Raises ``ValueError`` when it was opened before."""
+        """The request has been accepted here.
+
+        Raises ``ValueError`` when it was opened before, ``TransferError`` after ``stop``.
+        """
         with self._state.lock:
+            if self._state.stopping.is_set():
+                raise TransferError(f"request {request_id}: the source is stopped")
             self._state.ledger.open(request_id)
         self._poke_reader(request_id)
 
@@ -87,7 +92,7 @@ class KVSource:
         """End everything: all leases are released, and reported, before this returns. Not from ``on_released``."""
         with self._state.lock:
             self._state.ledger.close_all("the source is stopping", self._state.clock.now_s())
-        self._listener.is_closing = True
+            self._state.stopping.set()
         self._reactor.stop()
         self._deliver()
 
@@ -107,13 +112,15 @@ class KVSource:
             self._state.ledger.expire(self._state.clock.now_s())
             released = self._state.ledger.take_released()
         for request_id in released:
-            run_guarded(lambda request_id=request_id: self._on_released(request_id))
+            run_guarded(functools.partial(self._on_released, request_id))
 
 
 class _Listener:
     """Handler of the listening socket."""
 
-    def __init__(self, address: str, on_accept: Callable[[socket.socket, str], None]) -> None:
+    def __init__(
+        self, address: str, on_accept: Callable[[socket.socket, str], None], stopping: threading.Event
+    ) -> None:
         host, _, port = address.rpartition(":")
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -123,7 +130,7 @@ class _Listener:
         self._socket.setblocking(False)
         self._on_accept = on_accept
         self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self.is_closing = False
+        self._stopping = stopping
 
     def interest(self) -> tuple[int, int]:
         return self._socket.fileno(), selectors.EVENT_READ
@@ -139,7 +146,7 @@ class _Listener:
         """Nothing is due: readers come when they come."""
 
     def is_over(self) -> bool:
-        return self.is_closing
+        return self._stopping.is_set()
 
     def finish(self) -> None:
         self._socket.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from eagleray.core.clock import Clock
@@ -35,13 +35,14 @@ class SourceState:
     """What a source and the connections of its readers share."""
 
     ledger: SourceLedger
-    lock: threading.Lock  # around the ledger, its leases, and readers
-    readers: dict[str, ReaderConnection]  # by request id
     blocks: BlockStore
     clock: Clock
     config: TransferConfig
     layout_digest: str
     block_bytes: int
+    readers: dict[str, ReaderConnection] = field(default_factory=dict)  # by request id
+    lock: threading.Lock = field(default_factory=threading.Lock)  # around the ledger, its leases, and readers
+    stopping: threading.Event = field(default_factory=threading.Event)
 
 
 class ReaderConnection:
@@ -86,10 +87,12 @@ class ReaderConnection:
                 self._is_lost = True
 
     def is_over(self) -> bool:
+        if self._is_lost or self._source.stopping.is_set():
+            return True
         if self._lease is None:
             silent_s = self._source.clock.now_s() - self._accepted_s
-            return self._is_lost or silent_s > self._source.config.stall_deadline_s
-        return self._is_lost or self._lease.state not in (LeaseState.AWAITED, LeaseState.READING)
+            return silent_s > self._source.config.stall_deadline_s
+        return self._lease.state not in (LeaseState.AWAITED, LeaseState.READING)
 
     def finish(self) -> None:
         """Say why, if that can be said without waiting; close; and only then let the lease go."""

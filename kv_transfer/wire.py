@@ -98,9 +98,10 @@ def decode_length(header: bytes | bytearray) -> int:
 def decode_body(body: bytes | bytearray) -> Frame:
     """Raises ``TransferError`` on anything that is not one of our frames."""
     try:
-        return _decoder.decode(body)
+        frame: Frame = _decoder.decode(body)
     except msgspec.DecodeError as error:  # also: valid msgpack of the wrong shape
         raise TransferError(f"frame of {len(body)} bytes is not of this protocol: {error}") from None
+    return frame
 
 
 def check_frame_length(num_bytes: int) -> None:

@@ -43,10 +43,11 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
         heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = apply_rope(query, key, cos_T, sin_T)
         write_kv(kv_layer, key, value, plan.slots_T)
         context = paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
-        return self.output(context.view(len(hidden), -1))
+        output: torch.Tensor = self.output(context.view(len(hidden), -1))
+        return output

@@ -37,8 +37,9 @@ class DecoderLayer(nn.Module):
         plan: AttentionPlan,
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]; arguments as in ``Attention.forward``."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        after_attention = hidden + self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan)
+        output: torch.Tensor = after_attention + self.mlp(self.mlp_norm(after_attention))
+        return output
 
 
 class Decoder(nn.Module):
@@ -90,9 +91,11 @@ class Decoder(nn.Module):
         cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
         for layer, kv_layer in zip(self.layers, kv.unbind(1), strict=True):
             hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
-        return self.norm(hidden)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""
-        return self.lm_head(hidden).float()
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits.float()

@@ -41,8 +41,8 @@ class Linear(nn.Module):
 
     def weight_parts(self) -> tuple[torch.Tensor, ...]:
         """A view [out_features[i], in_features] per fused projection."""
-        return self.weight.split(self.out_features)
+        return torch.split(self.weight, list(self.out_features))
 
     def bias_parts(self) -> tuple[torch.Tensor, ...]:
         """A view [out_features[i]] per fused projection; none without bias."""
-        return () if self.bias is None else self.bias.split(self.out_features)
+        return () if self.bias is None else torch.split(self.bias, list(self.out_features))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -91,7 +92,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Callable[[], torc
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  not a dictionary
-                    yield path, name, lambda name=name, file=file: file.get_tensor(name)
+                    yield path, name, partial(file.get_tensor, name)
         except SafetensorError as error:
             raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
 

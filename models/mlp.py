@@ -22,4 +22,5 @@ class GatedMLP(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(silu(gate) * up)
+        output: torch.Tensor = self.down(silu(gate) * up)
+        return output

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Final
 
 import torch
 
 from eagleray.models.decoder import Decoder
+from eagleray.models.linear import Linear
+from eagleray.models.norm import RMSNorm
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
@@ -43,9 +46,10 @@ def checkpoint_views(decoder: Decoder) -> dict[str, torch.Tensor]:
     for index, layer in enumerate(decoder.layers):
         prefix = f"model.layers.{index}."
         for name, module in norms:
-            views[f"{prefix}{name}.weight"] = layer.get_submodule(module).weight.data
+            norm: RMSNorm = attrgetter(module)(layer)
+            views[f"{prefix}{name}.weight"] = norm.weight.data
         for name, module, part in _LAYER_LINEARS:
-            linear = layer.get_submodule(module)
+            linear: Linear = attrgetter(module)(layer)
             views[f"{prefix}{name}.weight"] = linear.weight_parts()[part].detach()
             if linear.bias is not None:
                 views[f"{prefix}{name}.bias"] = linear.bias_parts()[part].detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -39,8 +39,11 @@ class Coordinator:
         clock: Clock,
         metrics: IngressMetrics,
         tracer: RequestTracer,
+        on_placed: Callable[[str, str], None] = lambda worker_id, request_id: None,
     ) -> None:
+        """``on_placed(worker_id, request_id)`` hears of each request that a worker has accepted."""
         self.pool, self.config, self.clock, self.metrics, self.tracer = pool, config, clock, metrics, tracer
+        self.on_placed = on_placed
         self._policy, self._index = policy, index
         self._sequence = itertools.count()
         self._pending: dict[str, tuple[str, int]] = {}  # request id on workers -> (worker, tokens) until its snapshot

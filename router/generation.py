@@ -247,6 +247,7 @@ class Attempt:
     async def _submit(self, client: WorkerClient, submit: Submit) -> None:
         await client.submit(submit, self._inbox.put_nowait)
         self._accepted.append(client)
+        self._coordinator.on_placed(client.welcome.worker_id, submit.spec.request_id)
 
     async def outputs(self, journal: Journal) -> AsyncIterator[TokenOutput]:
         """Outputs of both workers as they come, until ``journal`` has all; doubles and early ones among them.

@@ -5,6 +5,7 @@ What makes it a prefill or a decode worker is the ``HandOver`` that it is compos
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +81,10 @@ class Worker:
     @property
     def snapshot(self) -> WorkerSnapshot:
         return self._snapshot
+
+    def serves(self, request_id: str) -> bool:
+        """Whether the request is here; a moment behind the truth."""
+        return request_id in self._owners
 
     def start(self) -> None:
         self._loop.start()
@@ -208,6 +213,7 @@ class Worker:
             worker_id=self.worker_id,
             role=self.role,
             epoch=self.epoch,
+            pid=os.getpid(),
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             num_reserved=states[RequestState.RESERVED],

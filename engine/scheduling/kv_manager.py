@@ -106,7 +106,7 @@ class KVManager:
     # ---- swap
 
     def swap_out(self, request: Request) -> list[BlockCopy] | None:
-        """Move the computed blocks to host memory; None, and nothing changed, when it has no room (or there is none)."""
+        """Move the computed blocks to host memory; None, and nothing changed, when there is no room for them."""
         needed = self.blocks_for(request.num_computed_tokens)
         if needed > self.host_pool.num_free:
             return None

@@ -31,7 +31,7 @@ class PrefixCache:
         return found
 
     def store(self, block_id: int, content: CachedBlock) -> None:
-        """``block_id`` now holds ``content``. The first block to hold it wins: a double stays private to its request."""
+        """``block_id`` now holds ``content``. The first to hold it wins: a double stays private to its request."""
         if content.hash not in self._block_of and block_id not in self._content_of:
             self._block_of[content.hash] = block_id
             self._content_of[block_id] = content

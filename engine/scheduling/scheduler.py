@@ -11,7 +11,6 @@ and output, one with a prefix hit lacks the rest; they differ by a number. (The 
 
 from __future__ import annotations
 
-import itertools
 from bisect import insort
 from collections.abc import Iterator
 

@@ -19,5 +19,5 @@ def apply_rope(
     heads = torch.cat((query, key), dim=1)
     first, second = heads.chunk(2, dim=-1)
     rotated = heads * cos_T[:, None] + torch.cat((-second, first), dim=-1) * sin_T[:, None]
-    turned_query, turned_key = rotated.split((query.shape[1], key.shape[1]), dim=1)
+    turned_query, turned_key = torch.split(rotated, [query.shape[1], key.shape[1]], dim=1)
     return turned_query, turned_key

@@ -25,9 +25,9 @@ class PrefixAware:
     """
 
     overload_factor: float = 1.5
-    slack_tokens: int = 4096
+    slack_tokens: int = 16384  # a prompt or two: less gives up too many hits, by a replay of recorded chats
     slack_requests: int = 4
-    min_share: float = 0.25
+    min_share: float = 0.1
 
     def choose(self, request: RoutingRequest, view: ClusterView) -> Route | None:
         def choose_decode(workers: Iterable[WorkerView]) -> WorkerView:

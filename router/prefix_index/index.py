@@ -48,7 +48,7 @@ class PrefixIndex(Protocol):
         ...
 
     async def update(self, worker_id: str, stored: Sequence[CachedBlock], evicted: Sequence[CachedBlock]) -> bool:
-        """Publish changes of the epoch that joined here last; a block in both counts as stored.
+        """Publish changes of the epoch that this instance let join last; a block in both counts as stored.
 
         False: not written, or not all of it. Join again, then repeat (writing twice does no harm).
         """

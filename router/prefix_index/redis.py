@@ -80,7 +80,6 @@ class RedisPrefixIndex:
         incarnation, is_new = replies[0]
         self._roster = Roster()  # outdated by what was just written
         if not incarnation:
-            self._incarnations.pop(worker_id, None)
             return Membership.NOT_JOINED
         self._incarnations[worker_id] = incarnation
         return Membership.NEW if is_new else Membership.RENEWED

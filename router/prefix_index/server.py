@@ -75,6 +75,10 @@ class LocalServer:
     _owns_folder: bool
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """End the server and remove its files. May be called twice."""
         with self._lock:

@@ -53,7 +53,7 @@ def reader(transport_name: str) -> Iterator[tuple[KVReceiver, GatedStore, Calls[
 
 
 Reader = tuple[KVReceiver, GatedStore, Calls[PullResult]]
-STAGES = ["before the request is known", "before the first block", "between blocks"]
+STAGES = ["before the request is known", "between blocks"]
 
 
 def bring_to(stage: str, source: SourceProcess, reader: Reader) -> None:

@@ -182,7 +182,7 @@ def test_the_cached_prefix_is_preferred_when_it_pays(policy: str, sequence: int)
 @pytest.mark.parametrize("policy", CACHE_AWARE)
 def test_the_cached_prefix_is_given_up_when_its_holder_is_overloaded(policy: str) -> None:
     view = cluster(
-        [prefill("p0", cached=800, uncomputed_tokens=9000), prefill("p1")],
+        [prefill("p0", cached=800, uncomputed_tokens=20_000), prefill("p1")],
         [worker("d0", cached=800, num_running=60), worker("d1", num_running=1)],
     )
     route = choose(policy, view)
@@ -216,7 +216,7 @@ def test_predicted_time_counts_only_the_transfer_that_prefill_does_not_hide() ->
         [prefill("p0", prefill_tokens_per_s=10_000.0)],
         [worker("d0", cached=512, num_running=3), worker("d1", num_running=2)],
     )
-    assert choose("predicted_time", view).decode == "d1"
+    assert choose("predicted_time", replace(view, transfer_bytes_per_s=4e7)).decode == "d1"
     assert choose("predicted_time", replace(view, transfer_bytes_per_s=1e7)).decode == "d0"
 
 

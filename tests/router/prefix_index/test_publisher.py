@@ -142,8 +142,9 @@ async def test_an_epoch_that_was_replaced_publishes_nothing() -> None:
 
 
 async def test_run_publishes_what_another_thread_reports_and_leaves_at_the_end() -> None:
-    index = MemoryPrefixIndex(SystemClock(), LEASE_S)
-    publisher = IndexPublisher(index, "x", 1, SystemClock(), lease_s=LEASE_S, refresh_s=REFRESH_S)
+    lease_s = 3600.0  # so that no renewal wakes it
+    index = MemoryPrefixIndex(SystemClock(), lease_s)
+    publisher = IndexPublisher(index, "x", 1, SystemClock(), lease_s=lease_s, refresh_s=lease_s)
     blocks = chain(400)
     task = asyncio.create_task(publisher.run())
     reporter = threading.Thread(target=lambda: [publisher.stored([block]) for block in blocks])

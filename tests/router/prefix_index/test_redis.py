@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import pytest
 from redis import Redis
@@ -58,6 +58,15 @@ async def index(server: LocalServer, clock: ManualClock) -> AsyncIterator[RedisP
     assert await made.join("x", 1) is Membership.NEW
     assert await made.update("x", BLOCKS, [])
     assert await made.lookup(HASHES) == {"x": 4}
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture
+async def other(server: LocalServer, clock: ManualClock) -> AsyncIterator[RedisPrefixIndex]:
+    """A second process's view of the same index, always up to date."""
+    config = IndexConfig(url=server.url, timeout_s=TIMEOUT_S)
+    made = RedisPrefixIndex(config, NAMESPACE, clock, roster_max_age_s=0.0)
     yield made
     await made.aclose()
 
@@ -189,22 +198,40 @@ async def test_a_worker_that_stops_renewing_is_forgotten(server: LocalServer) ->
 
 
 async def test_a_late_write_of_a_replaced_epoch_is_attributed_to_nobody(
-    index: RedisPrefixIndex, server: LocalServer, clock: ManualClock
+    index: RedisPrefixIndex, other: RedisPrefixIndex
 ) -> None:
-    newer = RedisPrefixIndex(IndexConfig(url=server.url, timeout_s=TIMEOUT_S), NAMESPACE, clock, roster_max_age_s=0.0)
-    read_roster = index._run_scripts
+    async def replace_it() -> None:
+        await other.join("x", 2)
+        await other.join("y", 1)
 
-    async def replaced_meanwhile(calls: Sequence[ScriptCall]) -> list[object]:
-        await newer.join("x", 2)
-        await newer.join("y", 1)
-        return await read_roster(calls)
-
-    index._run_scripts = replaced_meanwhile  # type: ignore[method-assign]
     late = chain("b", 2)
+    before_scripts(index, replace_it)
     assert await index.update("x", late, [])
-    assert await newer.lookup([block.hash for block in late]) == {}
-    assert await newer.lookup(HASHES) == {}
-    await newer.aclose()
+    assert await other.lookup([block.hash for block in late]) == {}
+    assert await other.lookup(HASHES) == {}
+
+
+async def test_a_worker_that_joined_during_anothers_write_keeps_its_blocks(
+    index: RedisPrefixIndex, other: RedisPrefixIndex
+) -> None:
+    async def join_and_publish() -> None:
+        await other.join("y", 1)
+        await other.update("y", BLOCKS, [])
+
+    before_scripts(index, join_and_publish)
+    assert await index.update("x", BLOCKS[:2], BLOCKS[2:])
+    assert await other.lookup(HASHES) == {"x": 2, "y": 4}
+
+
+def before_scripts(index: RedisPrefixIndex, happens: Callable[[], Awaitable[None]]) -> None:
+    """Let something happen after ``index`` read the roster and before its scripts run."""
+    run_scripts = index._run_scripts
+
+    async def run_after(calls: Sequence[ScriptCall]) -> list[object]:
+        await happens()
+        return await run_scripts(calls)
+
+    index._run_scripts = run_after  # type: ignore[method-assign]
 
 
 async def test_what_a_dead_worker_left_goes_with_later_writes_to_the_same_root(
@@ -234,7 +261,8 @@ async def test_a_full_server_refuses_writes_without_an_error_and_goes_on_answeri
 ) -> None:
     admin.config_set("maxmemory-policy", "noeviction")
     admin.config_set("maxmemory", 1)
-    assert not await index.update("x", chain("b", 2), [])
+    for _ in range(4):  # more than the breaker bears, if these were failures
+        assert not await index.update("x", chain("b", 2), [])
     assert "OutOfMemory" in (index.status().last_error or "")
     assert await index.lookup(HASHES) == {"x": 4}
     assert index.status().state == "up"

