@@ -56,7 +56,9 @@ class WorkerReplica:
         started_s = time.monotonic()
         self._worker = self._build(self._publisher)
         self._worker.start()
-        logger.info("%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address)
+        logger.info(
+            "%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address
+        )
 
     async def record_replica_metadata(self) -> dict[str, str]:
         """Tells every ingress where to connect. Asked for once by Serve, when the replica is ready."""
@@ -129,7 +131,9 @@ class IngressReplica:
     """The HTTP front and the router. Listens itself: a stream of tokens makes no hop through a Serve proxy, and a
     client that hangs up is noticed at once. Several ingresses of one host share the port (SO_REUSEPORT)."""
 
-    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None) -> None:
+    async def __init__(
+        self, config: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None
+    ) -> None:
         self._config = Config.model_validate(config)
         self._handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
         clock, model = SystemClock(), self._config.model

@@ -7,7 +7,7 @@ executors.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from eagleray.core.clock import SystemClock
@@ -15,7 +15,7 @@ from eagleray.core.config import Config, PoolConfig
 from eagleray.core.snapshot import Role
 from eagleray.decode_workers.worker import build_decode_worker
 from eagleray.engine.outputs import TextStreamFactory
-from eagleray.kv_transfer.transport import BlockStore
+from eagleray.kv_transfer.transport import BlockStore, Transport
 from eagleray.kv_transfer.transports.select import make_transports
 from eagleray.prefill_workers.worker import build_prefill_worker
 from eagleray.router.coordinator import Coordinator
@@ -37,6 +37,7 @@ class LocalCluster:
     Args:
         new_executor: makes the executor of one worker of a role.
         new_text_stream: makes the text of one request (``text.output.OutputText``).
+        new_transports: makes a decode worker's transports from their names and all pools; a test injects faults here.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class LocalCluster:
         config: Config,
         new_executor: Callable[[Role, PoolConfig], WorkerExecutor],
         new_text_stream: TextStreamFactory,
+        new_transports: Callable[[Sequence[str], Mapping[str, BlockStore]], list[Transport]] = make_transports,
     ) -> None:
         self.config = config
         self.clock = SystemClock()
         self.workers: dict[str, Worker] = {}
         self._new_executor, self._new_text_stream = new_executor, new_text_stream
+        self._new_transports = new_transports
         self._index = MemoryPrefixIndex(self.clock, config.index.lease_s)
         self._stores: dict[str, BlockStore] = {}
         self._publishers: dict[str, asyncio.Task[None]] = {}
@@ -104,7 +107,7 @@ class LocalCluster:
         if role is Role.PREFILL:
             worker = build_prefill_worker(parts)
         else:
-            worker = build_decode_worker(parts, make_transports(self.config.transfer.transports, self._stores))
+            worker = build_decode_worker(parts, self._new_transports(self.config.transfer.transports, self._stores))
         worker.start()
         self.workers[worker_id] = worker
         self._publishers[worker_id] = asyncio.create_task(publisher.run())

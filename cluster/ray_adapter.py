@@ -37,7 +37,7 @@ class TargetedRouter(RequestRouter):
         return [[chosen or candidate_replicas[0]]]  # must be neither empty nor an exception: the caller would wait on
 
 
-def replica_metadata(handle: DeploymentHandle) -> list[dict[str, Any]]:
+def replica_metadata(handle: DeploymentHandle[Any]) -> list[dict[str, Any]]:
     """What the running replicas of a deployment told of themselves (``record_replica_metadata``). No call is made:
     Serve pushes the list to every handle."""
     if not handle.is_initialized:

@@ -36,18 +36,18 @@ def build_application(config: Config) -> Application:
     prefill = None
     if config.prefill.replicas:
         prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values)
-    ingress = serve.deployment(IngressReplica).options(  # type: ignore[call-overload]
+    as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
     )
-    return ingress.bind(values, decode, prefill)  # type: ignore[no-any-return]
+    return as_ingress(IngressReplica).bind(values, decode, prefill)
 
 
 def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
-    return serve.deployment(WorkerReplica).options(  # type: ignore[call-overload, no-any-return]
+    as_pool = serve.deployment(
         name=name,
         num_replicas=pool.replicas,
         max_ongoing_requests=1_000_000,  # admission is the router's and the worker's
@@ -57,6 +57,7 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=pool.drain_deadline_s + 10,
     )
+    return as_pool(WorkerReplica)
 
 
 class LocalService:

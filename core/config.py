@@ -65,7 +65,9 @@ class PoolConfig(_Frozen):
     num_cpus: float = Field(1.0, ge=0, description="what Ray accounts for one worker")
     num_gpus: float = Field(0.0, ge=0)
     num_threads: int = Field(1, ge=1, description="torch threads of one worker")
-    drain_deadline_s: float = Field(60.0, gt=0, description="a worker that is stopped finishes its requests for so long")
+    drain_deadline_s: float = Field(
+        60.0, gt=0, description="a worker that is stopped finishes its requests for so long"
+    )
     engine: EngineConfig = EngineConfig()
 
 
@@ -201,4 +203,5 @@ def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> 
     """Set what Ray reads from the environment, unless the user has. To be called before ray is imported."""
     target = os.environ if environ is None else environ
     target.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server should not phone home unasked
-    target.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone
+    # Workers without GPUs leave CUDA_VISIBLE_DEVICES alone.
+    target.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -41,7 +41,13 @@ TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
     RequestState.QUEUED: _ENDS | {RequestState.RESERVED, RequestState.PREFILLING, RequestState.FINISHED},
     RequestState.RESERVED: _ENDS | {RequestState.PREFILLING, RequestState.QUEUED},
     RequestState.PREFILLING: _ENDS
-    | {RequestState.DECODING, RequestState.QUEUED, RequestState.SWAPPED, RequestState.HANDED_OVER, RequestState.FINISHED},
+    | {
+        RequestState.DECODING,
+        RequestState.QUEUED,
+        RequestState.SWAPPED,
+        RequestState.HANDED_OVER,
+        RequestState.FINISHED,
+    },
     RequestState.DECODING: _ENDS
     | {RequestState.QUEUED, RequestState.SWAPPED, RequestState.HANDED_OVER, RequestState.FINISHED},
     RequestState.SWAPPED: _ENDS | {RequestState.PREFILLING, RequestState.DECODING, RequestState.QUEUED},
@@ -80,7 +86,8 @@ class Request:
     """A request on one holder (a worker's engine, the router, the simulator)."""
 
     __slots__ = (
-        "arrival_s", "block_hashes", "num_cached_tokens", "num_computed_tokens", "output_limit", "spec", "state", "token_ids",
+        "arrival_s", "block_hashes", "num_cached_tokens", "num_computed_tokens",
+        "output_limit", "spec", "state", "token_ids",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, arrival_s: float, output_limit: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -43,12 +43,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # vLLM accepts a bare string and any sequence
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        elif not isinstance(self.stop, tuple):
-            msgspec.structs.force_setattr(self, "stop", tuple(self.stop or ()))
-        if not isinstance(self.stop_token_ids, tuple):
-            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop: Any = self.stop  # vLLM accepts a bare string, any sequence and None
+        msgspec.structs.force_setattr(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         self._check_ranges()
         self._check_lengths()
 
@@ -63,8 +60,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "must be between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -2.0 <= getattr(self, name) <= 2.0, "must be between -2 and 2")
-        _check("repetition_penalty", self.repetition_penalty, 0.0 < self.repetition_penalty <= 100.0,
-               "must be greater than 0 (1 means none)")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0.0 < self.repetition_penalty <= 100.0,
+            "must be greater than 0 (1 means none)",
+        )
         for token_id, bias in (self.logit_bias or {}).items():
             _check("logit_bias", {token_id: bias}, -100.0 <= bias <= 100.0, "each bias must be between -100 and 100")
         if self.seed is not None:
@@ -74,8 +75,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check("n", self.n, 1 <= self.n <= MAX_CHOICES, f"must be between 1 and {MAX_CHOICES}")
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "must be at least 1")
-            _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens,
-                   f"must not exceed max_tokens ({self.max_tokens})")
+            _check(
+                "min_tokens",
+                self.min_tokens,
+                self.min_tokens <= self.max_tokens,
+                f"must not exceed max_tokens ({self.max_tokens})",
+            )
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "must not be negative")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)

@@ -31,7 +31,7 @@ class PhaseClock:
         self._segments: list[tuple[Phase, float]] = []  # (phase, its end), each from the end of the one before
 
     def mark(self, rest: Phase, parts: Mapping[Phase, float] | None = None) -> None:
-        """Attribute the time since the last mark: first to ``parts`` (as far as it reaches), what is left to ``rest``."""
+        """Attribute the time since the last mark: to ``parts`` as far as it reaches, and what is left to ``rest``."""
         now_s = self._clock.now_s()
         for phase, claimed_s in (parts or {}).items():
             self._close(phase, min(self._mark_s + max(claimed_s, 0.0), now_s))

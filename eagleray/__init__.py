@@ -6,13 +6,13 @@ Public names are resolved on first use, so that ``import eagleray.router`` needs
 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from eagleray.core.sampling_params import SamplingParams as SamplingParams
     from eagleray.engine.llm import LLM as LLM
-    from eagleray.engine.llm import CompletionOutput as CompletionOutput
-    from eagleray.engine.llm import RequestOutput as RequestOutput
+    from eagleray.engine.request_output import CompletionOutput as CompletionOutput
+    from eagleray.engine.request_output import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
@@ -21,10 +21,10 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kv_transfer" / "__init__.py").is_file():
     __path__.append(str(_root))  # a source tree that is not installed: the packages lie beside this one
 
-_PUBLIC = {
+_PUBLIC: Final = {
     "LLM": "eagleray.engine.llm",
-    "CompletionOutput": "eagleray.engine.llm",
-    "RequestOutput": "eagleray.engine.llm",
+    "CompletionOutput": "eagleray.engine.request_output",
+    "RequestOutput": "eagleray.engine.request_output",
     "SamplingParams": "eagleray.core.sampling_params",
 }
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import EngineConfig, ModelConfigSection, parse_config
 from eagleray.core.errors import EagleRayError, InvalidRequest
-from eagleray.core.messages import TokenLogprobs, TokenOutput
+from eagleray.core.messages import TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.request_output import OutputCollector, RequestOutput
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
@@ -27,55 +28,16 @@ Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": 
 Messages = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Logprob:
-    """Log-probability of one token at one position, under vLLM's names."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-@dataclass
-class CompletionOutput:
-    """One answer to one prompt."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    def finished(self) -> bool:
-        return self.finish_reason is not None
-
-
-@dataclass
-class RequestOutput:
-    """All answers to one prompt."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return all(output.finished() for output in self.outputs)
-
-
 class LLM:
     """A model and an engine in this process.
 
     Args:
         model: folder in Hugging Face format, or ``"demo"`` for the packaged model.
-        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        max_model_len: longest prompt plus output, in tokens.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the checkpoint's, but float32 on a CPU.
+        max_model_len: longest prompt plus output, in tokens; None: the model's own limit.
         seed: what requests without a seed of their own are seeded from.
+        num_threads: torch threads for computing; None: torch's default.
+        progress: called while loading with (tensors loaded, tensors in all).
         engine: any field of ``EngineConfig`` (``max_num_seqs``, ``block_size_tokens``, ``num_blocks``, ...).
 
     Raises ``ConfigError`` for a checkpoint or a setting that cannot be served.
@@ -83,7 +45,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "demo",
+        model: str | Path = "demo",
         *,
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -93,7 +55,7 @@ class LLM:
         **engine: Any,
     ) -> None:
         section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len}
-        config = parse_config({"model": section, "decode": {"engine": engine}})
+        config = parse_config({"model": section, "prefill": {"replicas": 0}, "decode": {"engine": engine}})
         self._build(config.model, config.decode.engine, num_threads, progress)
         self._random = random.Random(seed)
         self._request_numbers = itertools.count()
@@ -157,7 +119,8 @@ class LLM:
         """Answer one conversation or several, each rendered by the model's chat template. Raises as ``generate``."""
         if not messages:
             raise InvalidRequest("messages: is empty; give at least one message.", param="messages")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        several = [messages] if isinstance(messages[0], Mapping) else messages
+        conversations = cast(Sequence[Sequence[Mapping[str, Any]]], several)
         texts = [
             self._template.render(
                 conversation,
@@ -234,8 +197,8 @@ class LLM:
                     for spec in batch.take_ready():
                         self.engine.add(spec)
         except BaseException:
-            for spec in batch.specs():
-                self.engine.end(spec.request_id)
+            for request_id in batch.request_ids():
+                self.engine.end(request_id)
             raise
         finally:
             self.engine.drain_cache_changes()  # nobody indexes an offline engine's blocks
@@ -246,27 +209,21 @@ class _Batch:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._specs: list[list[RequestSpec]] = []
+        self._collectors: dict[str, OutputCollector] = {}  # by the request id of every answer
         self._ready: list[RequestSpec] = []
-        self._by_id: dict[str, tuple[int, int]] = {}
+        self._siblings: dict[str, list[RequestSpec]] = {}  # start when the first answer's prompt is cached
         self.outputs: list[RequestOutput] = []
 
     def add(self, specs: list[RequestSpec], prompt_text: str | None) -> None:
-        for spec in specs:
-            self._by_id[spec.request_id] = (len(self.outputs), spec.choice)
-        self._specs.append(specs)
-        self._ready.append(specs[0])  # the other answers start when the prompt is cached
-        self.outputs.append(
-            RequestOutput(
-                request_id=specs[0].request_id.partition(".")[0],
-                prompt=prompt_text,
-                prompt_token_ids=list(specs[0].token_ids),
-                outputs=[CompletionOutput(index=spec.choice) for spec in specs],
-            )
-        )
+        first, *siblings = specs
+        collector = OutputCollector(first.request_id.partition(".")[0], first, self._tokenizer, prompt_text)
+        self._collectors.update((spec.request_id, collector) for spec in specs)
+        self._ready.append(first)
+        self._siblings[first.request_id] = siblings
+        self.outputs.append(collector.output)
 
-    def specs(self) -> list[RequestSpec]:
-        return [spec for specs in self._specs for spec in specs]
+    def request_ids(self) -> Iterable[str]:
+        return self._collectors
 
     def take_ready(self) -> list[RequestSpec]:
         ready, self._ready = self._ready, []
@@ -274,35 +231,10 @@ class _Batch:
 
     def take(self, output: TokenOutput) -> int:
         """Add new tokens to their answer; 1 when that finishes the whole request."""
-        index, choice = self._by_id[output.request_id]
-        request = self.outputs[index]
-        answer = request.outputs[choice]
-        if choice == 0 and not answer.token_ids:
-            self._ready.extend(self._specs[index][1:])
-            request.num_cached_tokens = output.num_cached_tokens or 0
-            if output.prompt_logprobs is not None:
-                request.prompt_logprobs = [entry and self._entry(entry) for entry in output.prompt_logprobs]
-        answer.token_ids.extend(output.token_ids)
-        answer.text += "".join(output.texts)
-        for entry in output.logprobs or ():
-            answer.logprobs = answer.logprobs or []
-            answer.logprobs.append(self._entry(entry))
-            answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + entry.logprob
-        if output.finish_reason is None:
-            return 0
-        answer.finish_reason, answer.stop_reason = output.finish_reason.value, output.stop_reason
-        return int(request.finished)
-
-    def _entry(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        def decoded(token_id: int) -> str:
-            return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-        chosen = {entry.token_id: Logprob(entry.logprob, entry.rank, decoded(entry.token_id))}  # first, as in vLLM
-        alternatives = {
-            token_id: Logprob(logprob, rank, decoded(token_id))
-            for rank, (token_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
-        }
-        return chosen | alternatives
+        self._ready.extend(self._siblings.pop(output.request_id, ()))
+        collector = self._collectors[output.request_id]
+        collector.add(output)
+        return int(collector.output.finished)
 
 
 @contextmanager

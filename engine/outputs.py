@@ -109,7 +109,7 @@ class RequestOutputs:
             timing=self._timing() if first else None,
         )
 
-    def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+    def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | str | None]:
         request, sampling = self._request, self._request.spec.sampling
         if request.num_output_tokens >= sampling.min_tokens:
             if not sampling.ignore_eos and token_id in request.spec.eos_token_ids:

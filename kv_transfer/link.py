@@ -87,13 +87,14 @@ class Link:
         """Send what the socket takes now; True when nothing is left."""
         while self._out:
             views = [self._out[n] for n in range(min(len(self._out), _MAX_VIEWS_PER_SEND))]
+            now_s = self._clock.now_s()
             try:
                 sent = self._socket.sendmsg(views)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
                 raise self._lost(error) from None
-            self.last_sent_s = self._clock.now_s()
+            self.last_sent_s = now_s
             self._drop_sent(sent)
         return True
 

@@ -30,7 +30,7 @@ class PullResult:
     token_ids: tuple[int, ...]  # sampled at the source, to be appended to the known tokens; empty unless it said so
     complete: bool
     cancelled: bool
-    reason: str  # why it is not complete; empty when it is
+    reason: str  # why it is not complete: the source's own words where it gave some; empty when complete
     num_bytes: int
     transfer_s: float  # from the last announcement to the end: what a user waits for; 0 when none came
     transport: str  # empty when no block was read
@@ -102,7 +102,7 @@ class Pull:
                     self._idle_since_s = self._receiver.clock.now_s()
                     return True
         except (TransferError, OSError) as error:
-            self._reason = str(error)
+            self._reason = self._last_words() or str(error)
         return False
 
     def tick(self) -> None:
@@ -154,7 +154,7 @@ class Pull:
             return False
         if isinstance(frame, Announcement):
             self._session.announced(frame)
-            if frame.is_last:
+            if frame.is_last and self._last_announced_s is None:
                 self._last_announced_s = self._receiver.clock.now_s()
         elif not (frame is None or isinstance(frame, Heartbeat)):
             raise TransferError(f"{link.peer} sends a {type(frame).__name__} frame out of place")
@@ -193,6 +193,14 @@ class Pull:
                 self._transport = transport.name
                 return self._reader
         raise TransferError("no transport connects the two workers: " + "; ".join(self._skipped))
+
+    def _last_words(self) -> str:
+        """Why the source ended the pull, if it said so: that explains more than the closed connection does."""
+        with contextlib.suppress(TransferError):
+            while self._link is not None and (frame := self._link.poll_frame()) is not None:
+                if isinstance(frame, Announcement) and frame.error:
+                    return frame.error
+        return ""
 
     def _result(self, is_complete: bool) -> PullResult:
         ended_s = self._receiver.clock.now_s()

@@ -18,10 +18,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from eagleray.core.errors import TransferError
 from eagleray.kv_transfer.plan import blocks_to_announce, num_blocks_for
 from eagleray.kv_transfer.wire import Announcement, BlockNotice, Subscribe
+
+# How long a lease that was ended still waits for its reader to take the bytes that are under way and the reason.
+LAST_WORDS_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,15 @@ class SourceLease:
         self.next_block = 0  # the first one not announced yet
         self.slots: set[int] = set()  # announced: may be read
         self.told_last = False
-        self.deadline_s = math.inf  # when it ends without progress; set while only the reader keeps it
+        self.deadline_s = math.inf  # when it ends without progress; in ENDING: when its reader is cut off untold
 
     @property
     def is_reading(self) -> bool:
         return self.state is LeaseState.READING
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in (LeaseState.ENDING, LeaseState.RELEASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +140,9 @@ class SourceLedger:
             if lease.state is LeaseState.RELEASED:
                 del self._leases[lease.request_id]
             elif lease.state is LeaseState.AWAITED:
-                self._end(lease, f"was not opened at the source within lease_s={self._lease_s:g}", now_s)
+                self._end(lease, f"the request was not opened within lease_s={self._lease_s:g}", now_s)
             else:
-                self._end(lease, f"its reader made no progress for lease_s={self._lease_s:g}", now_s)
+                self._end(lease, f"the reader made no progress for lease_s={self._lease_s:g}", now_s)
 
     def take_released(self) -> list[str]:
         """Requests released since the last call: each opened request appears once, ever."""
@@ -154,9 +162,7 @@ class SourceLedger:
             lease.state = LeaseState.READING
             self.touch(lease, now_s)
         else:
-            raise TransferError(
-                f"request {lease.request_id}: " + (lease.error or "has a reader already; one connection per pull")
-            )
+            raise TransferError(lease.error or "the request has a reader already; a pull is one connection")
         lease.next_block = subscription.first_block
         return lease
 
@@ -178,7 +184,7 @@ class SourceLedger:
     def read(self, lease: SourceLease, slots: Sequence[int], now_s: float) -> None:
         """The reader asks for bytes. Raises ``TransferError`` unless it may have all of them."""
         if not lease.is_reading:
-            raise TransferError(f"request {lease.request_id}: {lease.error or 'was not opened yet'}")
+            raise TransferError(lease.error or "the request was not opened yet")
         if not lease.slots.issuperset(slots):
             raise TransferError(f"request {lease.request_id}: asked for blocks that are not announced to it")
         self.touch(lease, now_s)
@@ -215,14 +221,14 @@ class SourceLedger:
             del self._leases[lease.request_id]
             lease.state, lease.error = LeaseState.RELEASED, error
         elif lease.state is LeaseState.READING:
-            lease.state, lease.error, lease.deadline_s = LeaseState.ENDING, error, math.inf
+            lease.state, lease.error, lease.deadline_s = LeaseState.ENDING, error, now_s + LAST_WORDS_S
         elif lease.state is LeaseState.OPEN:
             lease.error = error
             self._release(lease, now_s)
 
     def _release(self, lease: SourceLease, now_s: float) -> None:
         lease.state = LeaseState.RELEASED
-        lease.error = lease.error or "was handed over to another reader"
+        lease.error = lease.error or "the request was handed over before"
         lease.deadline_s = now_s + self._lease_s
         self._released.append(lease.request_id)
 
@@ -258,7 +264,7 @@ class PullSession:
     def announced(self, announcement: Announcement) -> None:
         """Take in an announcement; repeated ones are harmless. Raises ``TransferError`` when it cannot go on."""
         if announcement.error:  # before the id, which a refusal may lack
-            raise TransferError(f"source: {announcement.error}")
+            raise TransferError(announcement.error)
         if announcement.request_id != self._request_id:
             raise TransferError(f"announcement of request {announcement.request_id} on {self._request_id}'s connection")
         for notice in announcement.blocks:

@@ -63,6 +63,8 @@ class ReaderConnection:
         """Frames first, so that a release or a read does not wait behind fingerprints."""
         try:
             while self._link.flush():
+                if self._lease is not None and self._lease.has_ended:
+                    return False
                 frame = self._link.poll_frame()
                 if isinstance(frame, Release):
                     return False
@@ -92,11 +94,13 @@ class ReaderConnection:
         if self._lease is None:
             silent_s = self._source.clock.now_s() - self._accepted_s
             return silent_s > self._source.config.stall_deadline_s
-        return self._lease.state not in (LeaseState.AWAITED, LeaseState.READING)
+        if self._lease.state is LeaseState.ENDING and self._link.wants_write:
+            return self._source.clock.now_s() >= self._lease.deadline_s
+        return self._lease.has_ended
 
     def finish(self) -> None:
         """Say why, if that can be said without waiting; close; and only then let the lease go."""
-        words = self._last_words or (self._lease.error if self._lease is not None else "")
+        words = (self._lease.error if self._lease is not None else "") or self._last_words
         if words and not self._link.wants_write:
             request_id = self._lease.request_id if self._lease is not None else ""
             with contextlib.suppress(TransferError):  # it has gone: nobody to tell
@@ -105,7 +109,8 @@ class ReaderConnection:
         self._link.close()
         if self._lease is not None:
             with self._source.lock:
-                del self._source.readers[self._lease.request_id]
+                if self._source.readers.get(self._lease.request_id) is self:  # else a later one of the same id
+                    del self._source.readers[self._lease.request_id]
                 self._source.ledger.leave(self._lease, self._source.clock.now_s())
 
     def _handle(self, frame: Frame) -> None:

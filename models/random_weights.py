@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import save_file
 
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.registry import load_model_config
 from eagleray.models.weight_names import checkpoint_views
 
 
@@ -22,3 +29,13 @@ def random_model(
         else:
             view.copy_(noise * 0.1 + (0.0 if name.endswith(".bias") else 1.0))
     return decoder
+
+
+def save_random_checkpoint(folder: Path, config: Mapping[str, Any], seed: int) -> None:
+    """Write ``config`` (the content of a config.json) and float32 weights to go with it, as Hugging Face stores them.
+
+    Raises ``ConfigError`` for a configuration that is not supported.
+    """
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    views = checkpoint_views(random_model(load_model_config(folder), seed))
+    save_file({name: view.clone() for name, view in views.items()}, folder / "model.safetensors", {"format": "pt"})

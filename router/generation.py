@@ -136,7 +136,9 @@ class Answer:
         """New outputs in order, to the one with ``finish_reason``."""
         while not self._journal.is_finished:
             if self.num_attempts == self._config.max_attempts:
-                raise ServiceUnavailable(f"The request was lost by {self.num_attempts} workers in a row; try again later.")
+                raise ServiceUnavailable(
+                    f"The request was lost by {self.num_attempts} workers in a row; try again later."
+                )
             self.num_attempts += 1
             if self.num_attempts > 1:
                 self._coordinator.metrics.note_resumed()
@@ -176,7 +178,9 @@ class Answer:
                 if route is None:
                     left_s = deadline_s - clock.now_s()
                     if left_s <= 0:
-                        raise ServiceUnavailable(f"No worker could take the request in {config.queue_deadline_s} s: {refusal}.")
+                        raise ServiceUnavailable(
+                            f"No worker could take the request in {config.queue_deadline_s} s: {refusal}."
+                        )
                     excluded.clear()
                     await self._coordinator.pool.wait_for_change(left_s)
                     continue
@@ -281,8 +285,6 @@ class Attempt:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
         self._coordinator.note_settled(self._spec.request_id)
         for client in self._accepted:
-            try:
+            with contextlib.suppress(WorkerLost):  # and the request with it
                 client.abort(self._spec.request_id)
-            except WorkerLost:
-                pass  # and the request with it
         self._accepted.clear()

@@ -34,19 +34,28 @@ class IngressMetrics:
             return Histogram(name, text, names, buckets=_SECONDS, registry=self._registry).labels(**labels)
 
         self._first_token = histogram("gen_ai_server_time_to_first_token_seconds", "Request received to first token")
-        self._per_token = histogram("gen_ai_server_time_per_output_token_seconds", "Mean time of a token after the first")
+        self._per_token = histogram(
+            "gen_ai_server_time_per_output_token_seconds", "Mean time of a token after the first"
+        )
         self._duration = histogram("gen_ai_server_request_duration_seconds", "Request received to last token")
         self._tokens = Counter(
             "gen_ai_client_token_usage", "Tokens", (*names, "gen_ai_token_type"), registry=self._registry
         )
         self._phases = Counter("eagleray_phase_seconds", "Time spent", (*names, "phase"), registry=self._registry)
         self._requests = Counter("eagleray_requests", "Requests ended", (*names, "outcome"), registry=self._registry)
-        self._resumed = Counter("eagleray_requests_resumed", "Requests continued on another worker", registry=self._registry)
+        self._resumed = Counter(
+            "eagleray_requests_resumed", "Requests continued on another worker", registry=self._registry
+        )
         self._queued = Gauge("eagleray_ingress_queued_requests", "Waiting for a worker", registry=self._registry)
         self._running = Gauge("eagleray_ingress_running_requests", "On a worker", registry=self._registry)
         self._index_up = Gauge("eagleray_prefix_index_up", "1 while the prefix index answers", registry=self._registry)
         self._workers = {
-            name: Gauge(f"eagleray_worker_{name}", "From the worker's last snapshot", ("worker", "pool"), registry=self._registry)
+            name: Gauge(
+                f"eagleray_worker_{name}",
+                "From the worker's last snapshot",
+                ("worker", "pool"),
+                registry=self._registry,
+            )
             for name in _WORKER_GAUGES
         }
 

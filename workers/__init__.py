@@ -1,1 +1,1 @@
-"""What prefill and decode workers share: the step thread, the direct channel to ingresses, and the composition of both."""
+"""What prefill and decode workers share: the step thread, the direct channel to ingresses, both composed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,14 +20,17 @@ from eagleray.workers.worker import CacheListener
 class WorkerKV(BlockStore, Protocol):
     """A worker's KV pool, as far as others read it."""
 
-    group_offsets: tuple[int, ...]
+    @property
+    def group_offsets(self) -> Sequence[int]: ...
 
     def shared_memory_ref(self) -> SharedMemoryRef | None: ...
 
 
 class WorkerExecutor(EngineExecutor, Protocol):
-    kv: WorkerKV
     layout: KVLayout
+
+    @property
+    def kv(self) -> WorkerKV: ...
 
     def submit(self, plan: StepPlan) -> StepHandle: ...
 

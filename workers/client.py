@@ -78,7 +78,8 @@ class ChannelClient:
 
     async def submit(self, submit: Submit, sink: Sink) -> Accepted:
         request_id = submit.spec.request_id
-        reply = self._replies[request_id] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Accepted | Refused] = asyncio.get_running_loop().create_future()
+        self._replies[request_id] = reply
         self._sinks[request_id] = sink
         accepted = False
         try:

@@ -13,8 +13,10 @@ from eagleray.core.kv_region import KVRegion
 from eagleray.core.messages import Accepted, RefusalKind, Refused, Submit
 from eagleray.core.request import RequestState
 from eagleray.engine.engine import Engine, StepOutcome
-from eagleray.kv_transfer.receiver import KVReceiver, PullResult
-from eagleray.kv_transfer.source import KVSource, SourceProgress
+from eagleray.kv_transfer.pull import PullResult
+from eagleray.kv_transfer.receiver import KVReceiver
+from eagleray.kv_transfer.session import SourceProgress
+from eagleray.kv_transfer.source import KVSource
 
 # What a source tells a reader whose request ended with the first token: there is nothing to go on with.
 FINISHED_AT_SOURCE: Final = "finished at its source"
@@ -125,7 +127,9 @@ class ReaderHandOver:
             return Accepted(request_id)
         difference = self._region.layout.difference(submit.pull_from.layout)
         if difference is not None:
-            return Refused(request_id, RefusalKind.INVALID, f"KV of {submit.pull_from.worker_id} cannot be read: {difference}")
+            return Refused(
+                request_id, RefusalKind.INVALID, f"KV of {submit.pull_from.worker_id} cannot be read: {difference}"
+            )
         reservation = engine.reserve(submit.spec)
         if reservation is None:
             return Refused(request_id, RefusalKind.NO_ROOM, "no KV blocks free for the request")
@@ -159,4 +163,6 @@ class ReaderHandOver:
             return
         if not result.complete:
             self.failures_total += 1
-        engine.commit(result.request_id, result.num_tokens, result.token_ids if result.complete else (), result.transfer_s)
+        engine.commit(
+            result.request_id, result.num_tokens, result.token_ids if result.complete else (), result.transfer_s
+        )

@@ -17,8 +17,8 @@ IDLE_TICK_S: Final = 0.1
 
 
 class StepLoop:
-    """Runs ``engine.step`` while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its thread;
-    ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more."""
+    """Runs ``engine.step`` while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
+    thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more."""
 
     def __init__(
         self,

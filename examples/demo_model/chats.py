@@ -32,7 +32,7 @@ COMMANDS = frozenset(
     put quote raise read receive register remove render replace report reset resolve return run
     save schedule search send set show skip sort split start stop store strip test transform turn
     update use validate verify wait wrap write yield
-    """.split()  # noqa: SIM905 (a list of words reads better than a list of strings)
+    """.split()
 )
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

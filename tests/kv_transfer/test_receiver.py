@@ -140,7 +140,7 @@ def test_a_fault_is_reported_and_nothing_after_it_counts(bench: Bench, fault: Fa
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        (Announcement("r", error="prefill failed"), "source: prefill failed"),
+        (Announcement("r", error="prefill failed"), "prefill failed"),
         (Announcement("other"), "announcement of request other"),
         (Release(), "a Release frame out of place"),
     ],
@@ -176,6 +176,16 @@ def test_over_the_connection_nothing_comes_after_it_is_closed(bench: Bench) -> N
     link.close()
     [result] = bench.done.wait()
     assert (result.complete, result.num_verified_blocks, result.transport) == (False, 0, "tcp")
+
+
+def test_the_reason_of_the_source_outlives_its_connection_and_is_given_word_for_word(bench: Bench) -> None:
+    bench.receiver([TcpTransport()]).pull("r", bench.played.region, 0, [1], bench.done)
+    link = bench.played.accept()
+    link.send(Announcement("r", bench.played.notices(9), 4))
+    link.wait_for(ReadBlocks)
+    link.send(Announcement("r", error="finished at its source"))  # instead of the bytes
+    link.close()
+    assert bench.done.wait()[0].reason == "finished at its source"
 
 
 def test_a_source_that_is_not_there_ends_the_pull(bench: Bench) -> None:

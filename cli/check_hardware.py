@@ -1,0 +1,55 @@
+"""What this machine has to compute with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from eagleray.cli.finding import Finding, Level
+from eagleray.cli.terminal import format_bytes
+from eagleray.core.config import Config
+from eagleray.engine.execution.kv_memory import available_host_bytes
+
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+_USEFUL_FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd")
+
+
+def check_hardware(config: Config) -> list[Finding]:
+    return [_check_cores(config), _check_cpu_flags(), _check_memory(), _check_cuda()]
+
+
+def _check_cores(config: Config) -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pools = (config.prefill, config.decode)
+    wanted = sum(pool.replicas * pool.num_threads for pool in pools)
+    if wanted > cores:
+        way_out = "fine to try things out; for speed lower prefill.replicas, decode.replicas or num_threads"
+        return Finding(Level.WARN, "cores", f"{cores} for {wanted} threads that compute", way_out)
+    return Finding(Level.OK, "cores", f"{cores}, of which workers use {wanted}")
+
+
+def _check_cpu_flags() -> Finding:
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Finding(Level.OK, "CPU", "its features are not known here")
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    found = [flag for flag in _USEFUL_FLAGS if flag in flags]
+    if not found:
+        return Finding(Level.WARN, "CPU", "has no vector instructions that help", "expect it to be slow")
+    return Finding(Level.OK, "CPU", ", ".join(found))
+
+
+def _check_memory() -> Finding:
+    available = available_host_bytes()
+    return Finding(Level.OK, "memory", "unknown" if available is None else f"{format_bytes(available)} available")
+
+
+def _check_cuda() -> Finding:
+    import torch  # takes seconds: not before it is needed
+
+    if not torch.cuda.is_available():
+        return Finding(Level.OK, "CUDA", "no device; workers compute on the CPU")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding(Level.OK, "CUDA", ", ".join(names))

