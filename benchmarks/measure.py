@@ -138,10 +138,10 @@ def _throughput(outcomes: Sequence[Outcome], answers: Sequence[Answer]) -> Throu
 
 
 def _asked_rate(outcomes: Sequence[Outcome]) -> float | None:
-    """Requests before the last arrival time over the time until then: right for single ones and for bursts."""
+    """Over the time until the last is due: what would be achieved if answers took no time."""
     due_s = [outcome.request.due_s for outcome in outcomes]
     span_s = max(due_s) - min(due_s)
-    return sum(due < max(due_s) for due in due_s) / span_s if span_s else None
+    return len(due_s) / span_s if span_s else None
 
 
 def _time_per_output_token(answered: Sequence[tuple[ScheduledRequest, Answer]]) -> Iterator[float]:

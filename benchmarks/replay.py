@@ -44,7 +44,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 when every request was answered whole."""
-    options = _parse(arguments)
+    options = parse_options(arguments)
     try:
         run = asyncio.run(run_replay(options, _rows(options)))
     except (TraceError, ServerError) as error:
@@ -60,7 +60,12 @@ async def run_replay(options: argparse.Namespace, rows: Sequence[TraceRequest]) 
     """Ask the server what it serves, fit ``rows`` to it, and send them. Raises ``ServerError``."""
     origin = provenance()
     connections = httpx.Limits(max_connections=options.max_concurrency)
-    async with httpx.AsyncClient(base_url=options.url, timeout=options.timeout_s, limits=connections) as client:
+    async with httpx.AsyncClient(
+        base_url=options.url,
+        timeout=options.timeout_s,
+        limits=connections,
+        trust_env=False,  # no proxy in between
+    ) as client:
         served = await ask_server(client)
         limits = Limits(served.max_model_tokens, options.kv_block_tokens, tuple(options.token_ids))
         workload = build_workload(rows, limits, options.speedup, options.scale)
@@ -142,7 +147,7 @@ def _request_row(outcome: Outcome) -> dict[str, Any]:
     return {**row, **times_s, "cached_tokens": answer.usage.cached_tokens, "timing": answer.timing}
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Ends the program with a message for options that cannot be followed, before any request is sent."""
     parser = _parser()
     options = parser.parse_args(arguments)

@@ -83,7 +83,7 @@ def _request_rows(report: Report) -> list[tuple[str, str]]:
             ("prefix hits, measured", f"{hits.measured:.3f} of the prompt tokens"),
             (
                 "prefix hits, one ideal cache",
-                f"{hits.ideal:.3f} in whole KV blocks, {hits.ideal_unrounded:.3f} by tokens",
+                f"{hits.ideal:.3f} ({hits.ideal_unrounded:.3f} before block rounding)",
             ),
         ]
     return rows
@@ -114,9 +114,10 @@ def _phase_rows(report: Report) -> list[tuple[str, str, str]]:
 
 def _routing_rows(report: Report) -> list[tuple[str, str]]:
     routing = report.routing
-    workers = [*routing.prefill.items(), *routing.decode.items()]
-    if not workers:
+    if not routing.decode:
         return []
+    workers = [(f"prefill {name}", count) for name, count in routing.prefill.items()]
+    workers += [(f"decode {name}", count) for name, count in routing.decode.items()]
     others = [("prefilled where decoded", routing.local_prefills), ("more than one attempt", routing.retried)]
     return [(name, str(count)) for name, count in (*workers, *others)]
 

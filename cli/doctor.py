@@ -56,5 +56,5 @@ def _line(finding: Finding) -> str:
     level = finding.level.value.ljust(8)
     if sys.stdout.isatty():
         level = f"\x1b[{_COLOURS[finding.level]}m{level}\x1b[0m"
-    way_out = f"\n{'':24}-> {finding.way_out}" if finding.way_out else ""
-    return f"{level}{finding.name:16}{finding.text}{way_out}"
+    way_out = f"\n{'':28}-> {finding.way_out}" if finding.way_out else ""
+    return f"{level}{finding.name:19} {finding.text}{way_out}"

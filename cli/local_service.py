@@ -153,6 +153,9 @@ def _log(level: str | None) -> Iterator[None]:
         logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),  # Ray prints on both; our own progress keeps the stream it was given
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
-    # What Ray's loggers have bound to that stream during the start stays silent.

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
 from eagleray.cluster.exporters import build_tracer
+from eagleray.cluster.progress import reporter
 from eagleray.cluster.ray_adapter import replica_metadata
 from eagleray.core.clock import SystemClock, unix_time_s
 from eagleray.core.config import Config, PoolConfig
@@ -48,13 +49,13 @@ logger = logging.getLogger("eagleray")
 class WorkerReplica:
     """One worker of either pool. Serve sees its life; tokens, KV and control go over the worker's own connections."""
 
-    def __init__(self, role: str, config: dict[str, Any]) -> None:
+    def __init__(self, role: str, config: dict[str, Any], board: Any | None = None) -> None:
         self._config = Config.model_validate(config)
         self._role = Role(role)
         self._stopped = threading.Event()
         self._publisher = _BackgroundLoop("index-publisher")
         started_s = time.monotonic()
-        self._worker = self._build(self._publisher)
+        self._worker = self._build(self._publisher, board)
         self._worker.start()
         logger.info(
             "%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address
@@ -86,21 +87,21 @@ class WorkerReplica:
     def _pool(self) -> PoolConfig:
         return self._config.prefill if self._role is Role.PREFILL else self._config.decode
 
-    def _build(self, publisher_loop: _BackgroundLoop) -> Worker:
+    def _build(self, publisher_loop: _BackgroundLoop, board: Any | None) -> Worker:
         config, pool, clock = self._config, self._pool, SystemClock()
+        worker_id = serve.get_replica_context().replica_id.unique_id
         tokenizer = Tokenizer.from_folder(config.model.folder)
         executor = build_executor(
             config.model,
             pool.engine,
             num_threads=pool.num_threads,
             shared_kv="shared_memory" in config.transfer.transports,
-            progress=_log_progress,
+            progress=reporter(board, f"{self._role.value} {worker_id}"),
         )
 
         def new_text_stream(spec: RequestSpec) -> OutputText:
             return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
 
-        worker_id = serve.get_replica_context().replica_id.unique_id
         epoch = time.time_ns() // 1_000_000
         publisher = IndexPublisher(
             build_index(config.index, INDEX_NAMESPACE, clock),
@@ -131,8 +132,8 @@ class IngressReplica:
     """The HTTP front and the router. Listens itself: a stream of tokens makes no hop through a Serve proxy, and a
     client that hangs up is noticed at once. Several ingresses of one host share the port (SO_REUSEPORT)."""
 
-    async def __init__(
-        self, config: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: dict[str, Any], decode: DeploymentHandle[Any], prefill: DeploymentHandle[Any] | None
     ) -> None:
         self._config = Config.model_validate(config)
         self._handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
@@ -226,8 +227,3 @@ class _BackgroundLoop:
     def stop(self) -> None:
         if self._future is not None:
             self._loop.call_soon_threadsafe(self._future.cancel)
-
-
-def _log_progress(loaded: int, total: int) -> None:
-    if loaded == total or loaded % max(1, total // 4) == 0:
-        logger.info("loading weights: %d of %d tensors", loaded, total)

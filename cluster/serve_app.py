@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
 from ray import serve
@@ -13,10 +13,12 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application, Deployment
 
 from eagleray.cluster.deployments import IngressReplica, WorkerReplica
+from eagleray.cluster.progress import new_board
 from eagleray.cluster.ray_adapter import TargetedRouter
 from eagleray.core.config import Config, Environment, PoolConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
+from eagleray.models.registry import load_model_config
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
 
 APPLICATION: Final = "eagleray"
@@ -25,17 +27,19 @@ HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 10.0
 READY_DEADLINE_S: Final = 600.0
 SUPERVISION_INTERVAL_S: Final = 0.5
+PROGRESS_INTERVAL_S: Final = 0.5
 
 OnProgress = Callable[[str], None]
 
 
-def build_application(config: Config) -> Application:
-    """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory."""
+def build_application(config: Config, board: Any | None = None) -> Application:
+    """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory.
+    ``board`` hears how far the workers are with loading."""
     values = config.model_dump(mode="json")
-    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values)
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, board)
     prefill = None
     if config.prefill.replicas:
-        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values)
+        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, board)
     as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
@@ -52,7 +56,7 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
         num_replicas=pool.replicas,
         max_ongoing_requests=1_000_000,  # admission is the router's and the worker's
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
-        request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
+        request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),  # type: ignore[arg-type]
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=pool.drain_deadline_s + 10,
@@ -67,6 +71,7 @@ class LocalService:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
         self._on_progress = on_progress
+        load_model_config(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
         try:
             self.config = self._with_index(config, environment)
             self._start_ray()
@@ -131,11 +136,29 @@ class LocalService:
     def _deploy(self) -> None:
         pools = f"{self.config.prefill.replicas} prefill and {self.config.decode.replicas} decode workers"
         self._on_progress(f"starting {pools}, loading {self.config.model.name}")
+        board = new_board()
+        running = threading.Event()
+        watcher = threading.Thread(target=self._show_loading, args=(board, running), name="progress", daemon=True)
+        watcher.start()
         try:
-            ingress = serve.run(build_application(self.config), name=APPLICATION, route_prefix=None)
+            ingress = serve.run(build_application(self.config, board), name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
-            raise EagleRayError(f"the application did not start: {self._deployment_failure() or error}") from None
+            cause = _cause_in(self._deployment_failure() or str(error))
+            raise EagleRayError(f"the application did not start: {cause}") from None
+        finally:
+            running.set()
+            watcher.join()
+            ray.kill(board)
         self._address = str(ingress.address.remote().result(timeout_s=READY_DEADLINE_S))
+
+    def _show_loading(self, board: Any, running: threading.Event) -> None:
+        """Pass on each new word of the workers until the application runs."""
+        shown: set[str] = set()
+        while not running.wait(PROGRESS_INTERVAL_S):
+            for line in ray.get(board.lines.remote(), timeout=READY_DEADLINE_S):
+                if line not in shown:
+                    shown.add(line)
+                    self._on_progress(line)
 
     def _deployment_failure(self) -> str | None:
         """What Serve says of the first deployment that is not well."""
@@ -144,6 +167,12 @@ class LocalService:
             if deployment.status not in ("HEALTHY", "RUNNING") and deployment.message:
                 return f"{name}: {deployment.message}"
         return application.message if application else None
+
+
+def _cause_in(message: str) -> str:
+    """The error at the end of a replica's traceback, in its own words."""
+    last_line = message.strip().splitlines()[-1]
+    return last_line.removeprefix(f"{EagleRayError.__module__}.").removeprefix("ConfigError: ")
 
 
 class SupervisedRedis:

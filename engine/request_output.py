@@ -70,7 +70,9 @@ class OutputCollector:
         if output.choice == 0 and output.position == 0:
             self.output.num_cached_tokens = output.num_cached_tokens or 0
         if output.choice == 0 and output.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [entry and self._logprobs(entry) for entry in output.prompt_logprobs]
+            self.output.prompt_logprobs = [
+                None if entry is None else self._logprobs(entry) for entry in output.prompt_logprobs
+            ]
         answer.token_ids.extend(output.token_ids)
         answer.text += "".join(output.texts)
         for entry in output.logprobs or ():

@@ -8,6 +8,7 @@ emitted as known tokens. The journal drops what comes twice. There is nothing el
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from typing import Any
@@ -43,7 +44,7 @@ def test_a_long_prompt_is_prefilled_in_one_pool_and_decoded_in_the_other(whole_s
 
 
 def test_the_time_account_sums_to_what_the_client_measured(whole_service: Service) -> None:
-    """Within max(2 ms, 2 %), the client's own network beside it; the best of a few tries, since others use the cores."""
+    """Within max(2 ms, 2 %), the client's own network beside it; the best of a few tries: others use the cores."""
     gaps = []
     for number in range(5):
         body = {
@@ -92,7 +93,7 @@ def test_a_client_that_hangs_up_frees_its_blocks_within_a_second(whole_service: 
 def test_errors_have_the_shape_that_openai_clients_know(whole_service: Service) -> None:
     with pytest.raises(openai.NotFoundError):
         whole_service.openai.chat.completions.create(model="another", messages=messages())
-    with pytest.raises(openai.BadRequestError, match="context|tokens"):
+    with pytest.raises(openai.BadRequestError, match=r"context|tokens"):
         whole_service.openai.chat.completions.create(model=MODEL, messages=messages("word " * 5000))
     with pytest.raises(openai.BadRequestError, match="temperature"):
         whole_service.openai.chat.completions.create(model=MODEL, messages=messages(), temperature=-1)
@@ -129,10 +130,8 @@ async def test_two_hundred_mixed_requests_with_random_hang_ups_leave_every_block
             if kind == "whole":
                 await client.chat.completions.create(**request)
             elif kind == "left":
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(client.chat.completions.create(**request), chance.random() * 0.5)
-                except TimeoutError:
-                    pass
             else:
                 leave_after = chance.randint(0, 5) if kind == "streamed and left" else 10**6
                 async with await client.chat.completions.create(**request, stream=True) as stream:

@@ -108,7 +108,9 @@ def make_cases(tokenizer: Tokenizer) -> tuple[Case, ...]:
     prompts = [text_ids(length) for length in lengths]
     for stem in (text_ids(64), text_ids(101)):
         prompts += [stem + text_ids(chance.randint(1, 60)) for _ in range(12)]
-    prompts += [text_ids(chance.randint(1, LONGEST_PROMPT)) for _ in range(20)]
+    tail = text_ids(40)  # equal blocks that are no prefix of each other
+    prompts += [text_ids(16) + tail for _ in range(4)]
+    prompts += [text_ids(chance.randint(1, LONGEST_PROMPT)) for _ in range(16)]
     prompts += chance.choices(prompts, k=NUM_PROMPTS - len(prompts))
     return tuple(map(Case, prompts, itertools.cycle(make_sampling(tokenizer))))
 
@@ -166,7 +168,7 @@ def serve_offline(
 
 
 def was_preempted(llm: LLM, outputs: Answers) -> None:
-    assert llm.engine.scheduler.num_preemptions > 5
+    assert llm.engine.scheduler.num_preemptions >= 3
 
 
 def found_nothing(llm: LLM, outputs: Answers) -> None:
@@ -348,7 +350,12 @@ def alone(checkpoint: Checkpoint) -> Answers:
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_those_of_each_prompt_alone(way: str, checkpoint: Checkpoint, alone: Answers) -> None:
     served = WAYS[way](checkpoint)
-    assert list(map(exact, served)) == list(map(exact, alone))
+    differing = {
+        index: (exact(ours), exact(theirs))
+        for index, (ours, theirs) in enumerate(zip(served, alone, strict=True))
+        if exact(ours) != exact(theirs)
+    }
+    assert not differing
     for ours, theirs in zip(served, alone, strict=True):
         assert scores(ours) == [pytest.approx(entry, abs=LOGPROB_TOLERANCE) for entry in scores(theirs)]
 

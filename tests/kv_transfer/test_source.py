@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.kv_transfer.fake import Calls, MemoryBlockStore
 from eagleray.kv_transfer.fingerprint import fingerprint
 from eagleray.kv_transfer.link import Link
-from eagleray.kv_transfer.session import LAST_WORDS_S, SourceProgress
+from eagleray.kv_transfer.session import LAST_WORDS_S, SourceLedger, SourceProgress
 from eagleray.kv_transfer.source import KVSource
-from eagleray.kv_transfer.wire import Announcement, BlockBytes, Heartbeat, ReadBlocks, Release, Subscribe
+from eagleray.kv_transfer.source_connection import ReaderConnection, SourceState
+from eagleray.kv_transfer.wire import Announcement, BlockBytes, Heartbeat, ReadBlocks, Release, Subscribe, encode_frame
 
 LAYOUT = KVLayout(4, (LayerGroup("target", 2, 2, 16, "float32"),))  # blocks of 2048 bytes
 CONFIG = TransferConfig(lease_s=30.0, stall_deadline_s=5.0, piece_bytes=4096)
@@ -244,18 +246,24 @@ def test_a_reader_in_the_middle_of_its_bytes_gets_them_and_then_the_reason(bench
     assert bench.released.wait() == ["r"]
 
 
-def test_a_first_reader_that_gave_up_does_not_take_the_second_one_along(bench: Bench) -> None:
-    first = bench.connect()
-    bench.clock.advance(CONFIG.lease_s)
-    bench.source.expire()
-    assert "was not opened within lease_s=30" in next_announcement(first).error
-    bench.source.open("r")
-    second = bench.connect()
-    first.close()
-    bench.announce(9, num_tokens=4, is_last=True)
-    assert next_announcement(second).is_last
-    second.send(Release())
-    assert bench.released.wait() == ["r"]
+def test_a_first_reader_that_gave_up_does_not_take_the_second_one_along() -> None:
+    ledger = SourceLedger(1, LAYOUT.digest(), LAYOUT.block_size_tokens, CONFIG.lease_s)
+    store, clock = MemoryBlockStore(LAYOUT, 2), ManualClock()
+    state = SourceState(ledger, store, clock, CONFIG, LAYOUT.digest(), LAYOUT.block_bytes)
+    pairs = [socket.socketpair() for _ in range(2)]
+    first, second = (ReaderConnection(state, Link(ours, clock, 5.0, "reader")) for ours, _ in pairs)
+    for _, theirs in pairs:
+        theirs.sendall(encode_frame(Subscribe("r", 1, LAYOUT.digest(), 0)))
+    assert first.serve()
+    ledger.close("r", "gave up waiting for it", 0.0)
+    ledger.open("r")
+    assert second.serve()
+    first.finish()
+    assert state.readers == {"r": second}
+    second.finish()
+    assert ledger.take_released() == ["r"]
+    for _, theirs in pairs:
+        theirs.close()
 
 
 def test_a_silent_source_shows_signs_of_life(bench: Bench) -> None:

