@@ -96,7 +96,7 @@ def fitting_scaling(rows: Sequence[TraceRequest], limits: Limits) -> Scaling:
     largest = max(smallest, _whole_kv_blocks(1.0, limits))
     for block_tokens in range(largest, smallest, -limits.kv_block_tokens):
         scaling = Scaling(block_tokens)
-        if all(scaling.total_tokens(row) < limits.max_model_tokens for row in rows):
+        if all(scaling.total_tokens(row) <= limits.max_model_tokens for row in rows):
             return scaling
     return Scaling(smallest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import signal
@@ -153,9 +154,13 @@ def _log(level: str | None) -> Iterator[None]:
         logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         yield
         return
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),  # Ray prints on both; our own progress keeps the stream it was given
-        contextlib.redirect_stderr(nowhere),
-    ):
+    nowhere = _Nowhere()  # Ray prints on both streams; our own progress keeps the one it was given
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
+
+
+class _Nowhere(io.TextIOBase):
+    """Swallows what is written. Never closed: log handlers that were made meanwhile keep it."""
+
+    def write(self, text: str) -> int:
+        return len(text)

@@ -178,8 +178,9 @@ class IngressReplica:
 
     def _hold(self, worker_id: str, request_id: str) -> None:
         """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""
-        role = self._pool.workers()[worker_id].welcome.role
-        self._handles[role].hold.remote(request_id, target=worker_id)
+        client = self._pool.workers().get(worker_id)
+        if client is not None:  # else it was lost in this very moment
+            self._handles[client.welcome.role].hold.remote(request_id, target=worker_id)
 
     async def _discover(self) -> None:
         """Follow the replicas that Serve says are running."""

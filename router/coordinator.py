@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -17,6 +18,8 @@ from eagleray.core.request import Request, RequestSpec
 from eagleray.core.snapshot import Role
 from eagleray.router.generation import RoutedGeneration
 from eagleray.router.metrics import IngressMetrics
+from eagleray.router.pending import PendingLoad
+from eagleray.router.policies.rules import uncached_tokens
 from eagleray.router.prefix_index.index import PrefixIndex
 from eagleray.router.service import ServiceStatus
 from eagleray.router.tracing import RequestTracer
@@ -25,6 +28,14 @@ from eagleray.router.worker_client import WorkerClient, WorkerPool
 
 # Until a transfer has been measured: what shared memory on one host gives at least.
 DEFAULT_TRANSFER_BYTES_PER_S: Final = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A route, and how many tokens its prefill will compute as far as the index knows."""
+
+    route: Route
+    tokens_to_compute: int
 
 
 class Coordinator:
@@ -46,7 +57,8 @@ class Coordinator:
         self.on_placed = on_placed
         self._policy, self._index = policy, index
         self._sequence = itertools.count()
-        self._pending: dict[str, tuple[str, int]] = {}  # request id on workers -> (worker, tokens) until its snapshot
+        self._attempt_numbers = itertools.count(1)
+        self.pending = PendingLoad()
         self.num_queued = 0
         self.num_running = 0
 
@@ -83,7 +95,7 @@ class Coordinator:
 
     # ---- the generation's side
 
-    async def choose(self, request: Request, excluded: set[str]) -> Route | None:
+    async def choose(self, request: Request, excluded: set[str]) -> Placement | None:
         """Where ``request`` should go now, without the ``excluded`` workers; None when there is no worker for it."""
         clients = {
             worker_id: client for worker_id, client in sorted(self.pool.workers().items()) if worker_id not in excluded
@@ -102,14 +114,16 @@ class Coordinator:
             sequence=next(self._sequence),
             reads_cache=reads_cache,
         )
-        return self._policy.choose(routing, self._view(clients, cached, layout.block_size_tokens, layout.block_bytes))
+        view = self._view(clients, cached, layout.block_size_tokens, layout.block_bytes)
+        route = self._policy.choose(routing, view)
+        if route is None:
+            return None
+        computing = view.decode[route.decode] if route.prefill is None else view.prefill[route.prefill]
+        return Placement(route, uncached_tokens(routing, computing))
 
-    def note_submitted(self, request_id: str, worker_id: str, num_tokens: int) -> None:
-        """Count a request against its worker until the worker's own snapshot tells of its load."""
-        self._pending[request_id] = (worker_id, num_tokens)
-
-    def note_settled(self, request_id: str) -> None:
-        self._pending.pop(request_id, None)
+    def new_attempt_id(self, spec: RequestSpec) -> str:
+        """Never the same again, even if a caller uses a request id twice."""
+        return f"{spec.request_id}.{spec.choice}.{next(self._attempt_numbers)}"
 
     # ---- parts
 
@@ -123,12 +137,7 @@ class Coordinator:
     ) -> ClusterView:
         def views(role: Role) -> dict[str, WorkerView]:
             return {
-                worker_id: WorkerView(
-                    snapshot=client.snapshot,
-                    cached_tokens=cached.get(worker_id, 0) * block_size_tokens,
-                    pending_requests=sum(1 for worker, _ in self._pending.values() if worker == worker_id),
-                    pending_tokens=sum(tokens for worker, tokens in self._pending.values() if worker == worker_id),
-                )
+                worker_id: self._worker_view(client, cached.get(worker_id, 0) * block_size_tokens)
                 for worker_id, client in clients.items()
                 if client.welcome.role is role
             }
@@ -139,6 +148,13 @@ class Coordinator:
             block_bytes=block_bytes,
             local_prefill_tokens=self.config.local_prefill_tokens,
             transfer_bytes_per_s=DEFAULT_TRANSFER_BYTES_PER_S,
+        )
+
+    def _worker_view(self, client: WorkerClient, cached_tokens: int) -> WorkerView:
+        snapshot = client.snapshot
+        pending = self.pending.on(snapshot.worker_id, snapshot)
+        return WorkerView(
+            snapshot, cached_tokens, pending.num_requests, pending.tokens_to_compute, pending.tokens_to_hold
         )
 
     def _retry_after_s(self) -> float:

@@ -23,7 +23,7 @@ from eagleray.router.view import Route
 from eagleray.router.worker_client import SubmitRefused, WorkerClient
 
 if TYPE_CHECKING:
-    from eagleray.router.coordinator import Coordinator
+    from eagleray.router.coordinator import Coordinator, Placement
 
 _Item = TokenOutput | BaseException | None  # None: this choice has ended
 
@@ -51,11 +51,15 @@ class RoutedGeneration:
         return self._outputs()
 
     async def _outputs(self) -> AsyncIterator[TokenOutput]:
+        if self._is_closed:
+            return
         self._start(self._answers[0])
         running, outcome = 1, "aborted"
         try:
             while running:
                 item = await self._items.get()
+                if self._is_closed:
+                    return  # type: ignore[unreachable]  # mypy forgets that others run during an await
                 if isinstance(item, BaseException):
                     outcome = "error"
                     raise item
@@ -69,16 +73,20 @@ class RoutedGeneration:
                     running += len(self._answers) - 1
                 self._note(item)
                 yield item
-            outcome = "aborted" if self._is_closed else "finished"
+            outcome = "finished"
         finally:
-            await self.aclose()
-            self._close_account(outcome)
+            await self._end(outcome)
 
     async def aclose(self) -> None:
+        await self._end("aborted")
+
+    async def _end(self, outcome: str) -> None:
         self._is_closed = True
+        self._items.put_nowait(None)  # for whoever waits: a task that is cancelled before it begins says nothing
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close_account(outcome)
 
     def _start(self, answer: Answer) -> None:
         self._tasks.append(asyncio.create_task(self._follow(answer)))
@@ -129,7 +137,6 @@ class Answer:
         self._config = coordinator.config
         self._phases = phases  # of the request's first choice; the others' time runs beside it
         self._journal = Journal(spec, coordinator.clock.now_s())
-        self._num_tries = 0
         self.num_attempts = 0
         self.route: Route | None = None
 
@@ -161,9 +168,7 @@ class Answer:
 
     def _new_attempt(self) -> Attempt:
         """Each try has an id of its own: what a refused or lost one left on a worker may still be going away."""
-        self._num_tries += 1
-        spec = self._journal.request.spec
-        request_id = f"{spec.request_id}.{spec.choice}.{self._num_tries}"
+        request_id = self._coordinator.new_attempt_id(self._journal.request.spec)
         return Attempt(self._coordinator, self._journal.request.continuation(request_id))
 
     async def _place(self) -> Attempt:
@@ -175,8 +180,8 @@ class Answer:
         self._coordinator.num_queued += 1
         try:
             while True:
-                route = await self._coordinator.choose(self._journal.request, excluded)
-                if route is None:
+                placement = await self._coordinator.choose(self._journal.request, excluded)
+                if placement is None:
                     left_s = deadline_s - clock.now_s()
                     if left_s <= 0:
                         raise ServiceUnavailable(
@@ -187,7 +192,7 @@ class Answer:
                     continue
                 attempt = self._new_attempt()
                 try:
-                    await attempt.submit(route)
+                    await attempt.submit(placement)
                 except (SubmitRefused, WorkerLost) as error:
                     if isinstance(error, SubmitRefused) and error.kind is RefusalKind.INVALID:
                         raise InvalidRequest(error.reason) from None
@@ -196,7 +201,7 @@ class Answer:
                     continue
                 if self._phases is not None:
                     self._phases.mark(Phase.QUEUE)
-                self.route = route
+                self.route = placement.route
                 return attempt
         finally:
             self._coordinator.num_queued -= 1
@@ -228,14 +233,15 @@ class Attempt:
         self._inbox: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
         self._accepted: list[WorkerClient] = []
 
-    async def submit(self, route: Route) -> None:
+    async def submit(self, placement: Placement) -> None:
         """Reserve on the decode worker, then start the prefill. Raises ``SubmitRefused`` or ``WorkerLost``; then
         nothing is left anywhere."""
-        workers = self._coordinator.pool.workers()
+        route, workers = placement.route, self._coordinator.pool.workers()
         decode = workers.get(route.decode)
         prefill = workers.get(route.prefill) if route.prefill is not None else None
         if decode is None or (route.prefill is not None and prefill is None):
             raise WorkerLost(route.decode if decode is None else str(route.prefill), "it has just gone")
+        self._note_sent(placement)
         try:
             if prefill is None:
                 await self._submit(decode, Submit(self._spec))
@@ -245,14 +251,23 @@ class Attempt:
         except BaseException:
             self.end()
             raise
-        self._coordinator.note_submitted(
-            self._spec.request_id, (prefill or decode).welcome.worker_id, len(self._spec.token_ids)
-        )
+
+    def _note_sent(self, placement: Placement) -> None:
+        """Before anything is waited for: the next request is routed knowing of this one."""
+        route, num_tokens = placement.route, len(self._spec.token_ids)
+        note = self._coordinator.pending.note_sent
+        if route.prefill is None:
+            note(route.decode, self._spec.request_id, placement.tokens_to_compute, num_tokens)
+        else:
+            note(route.prefill, self._spec.request_id, placement.tokens_to_compute, num_tokens)
+            note(route.decode, self._spec.request_id, 0, num_tokens)
 
     async def _submit(self, client: WorkerClient, submit: Submit) -> None:
         await client.submit(submit, self._inbox.put_nowait)
         self._accepted.append(client)
-        self._coordinator.on_placed(client.welcome.worker_id, submit.spec.request_id)
+        worker_id, request_id = client.welcome.worker_id, submit.spec.request_id
+        self._coordinator.pending.note_accepted(worker_id, request_id, client.snapshot)
+        self._coordinator.on_placed(worker_id, request_id)
 
     async def outputs(self, journal: Journal) -> AsyncIterator[TokenOutput]:
         """Outputs of both workers as they come, until ``journal`` has all; doubles and early ones among them.
@@ -273,7 +288,6 @@ class Attempt:
             if isinstance(item, TokenOutput):
                 if item.error is not None:
                     raise EagleRayError(item.error)
-                self._coordinator.note_settled(item.request_id)
                 yield item
             elif item.worker_id == decode_id:
                 raise item
@@ -284,7 +298,7 @@ class Attempt:
 
     def end(self) -> None:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
-        self._coordinator.note_settled(self._spec.request_id)
+        self._coordinator.pending.forget(self._spec.request_id)
         for client in self._accepted:
             with contextlib.suppress(WorkerLost):  # and the request with it
                 client.abort(self._spec.request_id)

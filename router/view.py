@@ -16,7 +16,8 @@ class WorkerView:
     snapshot: WorkerSnapshot
     cached_tokens: int = 0  # of this request's prefix, by the index: a hint, wrong only in time
     pending_requests: int = 0  # sent by this ingress since the snapshot was taken
-    pending_tokens: int = 0  # their uncomputed tokens
+    pending_tokens: int = 0  # that it has to compute for them
+    pending_held_tokens: int = 0  # that it needs blocks for, computed there or elsewhere
 
     @property
     def worker_id(self) -> str:

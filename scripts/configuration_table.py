@@ -1,6 +1,7 @@
-"""Writes the table of configuration keys in docs/operations.md from ``core/config.py``: python scripts/configuration_table.py
+"""Writes the tables of configuration keys in docs/operations.md from ``core/config.py``.
 
-A test compares the page with what this prints, so a key cannot change without its page.
+Run it after a change there: ``.venv/bin/python scripts/configuration_table.py``. A test compares the page with what
+this makes, so a key cannot change without its page.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ def _allowed(field: FieldInfo) -> str:
         for name, text in _BOUNDS.items()
         if hasattr(bound, name)
     ]
-    return _type_name(field.annotation) + (f" {' and '.join(bounds)}" if bounds else "")
+    values, or_null, nothing = _type_name(field.annotation).partition(" or null")
+    return f"{values} {' and '.join(bounds)}".strip() + or_null + nothing
 
 
 def _type_name(annotation: Any) -> str:
-    """In the words of YAML: ``integer or null``, ``"a" or "b"``, ``list of ...``."""
+    """In the words of YAML: ``integer or null``, ``list of ...``, or the values themselves."""
     arguments = get_args(annotation)
     match get_origin(annotation):
         case origin if origin is Literal:

@@ -6,6 +6,7 @@ Runs an event loop in a thread of its own, so that neither a long step nor whate
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -44,6 +45,7 @@ class Channel:
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
+        self._stopping = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="channel", daemon=True)
 
     @property
@@ -55,20 +57,25 @@ class Channel:
         self._call(self._listen)
 
     def stop(self) -> None:
-        """Close the listener and every connection."""
-        if self._thread.is_alive():
-            self._call(self._close)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(START_DEADLINE_S)
-            self._loop.close()
+        """Close the listener and every connection. May be called from several threads, and again."""
+        with self._stopping:
+            if self._thread.is_alive():
+                self._call(self._close)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join(START_DEADLINE_S)
+                self._loop.close()
 
     def send(self, messages: dict[int, ToIngress]) -> None:
         """Queue one message per connection; connections that are gone are skipped."""
-        self._loop.call_soon_threadsafe(self._write, messages)
+        self._soon(lambda: self._write(messages))
 
     def broadcast(self, message: StepOutputs) -> None:
         """Queue one message for every connection."""
-        self._loop.call_soon_threadsafe(lambda: self._write(dict.fromkeys(self._writers, message)))
+        self._soon(lambda: self._write(dict.fromkeys(self._writers, message)))
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
+            self._loop.call_soon_threadsafe(action)
 
     # ---- on the channel's thread
 

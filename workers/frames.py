@@ -33,12 +33,17 @@ async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Deco
         length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
         if length > MAX_FRAME_BYTES:
             raise ChannelError(f"a frame announces {length} bytes; the limit is {MAX_FRAME_BYTES}")
-        return decoder.decode(await reader.readexactly(length))
+        return _decode(decoder, await reader.readexactly(length))
     except asyncio.IncompleteReadError as error:
         if error.partial:
             raise ChannelError("the connection closed inside a frame") from None
         return None
     except ConnectionError:
         return None
-    except msgspec.MsgspecError as error:
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, EagleRayError) as error:  # or a value that a field refuses
         raise ChannelError(f"a frame does not hold a known message: {error}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from eagleray.core.errors import TransferError
 from eagleray.core.kv_region import KVRegion
 from eagleray.core.messages import Accepted, RefusalKind, Refused, Submit
 from eagleray.core.request import RequestState
@@ -63,8 +64,12 @@ class SourceHandOver:
         request_id = submit.spec.request_id
         engine.add(submit.spec, output_limit=1 if submit.hand_over else None)
         if submit.hand_over:
+            try:
+                self._source.open(request_id)
+            except (ValueError, TransferError) as error:
+                engine.end(request_id)
+                return _refused(request_id, error)
             self._open.add(request_id)
-            self._source.open(request_id)
         return Accepted(request_id)
 
     def stepped(self, engine: Engine, outcome: StepOutcome) -> None:
@@ -133,9 +138,13 @@ class ReaderHandOver:
         reservation = engine.reserve(submit.spec)
         if reservation is None:
             return Refused(request_id, RefusalKind.NO_ROOM, "no KV blocks free for the request")
-        self._pulls[request_id] = False
         missing = reservation.block_ids[reservation.first_block :]
-        self._receiver.pull(request_id, submit.pull_from, reservation.first_block, missing, self._pulled)
+        try:
+            self._receiver.pull(request_id, submit.pull_from, reservation.first_block, missing, self._pulled)
+        except (ValueError, TransferError) as error:
+            engine.end(request_id)
+            return _refused(request_id, error)
+        self._pulls[request_id] = False
         return Accepted(request_id, reservation.num_cached_tokens)
 
     def stepped(self, engine: Engine, outcome: StepOutcome) -> None:
@@ -166,3 +175,9 @@ class ReaderHandOver:
         engine.commit(
             result.request_id, result.num_tokens, result.token_ids if result.complete else (), result.transfer_s
         )
+
+
+def _refused(request_id: str, error: ValueError | TransferError) -> Refused:
+    """The transfer does not take the request: its id was used before, or the worker is being stopped."""
+    kind = RefusalKind.DRAINING if isinstance(error, TransferError) else RefusalKind.INVALID
+    return Refused(request_id, kind, str(error))

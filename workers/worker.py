@@ -26,6 +26,7 @@ from eagleray.workers.step_loop import StepLoop
 # Ingresses hear of a worker this often even when it has nothing to say; what stays silent longer has stopped.
 SNAPSHOT_INTERVAL_S: Final = 0.1
 STOP_DEADLINE_S: Final = 5.0
+_COMPUTED_ELSEWHERE: Final = frozenset({RequestState.RESERVED, RequestState.HANDED_OVER})
 
 
 class CacheListener(Protocol):
@@ -91,13 +92,13 @@ class Worker:
         self._channel.start()
 
     def drain(self, deadline_s: float) -> bool:
-        """Take nothing new and wait for what is here to end; False when the deadline passed first."""
+        """Take nothing new and wait for what is here to end, as it does when the engine fails; False when the deadline
+        passed first."""
         self._loop.call(lambda engine: self._begin_draining())
         return self._drained.wait(deadline_s)
 
     def stop(self) -> None:
-        self._channel.stop()
-        self._hand_over.stop()
+        self._close_connections()
         self._loop.stop(STOP_DEADLINE_S)
 
     def check_integrity(self, deadline_s: float = STOP_DEADLINE_S) -> None:
@@ -202,9 +203,15 @@ class Worker:
         self._draining = True
 
     def _failed(self, error: BaseException) -> None:
-        """The engine cannot go on. Closing the channel tells every ingress; their requests continue elsewhere."""
+        """The engine cannot go on. Closing the channel tells every ingress, and ending the hand-over every reader, who
+        would wait for more blocks as long as our source is alive; their requests continue elsewhere."""
         self.failure = error
-        threading.Thread(target=self._channel.stop, name="channel-stop", daemon=True).start()
+        self._drained.set()
+        threading.Thread(target=self._close_connections, name="worker-stop", daemon=True).start()
+
+    def _close_connections(self) -> None:
+        self._channel.stop()
+        self._hand_over.stop()
 
     def _take_snapshot(self) -> WorkerSnapshot:
         scheduler, kv, meter = self._engine.scheduler, self._engine.kv, self._meter
@@ -219,7 +226,7 @@ class Worker:
             num_reserved=states[RequestState.RESERVED],
             num_handed_over=states[RequestState.HANDED_OVER],
             uncomputed_tokens=sum(
-                request.num_uncomputed_tokens for request in scheduler if request.state is not RequestState.HANDED_OVER
+                request.num_uncomputed_tokens for request in scheduler if request.state not in _COMPUTED_ELSEWHERE
             ),
             blocks_total=kv.pool.num_blocks,
             blocks_free=kv.pool.num_free,

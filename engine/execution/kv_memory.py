@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 from pathlib import Path
 from typing import Final
 
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import KVLayout
-from eagleray.core.kv_region import SharedMemoryRef
+from eagleray.core.kv_region import SharedMemoryRef, local_host_id
 
 HEADER_BYTES: Final = 4096  # one page before the blocks: holds the cookie, and keeps them aligned
 COOKIE_BYTES: Final = 16
-_BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class KVMemory:
@@ -58,7 +56,7 @@ class KVMemory:
         if self._fd < 0:
             return None
         return SharedMemoryRef(
-            host_id=read_host_id(), pid=os.getpid(), fd=self._fd, num_bytes=len(self._mapping), cookie=self._cookie
+            host_id=local_host_id(), pid=os.getpid(), fd=self._fd, num_bytes=len(self._mapping), cookie=self._cookie
         )
 
     def close(self) -> None:
@@ -103,14 +101,6 @@ def available_host_bytes() -> int | None:
     """Memory that can be had without swapping, by the kernel's estimate and the container's limit; None if unknown."""
     bounds = [bound for bound in (_machine_available_bytes(), _container_available_bytes()) if bound is not None]
     return min(bounds, default=None)
-
-
-def read_host_id() -> str:
-    """The boot id of this machine: the same for all its processes and different for any other machine."""
-    try:
-        return _BOOT_ID_PATH.read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def _create_memory_file(num_bytes: int) -> int:

@@ -140,7 +140,7 @@ class Scheduler:
             num_tokens = min(request.num_uncomputed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_tokens):
                 preempted = True
-                victim = max((r for r in self._running if r.request_id not in settled), key=self._order)
+                victim = max((r for r in self._running if self._may_give_way(r, settled)), key=self._order)
                 swap_out.extend(self._preempt(victim))
                 if victim is request:
                     break
@@ -160,6 +160,12 @@ class Scheduler:
             block_ids=self._kv.table(request.request_id)[: self._kv.blocks_for(start + num_tokens)],
             samples=start + num_tokens == request.num_tokens,
         )
+
+    @staticmethod
+    def _may_give_way(request: Request, settled: set[str]) -> bool:
+        """Not what is already part of the step, and not what is being handed over: others read its blocks. (That never
+        needs to grow, so whoever lacks a block may give way itself.)"""
+        return request.request_id not in settled and request.output_limit is None
 
     def _preempt(self, victim: Request) -> list[BlockCopy]:
         """Take the blocks of a running request: to host memory when that has room, else to be computed again."""

@@ -101,7 +101,7 @@ class Trainer:
                 adam_rate,
             ),
         ]
-        self.loss: LossFunction = torch.compile(self._loss) if compile_model else self._loss
+        self.loss: LossFunction = torch.compile(self._loss, dynamic=False) if compile_model else self._loss
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
         logits = self.model(rows[:, :-1], use_cache=False).logits

@@ -30,7 +30,7 @@ def num_requests(worker: WorkerView) -> int:
 
 def lacks_room(worker: WorkerView, num_tokens: int, block_size_tokens: int) -> bool:
     """Whether a request of ``num_tokens`` finds too few free blocks, after those that this ingress just sent."""
-    needed = math.ceil(num_tokens / block_size_tokens) + math.ceil(worker.pending_tokens / block_size_tokens)
+    needed = math.ceil(num_tokens / block_size_tokens) + math.ceil(worker.pending_held_tokens / block_size_tokens)
     return worker.snapshot.blocks_free < needed
 
 

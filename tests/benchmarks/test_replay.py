@@ -76,6 +76,13 @@ async def test_the_server_gets_the_prompts_and_lengths_of_the_trace(server_url: 
     assert {spec.tenant_salt for spec in service.specs} == {"salt"}
 
 
+async def test_no_request_is_sent_before_it_is_due(server_url: str):
+    rows = [TraceRequest(timestamp, 9, 1, (0,)) for timestamp in (0, 0, 2000, 4000)]
+    run = await replayed(server_url, "--speedup", "20", rows=rows)
+    assert [outcome.request.due_s for outcome in run.outcomes] == [0.0, 0.0, 0.1, 0.2]
+    assert all(outcome.sent_s >= outcome.request.due_s for outcome in run.outcomes)
+
+
 async def test_every_output_is_timed(server_url: str):
     for outcome in (await replayed(server_url)).outcomes:
         times_s = outcome.answer.chunk_times_s

@@ -42,10 +42,11 @@ def test_what_fits_is_not_scaled():
 
 def test_the_longest_request_just_fits_the_model():
     longest = row(20_480, *range(40), output_length=400)
-    workload = build_workload([row(600, 0, 1), longest], LIMITS, speedup=1, scale=None)
-    assert workload.scaling.block_tokens == 48  # 40 x 48 + 38; with 64 it would be 2610
-    assert max(r.num_prompt_tokens + r.num_output_tokens for r in workload.requests) == 40 * 48 + 38
-    assert workload.scaling.num_cut == 0
+    for max_model_tokens, block_tokens in ((2048, 48), (40 * 48 + 38, 48), (40 * 48 + 37, 32)):
+        limits = Limits(max_model_tokens, 16, (128, 255))
+        workload = build_workload([row(600, 0, 1), longest], limits, speedup=1, scale=None)
+        assert (workload.scaling.block_tokens, workload.scaling.num_cut) == (block_tokens, 0)
+        assert max(r.num_prompt_tokens + r.num_output_tokens for r in workload.requests) <= max_model_tokens
 
 
 def test_what_does_not_fit_at_one_kv_block_per_trace_block_is_cut_and_counted():
@@ -94,7 +95,7 @@ def test_the_ideal_cache_of_hand_made_prompts():
         ScheduledRequest(0, 40, 1, (0, 1)),  # all of it, but its last token is computed
         ScheduledRequest(0, 32, 1, (0,)),  # ends with a whole block, of which the last token is computed
         ScheduledRequest(0, 70, 1, (0, 1, 2)),  # the second block was seen in part only
-        ScheduledRequest(0, 64, 1, (3, 1)),  # an equal block after another prefix is no hit
+        ScheduledRequest(0, 96, 1, (3, 1, 2)),  # an equal block after another prefix is no hit
     ]
     hits = ideal_hits(requests, block_tokens=32, kv_block_tokens=16)
     assert [(hit.shared_tokens, hit.cacheable_tokens) for hit in hits] == [(0, 0), (40, 32), (32, 16), (40, 32), (0, 0)]

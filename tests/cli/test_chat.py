@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from eagleray.core.clock import SystemClock
 from eagleray.core.errors import EagleRayError, Overloaded
 
 
-def test_one_question_prints_the_answer_and_its_times(server, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_one_question_prints_the_answer_and_its_times(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     server.service.script.answer = "Hello!"
     assert main(["chat", "--url", server.url, "--temperature", "0.5", "--system", "Be brief.", "hi"]) == 0
     shown = capsys.readouterr()
@@ -26,26 +28,28 @@ def test_one_question_prints_the_answer_and_its_times(server, capsys) -> None:  
     assert server.service._tokenizer.decode(spec.token_ids).count("Be brief.") == 1
 
 
-def test_a_conversation_keeps_its_history_until_the_input_ends(server, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_conversation_keeps_its_history_until_the_input_ends(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.service.script.answer = "Hello!"
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n"))
     assert main(["chat", "--url", server.url]) == 0
     assert capsys.readouterr().out == "Hello!\nHello!\n"
     prompts = [server.service._tokenizer.decode(spec.token_ids) for spec in server.service.specs]
     assert len(prompts) == 2
-    assert [prompts[1].index(text) for text in ("first", "Hello!", "second")] == sorted(
-        prompts[1].index(text) for text in ("first", "Hello!", "second")
-    )
+    assert re.search("first.*Hello!.*second", prompts[1], re.DOTALL)
 
 
-def test_a_refused_question_does_not_end_the_conversation(server, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_refused_question_does_not_end_the_conversation(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.service.script.refuse_with = Overloaded("no room", 1.0)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n"))
     assert main(["chat", "--url", server.url]) == 0
     assert capsys.readouterr().err.count("eagleray chat: no room\n") == 2
 
 
-def test_what_arrived_before_an_interruption_stays_in_the_history(server, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_what_arrived_before_an_interruption_stays_in_the_history(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server.service.script.answer = "Hello!"
 
     def interrupt(text: str) -> None:
@@ -59,7 +63,7 @@ def test_what_arrived_before_an_interruption_stays_in_the_history(server, monkey
     assert conversation.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "H"}]
 
 
-def test_a_question_that_was_never_answered_is_forgotten(server) -> None:  # type: ignore[no-untyped-def]
+def test_a_question_that_was_never_answered_is_forgotten(server: Any) -> None:
     server.service.script.refuse_with = Overloaded("no room", 1.0)
     with ApiClient(server.url, SystemClock()) as client:
         conversation = Conversation(client, "fish", {})
@@ -68,7 +72,7 @@ def test_a_question_that_was_never_answered_is_forgotten(server) -> None:  # typ
     assert conversation.messages == []
 
 
-def test_an_answer_cannot_steer_the_terminal(server) -> None:  # type: ignore[no-untyped-def]
+def test_an_answer_cannot_steer_the_terminal(server: Any) -> None:
     server.service.script.answer = "\x1b[2Jbang\tx"
     command = [sys.executable, "-m", "eagleray.cli", "chat", "--url", server.url, "hi"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

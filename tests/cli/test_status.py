@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -49,12 +50,12 @@ def test_a_service_that_is_not_ready_says_why() -> None:
     assert "not ready: no decode worker" in shown(status)[0]
 
 
-def test_json_is_what_the_server_reports(server, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_json_is_what_the_server_reports(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", server.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["max_model_tokens"] == 512
 
 
-def test_the_table_is_printed_for_a_running_server(server, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_the_table_is_printed_for_a_running_server(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", server.url]) == 0
     assert f"{server.url}  ready  workers: 0 prefill + 0 decode" in capsys.readouterr().out
 

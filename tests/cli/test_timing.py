@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -37,15 +38,14 @@ def test_without_the_servers_account_the_line_has_the_clients_times() -> None:
 
 
 def test_the_table_shows_sum_and_client_total_side_by_side() -> None:
-    console = Console(width=140, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(timing_table(ANSWER, ACCOUNT))
-    head, _, row = console.export_text().rstrip("\n").split("\n")
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(timing_table(ANSWER, ACCOUNT))
+    head, _, row = capture.get().rstrip("\n").split("\n")
     assert "= sum   client total   client TTFT" in head
     assert "500.0 ms       500.0 ms       25.0 ms" in row
 
 
 def test_workers_are_named_once_when_one_did_both() -> None:
-    import msgspec
-
     assert workers_of(ACCOUNT) == "prefilled on p1, decoded on d1"
     assert workers_of(msgspec.structs.replace(ACCOUNT, prefill_worker=None)) == "prefilled and decoded on d1"

@@ -67,6 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.reserved: dict[str, list[int]] = {}  # id -> tokens sampled elsewhere
         self.handed_over: set[str] = set()
+        self.announced: dict[str, tuple[int, ...]] = {}  # blocks that a reader may be reading
         self.finished: set[str] = set()
 
     @rule(prompt=prompts, max_tokens=st.integers(1, 12), priority=st.integers(0, 2))
@@ -135,6 +136,11 @@ class EngineMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.check_integrity()
 
+    @invariant()
+    def blocks_that_were_announced_stay_where_they_are(self) -> None:
+        for request_id, block_ids in getattr(self, "announced", {}).items():
+            assert tuple(self.engine.kv.table(request_id)[: len(block_ids)]) == block_ids
+
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
@@ -160,6 +166,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _forget(self, request_id: str) -> None:
         for holder in (self.specs, self.tokens, self.reserved):
             holder.pop(request_id, None)
+        self.announced.pop(request_id, None)
         self.handed_over.discard(request_id)
 
     def _step(self) -> None:
@@ -172,6 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
                 if self.engine.state_of(output.request_id) is None:
                     self.finished.add(output.request_id)
         for progress in outcome.progress:
+            self.announced[progress.request_id] = progress.block_ids
             if progress.token_ids:
                 self.handed_over.add(progress.request_id)
 

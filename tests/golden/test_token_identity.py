@@ -38,7 +38,6 @@ from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.text.fake import save_byte_tokenizer
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.worker import Worker
 
 NUM_PROMPTS = 64
 MAX_TOKENS = 12
@@ -187,6 +186,11 @@ CLUSTER: Mapping[str, Any] = {
     "decode": {"replicas": 2, "engine": {"num_blocks": 512, "max_num_batched_tokens": 64}},
     "router": {"local_prefill_tokens": 8, "stall_deadline_s": 30.0, "submit_deadline_s": 30.0},
 }
+# Every worker has its share of the prompts, and prefill takes a while.
+SPREAD: Mapping[str, Any] = {
+    "router": {**CLUSTER["router"], "policy": "round_robin"},
+    "prefill": {"replicas": 2, "engine": {"num_blocks": 512, "max_num_batched_tokens": 16}},
+}
 
 
 @dataclass(frozen=True)
@@ -211,19 +215,17 @@ Expect = Callable[[Traces], bool]
 def serve_cluster(
     checkpoint: Checkpoint, *, expect: Expect, fault: Fault | None = None, kill: Role | None = None, **changes: object
 ) -> Answers:
-    """All prompts at once; ``kill`` stops a worker of that role once tokens have begun to flow."""
+    """All prompts at once; ``kill`` stops a worker of that role in the middle of its work."""
     config = parse_config({**CLUSTER, **changes})
 
     async def serve() -> Answers:
         async with running_cluster(checkpoint, config, fault) as cluster:
-            begun = asyncio.Event()
             tasks = [
-                asyncio.create_task(follow(cluster, index, case, checkpoint.tokenizer, begun))
+                asyncio.create_task(follow(cluster, index, case, checkpoint.tokenizer))
                 for index, case in enumerate(checkpoint.cases)
             ]
             if kill is not None:
-                await asyncio.wait_for(begun.wait(), 30)
-                await cluster.stop_worker(most_loaded(cluster, kill).worker_id)
+                await cluster.stop_worker(await wait_for_busy_worker(cluster, kill))
             answers, attempts = zip(*await asyncio.gather(*tasks), strict=True)
             await wait_until_all_is_free(cluster, attempts, expect)
             return list(answers)
@@ -252,9 +254,7 @@ async def running_cluster(checkpoint: Checkpoint, config: Config, fault: Fault |
         executor.close()
 
 
-async def follow(
-    cluster: LocalCluster, index: int, case: Case, tokenizer: Tokenizer, begun: asyncio.Event
-) -> tuple[RequestOutput, int]:
+async def follow(cluster: LocalCluster, index: int, case: Case, tokenizer: Tokenizer) -> tuple[RequestOutput, int]:
     """The answers to a prompt, and the attempts that its first one took."""
     spec = RequestSpec(
         request_id=str(index),
@@ -267,27 +267,34 @@ async def follow(
     generation = cluster.coordinator.generate(spec)
     async for output in generation:
         collector.add(output)
-        if output.position > 0:
-            begun.set()
     assert generation.account is not None
     return collector.output, generation.account.attempts
 
 
-def most_loaded(cluster: LocalCluster, role: Role) -> Worker:
-    workers = [worker for worker in cluster.workers.values() if worker.role is role]
-    return min(workers, key=lambda worker: worker.snapshot.blocks_free)
+async def wait_for_busy_worker(cluster: LocalCluster, role: Role) -> str:
+    """One that has emitted tokens and holds several requests."""
+
+    def is_busy(seen: WorkerSnapshot) -> bool:
+        num_held = seen.num_waiting + seen.num_running + seen.num_reserved
+        return seen.role is role and seen.output_tokens_total > 0 and num_held >= 8
+
+    pool = cluster.coordinator.pool
+    async with asyncio.timeout(30):
+        while not (busy := [id_ for id_, client in pool.workers().items() if is_busy(client.snapshot)]):
+            await pool.wait_for_change(0.5)
+    return busy[0]
 
 
 async def wait_until_all_is_free(cluster: LocalCluster, attempts: Sequence[int], expect: Expect) -> None:
     """Within seconds every block of every worker is free, and its snapshot tells of what was expected."""
-    pool = cluster.coordinator.pool
-    async with asyncio.timeout(10):
-        while True:
-            snapshots = [client.snapshot for client in pool.workers().values()]
-            is_free = all(snapshot.blocks_free == snapshot.blocks_total for snapshot in snapshots)
-            if is_free and expect(Traces(snapshots, attempts)):
-                break
-            await pool.wait_for_change(0.5)
+    pool, deadline_s = cluster.coordinator.pool, cluster.clock.now_s() + 10
+    while True:
+        traces = Traces([client.snapshot for client in pool.workers().values()], attempts)
+        is_free = all(snapshot.blocks_free == snapshot.blocks_total for snapshot in traces.snapshots)
+        if is_free and expect(traces):
+            break
+        assert cluster.clock.now_s() < deadline_s, f"{is_free=}, {traces}"
+        await pool.wait_for_change(0.5)
     for worker in cluster.workers.values():
         await asyncio.to_thread(worker.check_integrity)
 
@@ -336,8 +343,10 @@ WAYS: Mapping[str, Serve] = {
     "split-over-loopback": partial(split, transfer={"transports": ["loopback"]}),
     "corrupted-transfers": partial(broken, fault=every_fifth(corrupt)),
     "cut-transfers": partial(broken, fault=every_fifth(cut)),
-    "prefill-worker-dies": partial(broken, kill=Role.PREFILL),
-    "decode-worker-dies": partial(serve_cluster, kill=Role.DECODE, expect=lambda traces: max(traces.attempts) > 1),
+    "prefill-worker-dies": partial(broken, **SPREAD, kill=Role.PREFILL),
+    "decode-worker-dies": partial(
+        serve_cluster, **SPREAD, kill=Role.DECODE, expect=lambda traces: max(traces.attempts) > 1
+    ),
 }
 
 

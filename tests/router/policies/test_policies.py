@@ -24,7 +24,7 @@ def worker(worker_id: str, role: Role = Role.DECODE, *, cached: int = 0, pending
     snapshot = WorkerSnapshot(
         worker_id=worker_id, role=role, epoch=1, **{"blocks_total": 1000, "blocks_free": 1000, **rest}
     )
-    return WorkerView(snapshot, cached_tokens=cached, pending_requests=bool(pending), pending_tokens=pending)
+    return WorkerView(snapshot, cached_tokens=cached, pending_requests=bool(pending), pending_tokens=pending, pending_held_tokens=pending)
 
 
 def cluster(prefill: list[WorkerView], decode: list[WorkerView], local_prefill_tokens: int = 32) -> ClusterView:
@@ -122,7 +122,7 @@ def test_a_worker_without_room_is_chosen_only_when_all_are(
     policy: str, view: ClusterView, request_: RoutingRequest
 ) -> None:
     def has_room(worker: WorkerView) -> bool:
-        blocks = -(-(request_.num_tokens + request_.max_new_tokens) // 16) + -(-worker.pending_tokens // 16)
+        blocks = -(-(request_.num_tokens + request_.max_new_tokens) // 16) + -(-worker.pending_held_tokens // 16)
         return worker.snapshot.blocks_free >= blocks
 
     route = make_policy(policy).choose(request_, view)

@@ -1,0 +1,97 @@
+"""``eagleray serve`` for real: Ray, workers, HTTP, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+START_DEADLINE_S = 240.0
+STOP_DEADLINE_S = 90.0
+MARK = "EAGLERAY_TEST_MARK"  # every process that the service starts inherits it
+
+
+class Serving:
+    """A running ``eagleray serve`` and what it prints."""
+
+    def __init__(self, mark: str) -> None:
+        command = [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", "--prefill", "1", "--decode", "1"]
+        self.mark, self.printed = mark, ""
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
+        )
+
+    def wait_for_line(self, pattern: str, deadline_s: float) -> re.Match[str]:
+        """The first line that matches; fails with everything printed so far."""
+        assert self.process.stdout is not None
+        until_s = time.monotonic() + deadline_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while (found := re.search(pattern, self.printed)) is None:
+                assert selector.select(until_s - time.monotonic()), f"nothing in time after:\n{self.printed}"
+                part = os.read(self.process.stdout.fileno(), 65536).decode()
+                assert part, f"it ended after:\n{self.printed}"
+                self.printed += part
+        return found
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal, and the exit code."""
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=STOP_DEADLINE_S)
+        self.printed += rest.decode()
+        return self.process.returncode
+
+    def processes_left(self) -> list[str]:
+        """Command lines of living processes that carry the mark."""
+        left = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    left.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it has ended meanwhile, or is somebody else's
+                continue
+        return left
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    running = Serving(str(tmp_path))
+    yield running
+    running.process.kill()
+    running.process.wait(STOP_DEADLINE_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_a_signal_and_leaves_nothing_behind(serving: Serving, number: signal.Signals) -> None:
+    address = serving.wait_for_line(r"ready: eagleray-demo at (http://\S+)\n", START_DEADLINE_S)[1]
+    assert httpx.get(f"{address}/ready").status_code == 200
+    body = {"model": "eagleray-demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] > 0
+    assert len(serving.processes_left()) > 3
+    assert serving.end(number) == 0
+    assert serving.printed.rstrip().endswith("s  stopped")
+    assert "Traceback" not in serving.printed and "raylet" not in serving.printed
+    assert serving.processes_left() == []
+
+
+def test_a_signal_during_the_start_ends_it_as_well(serving: Serving) -> None:
+    serving.wait_for_line("starting Ray\n", START_DEADLINE_S)
+    assert serving.end(signal.SIGTERM) == 0
+    assert "Traceback" not in serving.printed
+    assert serving.processes_left() == []

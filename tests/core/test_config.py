@@ -1,0 +1,149 @@
+"""Configuration: what is wrong is named, what is given wins over the file, what is resolved cannot change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from eagleray.core.config import (
+    DEMO_MODEL_PATH,
+    Config,
+    load_config,
+    parse_config,
+    prepare_ray_environment,
+    read_environment,
+)
+from eagleray.core.errors import ConfigError
+
+WRONG: list[tuple[dict[Any, Any], str, str]] = [
+    ({"modell": {"path": "x"}}, "modell", "unknown key"),
+    ({"model": {"paht": "x"}}, "model.paht", "unknown key"),
+    ({"decode": {"engine": {"num_blokcs": 3}}}, "decode.engine.num_blokcs", "unknown key"),
+    ({"http": {"port": 99999}}, "http.port", "65535"),
+    ({"router": {"policy": "best"}}, "router.policy", "least_loaded"),
+    ({"router": 3}, "router", "dictionary"),
+    ({"model": None}, "model", "dictionary"),
+    ({"transfer": {"transports": []}}, "transfer.transports", "at least 1"),
+    ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports.0", "shared_memory"),
+    ({"decode": {"engine": {"watermark": 1.0}}}, "decode.engine.watermark", "less than 1"),
+    ({1: 2}, "1", "string"),
+]
+
+
+@pytest.mark.parametrize(("values", "field", "words"), WRONG, ids=[field for _, field, _ in WRONG])
+def test_a_wrong_value_is_refused_naming_its_key_and_the_way_out(
+    values: dict[Any, Any], field: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as refusal:
+        parse_config(values)
+    assert refusal.value.field == field
+
+
+def test_an_empty_decode_pool_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decode\.replicas must be at least 1"):
+        parse_config({"decode": {"replicas": 0}})
+
+
+def test_pools_of_two_block_sizes_are_refused_naming_both() -> None:
+    sizes = {"prefill": {"engine": {"block_size_tokens": 8}}, "decode": {"engine": {"block_size_tokens": 32}}}
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.block_size_tokens=8 and .*=32 differ"):
+        parse_config(sizes)
+
+
+def test_the_block_size_of_a_prefill_pool_that_does_not_exist_is_nobodys_business() -> None:
+    assert parse_config({"prefill": {"replicas": 0}, "decode": {"engine": {"block_size_tokens": 32}}})
+
+
+def test_nothing_given_is_the_demo_model_on_defaults() -> None:
+    config = load_config()
+    assert config == Config() == parse_config({})
+    assert (config.model.folder, config.model.name) == (DEMO_MODEL_PATH, "eagleray-demo")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [({"path": "/models/Qwen3-8B"}, "Qwen3-8B"), ({"path": "/m/x", "served_name": "chat"}, "chat")],
+)
+def test_a_model_is_served_under_its_folders_name_or_the_one_given(model: dict[str, str], name: str) -> None:
+    assert parse_config({"model": model}).model.name == name
+
+
+def test_overrides_win_over_the_file_key_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "eagleray.yaml"
+    file.write_text("decode:\n  replicas: 3\n  engine: {max_num_seqs: 5, num_blocks: 7}\nhttp: {port: 1234}\n")
+    config = load_config(file, {"decode": {"engine": {"num_blocks": 9}}, "model": {"dtype": "float32"}})
+    assert (config.decode.replicas, config.decode.engine.max_num_seqs, config.decode.engine.num_blocks) == (3, 5, 9)
+    assert (config.http.port, config.model.dtype) == (1234, "float32")
+
+
+def test_an_override_replaces_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
+    file = tmp_path / "eagleray.yaml"
+    file.write_text("http:\n")
+    assert load_config(file, {"http": {"port": 1}}).http.port == 1
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but words\n"])
+def test_an_empty_file_is_all_defaults(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "eagleray.yaml"
+    file.write_text(text)
+    assert load_config(file) == Config()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model: {path: [", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"- a\n- b\n", "top level must be a mapping"),
+        (b"just text", "top level must be a mapping"),
+        (b"!!python/object:os.system {}", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_naming_it(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as refusal:
+        load_config(file)
+    assert "broken.yaml" in str(refusal.value)
+
+
+def test_a_file_that_is_missing_is_refused_naming_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml.*cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.router.policy = "round_robin"  # type: ignore[misc]
+
+
+def test_a_configuration_survives_the_journey_to_a_replica() -> None:
+    config = parse_config({"transfer": {"transports": ["tcp"]}, "model": {"max_model_tokens": 99}})
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_environment_is_read_under_the_documented_names_and_nothing_else() -> None:
+    environment = read_environment(
+        {
+            "EAGLERAY_REDIS_URL": "redis://a",
+            "EAGLERAY_REDIS_SERVER": "/bin/b",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c",
+            "REDIS_URL": "redis://other",
+        }
+    )
+    assert (environment.redis_url, environment.redis_server) == ("redis://a", "/bin/b")
+    assert environment.otlp_endpoint == "http://c"
+    assert read_environment({}).model_dump() == {"redis_url": None, "redis_server": None, "otlp_endpoint": None}
+
+
+def test_ray_phones_nobody_unless_the_user_said_so() -> None:
+    untouched: dict[str, str] = {}
+    prepare_ray_environment(untouched)
+    assert untouched["RAY_USAGE_STATS_ENABLED"] == "0"
+    chosen = {"RAY_USAGE_STATS_ENABLED": "1"}
+    prepare_ray_environment(chosen)
+    assert chosen["RAY_USAGE_STATS_ENABLED"] == "1"
