@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## a cluster on this machine, a question, a worker killed on the way; ONCE=1: end by itself
+demo: $(STAMP) ## a cluster on this machine, questions and where their time went; ONCE=1: end by itself
 	$(BIN)/eagleray demo $(if $(ONCE),--once)
 
-serve: $(STAMP) ## an OpenAI-compatible endpoint; options in ARGS, for example ARGS='--config my.yaml'
+serve: $(STAMP) ## an OpenAI-compatible endpoint; options in ARGS, for example ARGS='my.yaml --port 8001'
 	$(BIN)/eagleray serve $(ARGS)
 
 test: $(STAMP) ## the tests; more of them with ARGS='-m slow'

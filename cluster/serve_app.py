@@ -15,7 +15,7 @@ from ray.serve.deployment import Application, Deployment
 from eagleray.cluster.deployments import IngressReplica, WorkerReplica
 from eagleray.cluster.progress import new_board
 from eagleray.cluster.ray_adapter import TargetedRouter
-from eagleray.core.config import Config, Environment, PoolConfig
+from eagleray.core.config import Config, Environment, PoolConfig, with_environment
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.models.registry import load_model_config
@@ -73,7 +73,7 @@ class LocalService:
         self._on_progress = on_progress
         load_model_config(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
         try:
-            self.config = self._with_index(config, environment)
+            self.config = self._with_index(with_environment(config, environment), environment)
             self._start_ray()
             self._deploy()
         except BaseException:
@@ -104,9 +104,8 @@ class LocalService:
     def _with_index(self, config: Config, environment: Environment) -> Config:
         """The configuration with an index that can be reached: the one given, one that we start, or memory."""
         index = config.index
-        if index.backend == "memory" or index.url or environment.redis_url:
-            url = index.url or environment.redis_url
-            return config.model_copy(update={"index": index.model_copy(update={"url": url})})
+        if index.backend == "memory" or index.url:
+            return config
         binary = find_server_binary(environment.redis_server)
         if binary is None:
             self._on_progress(

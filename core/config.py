@@ -199,6 +199,14 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     )
 
 
+def with_environment(config: Config, environment: Environment) -> Config:
+    """``config`` with what the environment says where the configuration says nothing."""
+    index, telemetry = config.index, config.telemetry
+    index = index.model_copy(update={"url": index.url or environment.redis_url})
+    telemetry = telemetry.model_copy(update={"otlp_endpoint": telemetry.otlp_endpoint or environment.otlp_endpoint})
+    return config.model_copy(update={"index": index, "telemetry": telemetry})
+
+
 def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> None:
     """Set what Ray reads from the environment, unless the user has. To be called before ray is imported."""
     target = os.environ if environ is None else environ

@@ -1,7 +1,7 @@
 """Writes the tables of configuration keys in docs/operations.md from ``core/config.py``.
 
-Run it after a change there: ``.venv/bin/python scripts/configuration_table.py``. A test compares the page with what
-this makes, so a key cannot change without its page.
+Run it after a change there: ``.venv/bin/python scripts/configuration_table.py``. A test compares the page with its
+tables, so a key cannot change without its page.
 """
 
 from __future__ import annotations

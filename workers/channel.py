@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from eagleray.core.messages import Abort, Hello, StepOutputs, Submit, ToIngress, ToWorker, Welcome
+from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, StepOutputs, Submit, ToIngress, ToWorker, Welcome
 from eagleray.workers.frames import ChannelError, encode_frame, read_frame
 
 START_DEADLINE_S: Final = 10.0
@@ -110,10 +110,13 @@ class Channel:
         self._tasks.add(task)
         decoder = msgspec.msgpack.Decoder(ToWorker)
         try:
-            if not isinstance(await read_frame(reader, decoder), Hello):
+            hello = await read_frame(reader, decoder)
+            if not isinstance(hello, Hello):
                 return
             self._writers[connection] = writer
             writer.write(encode_frame(self._events.welcome()))
+            if hello.protocol != PROTOCOL_VERSION:
+                return  # the welcome tells the other side which version it has met
             while (message := await read_frame(reader, decoder)) is not None:
                 if isinstance(message, Submit):
                     self._events.submitted(connection, message)

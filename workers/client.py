@@ -8,7 +8,18 @@ from collections.abc import Callable
 import msgspec
 
 from eagleray.core.errors import WorkerLost
-from eagleray.core.messages import Abort, Accepted, Hello, Refused, StepOutputs, Submit, ToIngress, ToWorker, Welcome
+from eagleray.core.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Accepted,
+    Hello,
+    Refused,
+    StepOutputs,
+    Submit,
+    ToIngress,
+    ToWorker,
+    Welcome,
+)
 from eagleray.core.snapshot import WorkerSnapshot
 from eagleray.router.worker_client import Sink, SubmitRefused
 from eagleray.workers.frames import ChannelError, encode_frame, read_frame
@@ -63,6 +74,9 @@ class ChannelClient:
         if not isinstance(welcome, Welcome):
             writer.close()
             raise WorkerLost(address, "the other side is not a worker")
+        if welcome.protocol != PROTOCOL_VERSION:
+            writer.close()
+            raise WorkerLost(address, f"it speaks protocol {welcome.protocol}, we {PROTOCOL_VERSION}: update both")
         return cls(
             welcome,
             reader,

@@ -15,6 +15,7 @@ from eagleray.core.config import (
     parse_config,
     prepare_ray_environment,
     read_environment,
+    with_environment,
 )
 from eagleray.core.errors import ConfigError
 
@@ -147,3 +148,13 @@ def test_ray_phones_nobody_unless_the_user_said_so() -> None:
     chosen = {"RAY_USAGE_STATS_ENABLED": "1"}
     prepare_ray_environment(chosen)
     assert chosen["RAY_USAGE_STATS_ENABLED"] == "1"
+
+
+def test_the_environment_fills_in_only_what_the_configuration_leaves_open() -> None:
+    environment = read_environment(
+        {"EAGLERAY_REDIS_URL": "redis://there", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel"}
+    )
+    filled = with_environment(parse_config({}), environment)
+    assert (filled.index.url, filled.telemetry.otlp_endpoint) == ("redis://there", "http://otel")
+    kept = with_environment(parse_config({"index": {"url": "redis://here"}}), environment)
+    assert kept.index.url == "redis://here"

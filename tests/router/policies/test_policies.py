@@ -24,7 +24,13 @@ def worker(worker_id: str, role: Role = Role.DECODE, *, cached: int = 0, pending
     snapshot = WorkerSnapshot(
         worker_id=worker_id, role=role, epoch=1, **{"blocks_total": 1000, "blocks_free": 1000, **rest}
     )
-    return WorkerView(snapshot, cached_tokens=cached, pending_requests=bool(pending), pending_tokens=pending, pending_held_tokens=pending)
+    return WorkerView(
+        snapshot,
+        cached_tokens=cached,
+        pending_requests=bool(pending),
+        pending_tokens=pending,
+        pending_held_tokens=pending,
+    )
 
 
 def cluster(prefill: list[WorkerView], decode: list[WorkerView], local_prefill_tokens: int = 32) -> ClusterView:

@@ -1,0 +1,429 @@
+"""A worker and its clients over real sockets: what is answered, what is aborted, and what counts as lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import EngineConfig, TransferConfig
+from eagleray.core.errors import WorkerLost
+from eagleray.core.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Accepted,
+    Hello,
+    RefusalKind,
+    Submit,
+    ToIngress,
+    TokenOutput,
+    ToWorker,
+)
+from eagleray.core.request import FinishReason, RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.core.snapshot import Role, WorkerSnapshot
+from eagleray.decode_workers.worker import build_decode_worker
+from eagleray.engine.execution.fake import FakeExecutor, FakeStep
+from eagleray.engine.scheduling.plan import StepPlan
+from eagleray.router.fake_workers import fake_welcome
+from eagleray.router.worker_client import SubmitRefused
+from eagleray.text.fake import byte_tokenizer
+from eagleray.text.output import OutputText
+from eagleray.workers.build import WorkerParts
+from eagleray.workers.client import ChannelClient
+from eagleray.workers.frames import encode_frame, read_frame
+from eagleray.workers.worker import Worker
+
+TOKENIZER = byte_tokenizer()
+SETTLE_DEADLINE_S = 5.0
+SLOW_STEP_S = 0.02
+
+
+class PacedExecutor:
+    """Computes as the fake does, but takes its time for a step until it is hurried, and fails when told to."""
+
+    def __init__(self) -> None:
+        self._executor = FakeExecutor(num_blocks=32, block_size_tokens=4, max_model_tokens=1000)
+        self.hurry = threading.Event()
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def submit(self, plan: StepPlan) -> FakeStep:
+        self.hurry.wait(SLOW_STEP_S)
+        if self.error is not None:
+            raise self.error
+        return self._executor.submit(plan)
+
+
+class Inbox:
+    """What one request hears."""
+
+    def __init__(self) -> None:
+        self._items: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
+        self.tokens: list[int] = []
+
+    def __call__(self, item: TokenOutput | WorkerLost) -> None:
+        self._items.put_nowait(item)
+
+    async def next(self) -> TokenOutput | WorkerLost:
+        item = await asyncio.wait_for(self._items.get(), SETTLE_DEADLINE_S)
+        if isinstance(item, TokenOutput):
+            self.tokens.extend(item.token_ids)
+        return item
+
+    async def finish(self) -> FinishReason:
+        while True:
+            item = await self.next()
+            assert isinstance(item, TokenOutput), item
+            if item.finish_reason is not None:
+                return item.finish_reason
+
+
+class Ingress:
+    """A client that lets a test wait for what the worker says of itself."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.client: ChannelClient
+
+    async def connect(self, address: str, *, submit_deadline_s: float = 5.0, stall_deadline_s: float = 5.0) -> Ingress:
+        self.client = await ChannelClient.connect(
+            address,
+            "test",
+            submit_deadline_s=submit_deadline_s,
+            stall_deadline_s=stall_deadline_s,
+            on_change=self.changed.set,
+        )
+        return self
+
+    async def until(self, holds: Callable[[WorkerSnapshot], bool]) -> None:
+        async with asyncio.timeout(SETTLE_DEADLINE_S):
+            while not holds(self.client.snapshot):
+                self.changed.clear()
+                await self.changed.wait()
+
+
+def is_idle(snapshot: WorkerSnapshot) -> bool:
+    return snapshot.num_running == snapshot.num_waiting == 0 and snapshot.blocks_free == snapshot.blocks_total
+
+
+def new_spec(name: str, num_prompt_tokens: int = 10, **sampling: object) -> RequestSpec:
+    prompt = tuple(random.Random(name).choices(range(250), k=num_prompt_tokens))
+    params = SamplingParams(**{"max_tokens": 8, "seed": 1, "ignore_eos": True, **sampling})
+    return RequestSpec(request_id=name, token_ids=prompt, num_prompt_tokens=num_prompt_tokens, sampling=params)
+
+
+def endless(name: str) -> RequestSpec:
+    return new_spec(name, max_tokens=100)
+
+
+@pytest.fixture
+def executor() -> PacedExecutor:
+    return PacedExecutor()
+
+
+@pytest.fixture
+async def worker(executor: PacedExecutor) -> AsyncIterator[Worker]:
+    """A decode worker with one seat and one place in its queue."""
+    parts = WorkerParts(
+        worker_id="w",
+        epoch=1,
+        executor=executor,
+        engine=EngineConfig(block_size_tokens=4, max_num_seqs=1, max_num_waiting=1),
+        transfer=TransferConfig(),
+        new_text_stream=lambda spec: OutputText(TOKENIZER, spec.sampling, ()),
+        clock=SystemClock(),
+    )
+    worker = build_decode_worker(parts, [])
+    worker.start()
+    yield worker
+    await asyncio.to_thread(worker.stop)
+
+
+@pytest.fixture
+async def ingress(worker: Worker) -> AsyncIterator[Ingress]:
+    ingress = await Ingress().connect(worker.address)
+    yield ingress
+    await ingress.client.aclose()
+
+
+# ---- submits
+
+
+async def test_an_accepted_request_gets_its_tokens_and_leaves_nothing(
+    worker: Worker, ingress: Ingress, executor: PacedExecutor
+) -> None:
+    executor.hurry.set()
+    spec, inbox = new_spec("a"), Inbox()
+    assert await ingress.client.submit(Submit(spec), inbox) == Accepted("a")
+    assert await inbox.finish() is FinishReason.LENGTH
+    assert inbox.tokens == FakeExecutor(max_model_tokens=1000).continuation(spec, 8)
+    await ingress.until(lambda snapshot: is_idle(snapshot) and snapshot.output_tokens_total == 8)
+    assert not worker.serves("a")
+    worker.check_integrity()
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 4 * 32])
+async def test_a_request_that_can_never_be_computed_is_refused_as_invalid(
+    ingress: Ingress, num_prompt_tokens: int
+) -> None:
+    with pytest.raises(SubmitRefused) as refusal:
+        await ingress.client.submit(Submit(new_spec("a", num_prompt_tokens)), Inbox())
+    assert refusal.value.kind is RefusalKind.INVALID
+
+
+async def test_a_request_id_that_is_being_served_is_refused_and_the_first_goes_on(
+    ingress: Ingress, executor: PacedExecutor, worker: Worker
+) -> None:
+    spec, inbox = new_spec("a"), Inbox()
+    await ingress.client.submit(Submit(spec), inbox)
+    other = await Ingress().connect(worker.address)
+    with pytest.raises(SubmitRefused, match="already"):
+        await other.client.submit(Submit(spec), Inbox())
+    executor.hurry.set()
+    await inbox.finish()
+    assert inbox.tokens == FakeExecutor(max_model_tokens=1000).continuation(spec, 8)
+    await other.client.aclose()
+
+
+async def test_a_request_beyond_the_queue_is_refused_for_lack_of_room(ingress: Ingress) -> None:
+    await ingress.client.submit(Submit(endless("running")), Inbox())
+    await ingress.until(lambda snapshot: snapshot.num_running == 1)
+    await ingress.client.submit(Submit(endless("waiting")), Inbox())
+    with pytest.raises(SubmitRefused, match="1 requests are waiting") as refusal:
+        await ingress.client.submit(Submit(endless("too many")), Inbox())
+    assert refusal.value.kind is RefusalKind.NO_ROOM
+
+
+async def test_an_aborted_request_frees_its_blocks_and_is_heard_of_no_more(ingress: Ingress) -> None:
+    inbox, waiting = Inbox(), Inbox()
+    await ingress.client.submit(Submit(endless("a")), inbox)
+    await inbox.next()
+    await ingress.client.submit(Submit(endless("b")), waiting)
+    ingress.client.abort("b")
+    ingress.client.abort("a")
+    ingress.client.abort("a")
+    ingress.client.abort("never heard of")
+    await ingress.until(is_idle)
+    assert waiting.tokens == []
+
+
+async def test_a_client_aborts_only_its_own_requests(worker: Worker, ingress: Ingress) -> None:
+    inbox = Inbox()
+    await ingress.client.submit(Submit(endless("a")), inbox)
+    async with raw_connection(worker.address) as (_, writer):
+        writer.write(encode_frame(Hello("other")) + encode_frame(Abort("a")))
+        await inbox.next()
+        await inbox.next()
+    assert isinstance(await inbox.next(), TokenOutput)
+
+
+# ---- clients that go
+
+
+async def test_a_client_that_disconnects_takes_its_requests_along(worker: Worker, ingress: Ingress) -> None:
+    leaver, inbox = await Ingress().connect(worker.address), Inbox()
+    await leaver.client.submit(Submit(endless("running")), inbox)
+    await inbox.next()
+    await leaver.client.submit(Submit(endless("waiting")), Inbox())
+    await ingress.until(lambda snapshot: snapshot.num_running == snapshot.num_waiting == 1)
+    await leaver.client.aclose()
+    await ingress.until(is_idle)
+    await asyncio.to_thread(worker.check_integrity)
+
+
+@asynccontextmanager
+async def raw_connection(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    yield reader, writer
+    writer.close()
+
+
+GARBAGE = {
+    "an HTTP request": b"GET / HTTP/1.1\r\n\r\n",
+    "no hello": encode_frame(Abort("a")),
+    "garbage after the hello": encode_frame(Hello("x")) + b"\x00\x00\x00\x01\xc1",
+    "a hello of another version": encode_frame(Hello("x", protocol=PROTOCOL_VERSION + 1)),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+async def test_whoever_does_not_speak_the_protocol_is_cut_off_and_disturbs_nobody(
+    garbage: bytes, worker: Worker, ingress: Ingress, executor: PacedExecutor
+) -> None:
+    async with raw_connection(worker.address) as (reader, writer):
+        writer.write(garbage)
+        await asyncio.wait_for(reader.read(), SETTLE_DEADLINE_S)  # to the end of the connection
+    executor.hurry.set()
+    inbox = Inbox()
+    await ingress.client.submit(Submit(new_spec("a")), inbox)
+    assert await inbox.finish() is FinishReason.LENGTH
+    assert worker.is_healthy
+
+
+# ---- workers that go
+
+
+async def test_a_worker_that_stops_is_lost_to_every_request_at_once(worker: Worker, ingress: Ingress) -> None:
+    inbox = Inbox()
+    await ingress.client.submit(Submit(endless("a")), inbox)
+    await asyncio.to_thread(worker.stop)
+    while not isinstance(item := await inbox.next(), WorkerLost):
+        pass
+    assert item.worker_id == "w" and ingress.client.is_lost
+    await asyncio.wait_for(ingress.client.wait_lost(), SETTLE_DEADLINE_S)
+    with pytest.raises(WorkerLost):
+        await ingress.client.submit(Submit(endless("b")), Inbox())
+    ingress.client.abort("a")
+    assert worker.failure is None
+
+
+async def test_an_engine_that_fails_closes_the_channel_and_makes_the_worker_unhealthy(
+    worker: Worker, ingress: Ingress, executor: PacedExecutor
+) -> None:
+    inbox = Inbox()
+    await ingress.client.submit(Submit(endless("a")), inbox)
+    executor.error = RuntimeError("the device is gone")
+    while not isinstance(await inbox.next(), WorkerLost):
+        pass
+    assert not worker.is_healthy and worker.failure is executor.error
+    with pytest.raises(WorkerLost, match="no connection"):
+        await Ingress().connect(worker.address, submit_deadline_s=SETTLE_DEADLINE_S)
+    assert await asyncio.to_thread(worker.drain, SETTLE_DEADLINE_S), "nothing is left to wait for"
+
+
+async def test_a_draining_worker_refuses_new_requests_and_finishes_old_ones(
+    worker: Worker, ingress: Ingress, executor: PacedExecutor
+) -> None:
+    inbox = Inbox()
+    await ingress.client.submit(Submit(new_spec("old")), inbox)
+    assert not worker.drain(0.0)
+    with pytest.raises(SubmitRefused) as refusal:
+        await ingress.client.submit(Submit(new_spec("new")), Inbox())
+    assert refusal.value.kind is RefusalKind.DRAINING
+    executor.hurry.set()
+    assert await inbox.finish() is FinishReason.LENGTH
+    assert await asyncio.to_thread(worker.drain, SETTLE_DEADLINE_S)
+
+
+# ---- the client against a script
+
+
+class ScriptedWorker:
+    """The other end of one connection: answers what the test says, and keeps silent otherwise."""
+
+    def __init__(self) -> None:
+        self.heard: asyncio.Queue[Any] = asyncio.Queue()
+        self.address = ""
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def __aenter__(self) -> ScriptedWorker:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()
+        self.address = f"{host}:{port}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    async def next_heard(self) -> Any:
+        return await asyncio.wait_for(self.heard.get(), SETTLE_DEADLINE_S)
+
+    def say(self, data: msgspec.Struct | bytes) -> None:
+        assert self._writer is not None
+        self._writer.write(data if isinstance(data, bytes) else encode_frame(data))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        while (message := await read_frame(reader, msgspec.msgpack.Decoder(ToWorker))) is not None:
+            self.heard.put_nowait(message)
+
+
+@pytest.fixture
+async def script() -> AsyncIterator[ScriptedWorker]:
+    async with ScriptedWorker() as script:
+        yield script
+
+
+async def connected(script: ScriptedWorker, **deadlines: float) -> Ingress:
+    connecting = asyncio.create_task(Ingress().connect(script.address, **deadlines))
+    assert isinstance(await script.next_heard(), Hello)
+    script.say(fake_welcome("w", Role.DECODE))
+    return await connecting
+
+
+async def test_a_worker_that_stays_silent_is_lost_after_the_stall_deadline(script: ScriptedWorker) -> None:
+    ingress, inbox = await connected(script, stall_deadline_s=0.2), Inbox()
+    submitting = asyncio.create_task(ingress.client.submit(Submit(endless("a")), inbox))
+    await script.next_heard()
+    script.say(Accepted("a"))
+    await submitting
+    item = await inbox.next()
+    assert isinstance(item, WorkerLost) and "silent for 0.2 s" in item.reason
+    assert ingress.client.is_lost
+
+
+async def test_a_submit_without_an_answer_is_given_up_and_aborted(script: ScriptedWorker) -> None:
+    ingress = await connected(script, submit_deadline_s=0.1)
+    with pytest.raises(WorkerLost, match="no answer to a submit"):
+        await ingress.client.submit(Submit(endless("a")), Inbox())
+    assert isinstance(await script.next_heard(), Submit)
+    assert await script.next_heard() == Abort("a")
+    script.say(Accepted("a"))  # too late, and harmless
+    assert not ingress.client.is_lost
+    await ingress.client.aclose()
+
+
+async def test_a_submit_that_is_cancelled_is_aborted(script: ScriptedWorker) -> None:
+    ingress = await connected(script)
+    submitting = asyncio.create_task(ingress.client.submit(Submit(endless("a")), Inbox()))
+    await script.next_heard()
+    submitting.cancel()
+    assert await script.next_heard() == Abort("a")
+    await ingress.client.aclose()
+
+
+async def test_a_worker_that_sends_garbage_is_lost(script: ScriptedWorker) -> None:
+    ingress = await connected(script)
+    script.say(b"\x00\x00\x00\x01\xc1")
+    await asyncio.wait_for(ingress.client.wait_lost(), SETTLE_DEADLINE_S)
+    assert ingress.client.is_lost and ingress.changed.is_set()
+
+
+FIRST_WORDS = {
+    "not a worker": (Accepted("a"), "not a worker"),
+    "garbage": (b"\x00\x00\x00\x01\xc1", "no connection"),
+    "another version": (
+        msgspec.structs.replace(fake_welcome("w", Role.DECODE), protocol=PROTOCOL_VERSION + 1),
+        f"speaks protocol {PROTOCOL_VERSION + 1}",
+    ),
+    "nothing in time": (b"", "no answer in time"),
+}
+
+
+@pytest.mark.parametrize(("words", "reason"), FIRST_WORDS.values(), ids=FIRST_WORDS)
+async def test_a_connection_without_a_proper_welcome_fails_saying_why(
+    script: ScriptedWorker, words: msgspec.Struct | bytes, reason: str
+) -> None:
+    connecting = asyncio.create_task(Ingress().connect(script.address, submit_deadline_s=0.3))
+    await script.next_heard()
+    script.say(words)
+    with pytest.raises(WorkerLost, match=reason):
+        await connecting
+
+
+def test_the_fakes_welcome_is_a_message() -> None:
+    welcome = fake_welcome("w", Role.DECODE)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(welcome), type=ToIngress) == welcome

@@ -1,0 +1,96 @@
+"""Whatever comes over a connection is a message, the end, or a ``ChannelError``: nothing else, and never a wait for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eagleray.core.messages import Abort, Hello, ToWorker
+from eagleray.workers import frames
+from eagleray.workers.frames import MAX_FRAME_BYTES, ChannelError, encode_frame, read_frame
+
+DECODER = msgspec.msgpack.Decoder(ToWorker)
+
+
+def framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+async def read_all(received: bytes) -> list[Any]:
+    """Messages of a connection that brings ``received`` and then closes."""
+    reader = asyncio.StreamReader()
+    reader.feed_data(received)
+    reader.feed_eof()
+    messages = []
+    async with asyncio.timeout(5):
+        while (message := await read_frame(reader, DECODER)) is not None:
+            messages.append(message)
+    return messages
+
+
+async def test_messages_come_out_as_they_went_in_and_a_close_between_them_is_the_end() -> None:
+    sent = [Hello("ingress"), Abort("a"), Abort("b" * 70_000)]
+    assert await read_all(b"".join(map(encode_frame, sent))) == sent
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 3, 4, 5, -1])
+async def test_a_connection_that_closes_inside_a_frame_is_an_error(kept_bytes: int) -> None:
+    with pytest.raises(ChannelError, match="inside a frame"):
+        await read_all(encode_frame(Abort("a"))[:kept_bytes])
+
+
+async def test_a_frame_that_announces_too_much_is_refused_before_it_is_waited_for() -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+    with pytest.raises(ChannelError, match=str(MAX_FRAME_BYTES)):
+        await asyncio.wait_for(read_frame(reader, DECODER), 5)
+
+
+def test_a_message_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 10)
+    with pytest.raises(ChannelError, match="Abort of .* bytes is over the limit of 10"):
+        encode_frame(Abort("a long request id"))
+
+
+NOT_MESSAGES = {
+    "nothing": b"",
+    "no msgpack": b"\xc1",
+    "another type": msgspec.msgpack.encode([1, 2]),
+    "an unknown tag": msgspec.msgpack.encode({"type": "Shutdown"}),
+    "a missing field": msgspec.msgpack.encode({"type": "Abort"}),
+    "a field of another type": msgspec.msgpack.encode({"type": "Abort", "request_id": 7}),
+    "more after the message": msgspec.msgpack.encode(Abort("a")) + b"\x00",
+    "text that is none": b"\x82\xa4type\xa5Abort\xaarequest_id\xa2\xff\xff",
+    "a value that its field refuses": msgspec.msgpack.encode(
+        {
+            "type": "Submit",
+            "spec": {"request_id": "a", "token_ids": [1], "num_prompt_tokens": 1, "sampling": {"temperature": -1.0}},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("body", NOT_MESSAGES.values(), ids=NOT_MESSAGES)
+async def test_a_frame_that_holds_no_message_is_an_error(body: bytes) -> None:
+    with pytest.raises(ChannelError, match="known message"):
+        await read_all(framed(body))
+
+
+@given(st.binary(max_size=64), st.booleans())
+def test_any_bytes_are_messages_or_an_error(garbage: bytes, as_one_frame: bool) -> None:
+    try:
+        messages = asyncio.run(read_all(framed(garbage) if as_one_frame else garbage))
+    except ChannelError:
+        return
+    assert all(isinstance(message, ToWorker) for message in messages)
+
+
+async def test_a_connection_that_is_reset_is_the_end() -> None:
+    reader = asyncio.StreamReader()
+    reader.set_exception(ConnectionResetError())
+    assert await read_frame(reader, DECODER) is None
