@@ -70,7 +70,7 @@ class ChannelClient:
         except (OSError, TimeoutError, ChannelError) as error:
             if writer is not None:
                 writer.close()
-            raise WorkerLost(address, f"no connection: {error or 'no answer in time'}") from None
+            raise WorkerLost(address, f"no connection: {str(error) or 'no answer in time'}") from None
         if not isinstance(welcome, Welcome):
             writer.close()
             raise WorkerLost(address, "the other side is not a worker")

@@ -29,13 +29,14 @@ async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Deco
 
     Raises ``ChannelError`` for anything that is not a whole frame of a known message.
     """
+    length = 0
     try:
         length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
         if length > MAX_FRAME_BYTES:
             raise ChannelError(f"a frame announces {length} bytes; the limit is {MAX_FRAME_BYTES}")
         return _decode(decoder, await reader.readexactly(length))
     except asyncio.IncompleteReadError as error:
-        if error.partial:
+        if error.partial or length:
             raise ChannelError("the connection closed inside a frame") from None
         return None
     except ConnectionError:

@@ -1,4 +1,4 @@
-"""Whatever comes over a connection is a message, the end, or a ``ChannelError``: nothing else, and never a wait for ever."""
+"""Whatever comes over a connection is a message, the end, or a ``ChannelError``: nothing else, and no endless wait."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_frame_that_announces_too_much_is_refused_before_it_is_waited_fo
 
 def test_a_message_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 10)
-    with pytest.raises(ChannelError, match="Abort of .* bytes is over the limit of 10"):
+    with pytest.raises(ChannelError, match=r"Abort of .* bytes is over the limit of 10"):
         encode_frame(Abort("a long request id"))
 
 
