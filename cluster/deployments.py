@@ -155,7 +155,7 @@ class IngressReplica:
             coordinator,
             tokenizer,
             ChatTemplate.from_folder(model.folder, tokenizer),
-            ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s()),
+            ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s(), self._config.http.api_key),
         )
         self._server = HttpServer(app, self._config.http.host, self._config.http.port)
         self._tasks = [asyncio.create_task(self._discover()), asyncio.create_task(self._server.serve())]

@@ -55,7 +55,7 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
         name=name,
         num_replicas=pool.replicas,
         max_ongoing_requests=1_000_000,  # admission is the router's and the worker's
-        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
+        ray_actor_options={"num_cpus": pool.num_cpus},
         request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),  # type: ignore[arg-type]
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,

@@ -28,9 +28,13 @@ class ModelConfigSection(_Frozen):
     """Which checkpoint, and in what precision."""
 
     path: str = Field(DEMO_MODEL, description="folder in Hugging Face format, or 'demo' for the packaged model")
-    served_name: str | None = Field(None, description="name in the API; default: the folder's name")
+    served_name: str | None = Field(
+        None, description="name in the API; default: the folder's name, eagleray-demo for the demo model"
+    )
     revision: str = Field("", description="enters the identity of KV blocks; set it when weights change in place")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's; on a CPU float32, so that answers do not depend on batching"
+    )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 
     @property
@@ -45,25 +49,25 @@ class ModelConfigSection(_Frozen):
 class EngineConfig(_Frozen):
     """One worker's engine."""
 
-    block_size_tokens: int = Field(16, ge=1, le=1024)
+    block_size_tokens: int = Field(16, ge=1, le=1024, description="tokens per KV block")
     num_blocks: int | None = Field(None, ge=2, description="KV blocks per worker; default: kv_memory_bytes / block")
-    kv_memory_bytes: int = Field(256 * 2**20, ge=1)
+    kv_memory_bytes: int = Field(256 * 2**20, ge=1, description="KV pool of one worker, when num_blocks is not given")
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step: the chunk of chunked prefill")
     max_num_waiting: int = Field(1024, ge=0, description="requests that may queue on one worker; more are refused")
-    scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = "fcfs"
-    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = Field(
+        "fcfs", description="who is admitted first and preempted last"
+    )
+    enable_prefix_caching: bool = Field(True, description="keep computed blocks for requests with the same prefix")
     watermark: float = Field(0.01, ge=0.0, lt=1.0, description="share of blocks kept free when admitting")
 
 
 class PoolConfig(_Frozen):
     """One pool of workers."""
 
-    replicas: int = Field(2, ge=0)
-    max_replicas: int | None = None
+    replicas: int = Field(2, ge=0, description="workers; 0 prefill workers: decode workers do both")
     num_cpus: float = Field(1.0, ge=0, description="what Ray accounts for one worker")
-    num_gpus: float = Field(0.0, ge=0)
     num_threads: int = Field(1, ge=1, description="torch threads of one worker")
     drain_deadline_s: float = Field(
         60.0, gt=0, description="a worker that is stopped finishes its requests for so long"
@@ -74,7 +78,9 @@ class PoolConfig(_Frozen):
 class RouterConfig(_Frozen):
     """How the ingress chooses workers and how long it waits."""
 
-    policy: Literal["round_robin", "least_loaded", "prefix_aware", "predicted_time"] = "predicted_time"
+    policy: Literal["round_robin", "least_loaded", "prefix_aware", "predicted_time"] = Field(
+        "predicted_time", description="how workers are chosen"
+    )
     local_prefill_tokens: int = Field(
         32, ge=0, description="an uncached suffix up to this long is prefilled on the decode worker itself"
     )
@@ -101,24 +107,25 @@ class TransferConfig(_Frozen):
 class IndexConfig(_Frozen):
     """The cluster's prefix index."""
 
-    backend: Literal["redis", "memory"] = "redis"
+    backend: Literal["redis", "memory"] = Field("redis", description="memory: each ingress keeps its own")
     url: str | None = Field(None, description="redis://, rediss:// or unix://; none: a local server is started")
     timeout_s: float = Field(0.05, gt=0, description="no request ever waits longer for the index")
-    breaker_failures: int = Field(3, ge=1)
-    breaker_reset_s: float = Field(1.0, gt=0)
-    entry_ttl_s: int = Field(3600, ge=1)
+    breaker_failures: int = Field(3, ge=1, description="failures in a row after which the index is not asked")
+    breaker_reset_s: float = Field(1.0, gt=0, description="then it is tried again so often")
+    entry_ttl_s: int = Field(3600, ge=1, description="entries that nobody renews go after so long")
     lease_s: float = Field(10.0, gt=0, description="a worker that does not renew its slot for so long is forgotten")
 
 
 class HTTPConfig(_Frozen):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free one")
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="larger requests get 413")
+    api_key: str | None = Field(None, min_length=8, description="asked of every client as a bearer token; none: open")
 
 
 class TelemetryConfig(_Frozen):
     otlp_endpoint: str | None = Field(None, description="OTLP/gRPC endpoint; none: tracing is off")
-    service_name: str = "eagleray"
+    service_name: str = Field("eagleray", description="service.name of the spans")
 
 
 class Config(_Frozen):

@@ -34,6 +34,7 @@ class WorkerSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_total: int = 0
     output_tokens_total: int = 0
     transfer_bytes_total: int = 0
+    transfer_bytes_per_s: float = 0.0  # smoothed speed of copying and verifying; 0 until measured
     transfer_failures_total: int = 0
 
     @property

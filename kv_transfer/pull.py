@@ -32,6 +32,7 @@ class PullResult:
     cancelled: bool
     reason: str  # why it is not complete: the source's own words where it gave some; empty when complete
     num_bytes: int
+    copying_s: float  # spent in copying and verifying them: their ratio is the link's speed
     transfer_s: float  # from the last announcement to the end: what a user waits for; 0 when none came
     transport: str  # empty when no block was read
     skipped: tuple[str, ...]  # preferred transports that could not be used, with what is missing
@@ -78,6 +79,7 @@ class Pull:
         self._lost: TransferError | None = None  # the connection, while announced blocks are still being read
         self._last_announced_s: float | None = None
         self._idle_since_s = receiver.clock.now_s()
+        self._copying_s = 0.0
 
     def cancel(self) -> None:
         """End a wait that is going on now, and allow no other one."""
@@ -167,6 +169,7 @@ class Pull:
         if not notices:
             return False
         reader = self._reader or self._open_reader(link)
+        start_s = receiver.clock.now_s()
         own_ids = [self._order.block_ids[notice.index - self._order.first_block] for notice in notices]
         into = [receiver.blocks.block_views(block_id) for block_id in own_ids]
         reader.read([notice.slot for notice in notices], into, lambda: self._is_cancelled)
@@ -178,6 +181,7 @@ class Pull:
                     f"{notice.fingerprint.hex()}: it was changed on the way or at its source"
                 )
             self._session.verified(notice)
+        self._copying_s += receiver.clock.now_s() - start_s
         if not (self._session.is_complete or self._lost):
             link.send(Received(self._session.num_verified))
         return True
@@ -214,6 +218,7 @@ class Pull:
             cancelled=self._is_cancelled and not is_complete,
             reason="" if is_complete else failure,
             num_bytes=self._session.num_verified * self._receiver.layout.block_bytes,
+            copying_s=self._copying_s,
             transfer_s=0.0 if self._last_announced_s is None else ended_s - self._last_announced_s,
             transport=self._transport,
             skipped=tuple(self._skipped),

@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 import msgspec
@@ -142,12 +143,14 @@ class Coordinator:
                 if client.welcome.role is role
             }
 
+        rates = (client.snapshot.transfer_bytes_per_s for client in clients.values())
+        measured = [rate for rate in rates if rate > 0]
         return ClusterView(
             prefill=views(Role.PREFILL),
             decode=views(Role.DECODE),
             block_bytes=block_bytes,
             local_prefill_tokens=self.config.local_prefill_tokens,
-            transfer_bytes_per_s=DEFAULT_TRANSFER_BYTES_PER_S,
+            transfer_bytes_per_s=fmean(measured) if measured else DEFAULT_TRANSFER_BYTES_PER_S,
         )
 
     def _worker_view(self, client: WorkerClient, cached_tokens: int) -> WorkerView:

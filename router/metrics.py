@@ -17,7 +17,8 @@ _PHASES: Final = ("queue", "prefill", "transfer", "decode", "network")
 _WORKER_GAUGES: Final = (
     "num_waiting", "num_running", "num_reserved", "num_handed_over", "uncomputed_tokens", "blocks_total", "blocks_free",
     "blocks_cached", "decode_step_s", "prefill_tokens_per_s", "num_preemptions", "cached_tokens_total",
-    "prompt_tokens_total", "output_tokens_total", "transfer_bytes_total", "transfer_failures_total",
+    "prompt_tokens_total", "output_tokens_total", "transfer_bytes_total", "transfer_bytes_per_s",
+    "transfer_failures_total",
 )  # fmt: skip
 
 

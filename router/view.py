@@ -43,7 +43,7 @@ class ClusterView:
     decode: Mapping[str, WorkerView]
     block_bytes: int
     local_prefill_tokens: int  # an uncached suffix up to this long is prefilled on the decode worker
-    transfer_bytes_per_s: float  # smoothed; a default until measured
+    transfer_bytes_per_s: float  # mean of what decode workers measured; a default until they have
 
 
 @dataclass(frozen=True, slots=True)

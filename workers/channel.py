@@ -74,7 +74,7 @@ class Channel:
         self._soon(lambda: self._write(dict.fromkeys(self._writers, message)))
 
     def _soon(self, action: Callable[[], None]) -> None:
-        with contextlib.suppress(KeyError):  # the loop is closed, and every connection with it
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
             self._loop.call_soon_threadsafe(action)
 
     # ---- on the channel's thread

@@ -18,6 +18,7 @@ from eagleray.kv_transfer.pull import PullResult
 from eagleray.kv_transfer.receiver import KVReceiver
 from eagleray.kv_transfer.session import SourceProgress
 from eagleray.kv_transfer.source import KVSource
+from eagleray.workers.meter import smoothed
 
 # What a source tells a reader whose request ended with the first token: there is nothing to go on with.
 FINISHED_AT_SOURCE: Final = "finished at its source"
@@ -29,6 +30,7 @@ class HandOver(Protocol):
     """How a worker takes part in the split. ``accept``, ``stepped`` and ``abort`` are called on the step thread."""
 
     bytes_total: int
+    bytes_per_s: float  # smoothed; 0 until measured
     failures_total: int
 
     @property
@@ -54,6 +56,7 @@ class SourceHandOver:
         self._schedule = schedule
         self._open: set[str] = set()
         self.bytes_total = 0  # readers count what they read
+        self.bytes_per_s = 0.0
         self.failures_total = 0
 
     @property
@@ -119,6 +122,7 @@ class ReaderHandOver:
         self._schedule = schedule
         self._pulls: dict[str, bool] = {}  # request id -> aborted meanwhile; from accept until settled
         self.bytes_total = 0
+        self.bytes_per_s = 0.0
         self.failures_total = 0
 
     @property
@@ -167,6 +171,8 @@ class ReaderHandOver:
     def _settle(self, engine: Engine, result: PullResult) -> None:
         aborted = self._pulls.pop(result.request_id)
         self.bytes_total += result.num_bytes
+        if result.num_bytes and result.copying_s > 0:
+            self.bytes_per_s = smoothed(self.bytes_per_s, result.num_bytes / result.copying_s)
         if aborted or result.reason == FINISHED_AT_SOURCE:
             engine.end(result.request_id)
             return

@@ -26,10 +26,11 @@ class StepMeter:
             self.output_tokens_total += len(output.token_ids)
             self.cached_tokens_total += output.num_cached_tokens or 0
         if outcome.decode_only:
-            self.decode_step_s = _smoothed(self.decode_step_s, step_s)
+            self.decode_step_s = smoothed(self.decode_step_s, step_s)
         elif step_s > 0:
-            self.prefill_tokens_per_s = _smoothed(self.prefill_tokens_per_s, outcome.num_computed_tokens / step_s)
+            self.prefill_tokens_per_s = smoothed(self.prefill_tokens_per_s, outcome.num_computed_tokens / step_s)
 
 
-def _smoothed(old: float, new: float) -> float:
+def smoothed(old: float, new: float) -> float:
+    """Exponentially weighted mean; the first measurement counts whole."""
     return new if old == 0.0 else old + _SMOOTHING * (new - old)

@@ -211,6 +211,7 @@ class Worker:
 
     def _close_connections(self) -> None:
         self._channel.stop()
+        self._hand_over.stop()
 
     def _take_snapshot(self) -> WorkerSnapshot:
         scheduler, kv, meter = self._engine.scheduler, self._engine.kv, self._meter
