@@ -46,7 +46,7 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     shown = capsys.readouterr().out
-    assert "  http.port = 8000\n" in shown
+    assert "  http.port = 8000 " in shown
     assert "  transfer.transports = [shared_memory, tcp]" in shown
 
 
