@@ -14,7 +14,7 @@ from eagleray.api.context import ApiContext
 from eagleray.api.limits import check_num_choices, check_token_ids, resolve_max_tokens
 from eagleray.api.openai_types import GenerationRequest
 from eagleray.core.clock import unix_time_s
-from eagleray.core.errors import InvalidRequest
+from eagleray.core.errors import InvalidRequest, ServiceUnavailable
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 
@@ -110,14 +110,16 @@ def prepare(
     """Check lengths and build the specs. ``sampling.max_tokens`` None means as many as fit."""
     asked = None if getattr(body, max_tokens_field) is None else sampling.max_tokens
     check_num_choices(len(prompts), sampling.n)
-    max_model_tokens = context.service.status().max_model_tokens
+    status = context.service.status()
+    if status.max_model_tokens is None:
+        raise ServiceUnavailable(f"The server is starting: {status.reason}; try again in a moment.")
     response_id = f"{id_prefix}-{uuid.uuid4().hex}"
     specs = []
     for index, prompt in enumerate(prompts):
         if not prompt.token_ids:
             raise InvalidRequest("prompt: is empty; give at least one token.", param="prompt")
         length = len(prompt.token_ids)
-        limit = resolve_max_tokens(asked, sampling.max_tokens, length, max_model_tokens, max_tokens_field)
+        limit = resolve_max_tokens(asked, sampling.max_tokens, length, status.max_model_tokens, max_tokens_field)
         specs.append(
             RequestSpec(
                 request_id=response_id if len(prompts) == 1 else f"{response_id}-{index}",

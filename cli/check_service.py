@@ -10,9 +10,9 @@ from eagleray.cli.terminal import format_bytes
 from eagleray.core.config import Config, Environment, PoolConfig
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
+from eagleray.engine.checkpoint import check_checkpoint
 from eagleray.engine.execution.kv_memory import available_host_bytes
 from eagleray.models.model_config import ModelConfig
-from eagleray.models.registry import load_model_config
 from eagleray.router.prefix_index.server import find_server_binary, start_local_server
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ def check_service(config: Config, environment: Environment) -> list[Finding]:
 def _check_model(config: Config) -> list[Finding]:
     folder = config.model.folder
     try:
-        model = load_model_config(folder)
+        model = check_checkpoint(folder)
         ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
         model.resolve_max_model_tokens(config.model.max_model_tokens)
     except ConfigError as error:

@@ -18,7 +18,7 @@ from eagleray.cli.client import ApiClient
 from eagleray.core.clock import Clock
 from eagleray.core.config import Config, HTTPConfig, prepare_ray_environment, read_environment
 from eagleray.core.errors import ConfigError, EagleRayError
-from eagleray.models.registry import load_model_config
+from eagleray.engine.checkpoint import check_checkpoint
 
 READY_DEADLINE_S: Final = 60.0
 POLL_INTERVAL_S: Final = 0.05
@@ -57,7 +57,7 @@ def local_service(
     What cannot be served is refused before Ray is started. SIGINT and SIGTERM become ``KeyboardInterrupt``. Without
     ``log_level`` Ray's own words about starting and stopping are not shown; a failure raises ``EagleRayError``.
     """
-    load_model_config(config.model.folder)
+    check_checkpoint(config.model.folder)
     require_free_port(config.http)
     signals = StopSignals()
     signals.install()

@@ -140,6 +140,7 @@ class IngressReplica:
         clock, model = SystemClock(), self._config.model
         ingress_id = serve.get_replica_context().replica_id.unique_id
         self._pool = ConnectedWorkers(ingress_id, self._config.router)
+        self._tracer = build_tracer(self._config.telemetry, model.name)
         coordinator = Coordinator(
             self._pool,
             make_policy(self._config.router.policy),
@@ -147,7 +148,7 @@ class IngressReplica:
             self._config.router,
             clock,
             IngressMetrics(model.name),
-            build_tracer(self._config.telemetry, model.name),
+            self._tracer,
             on_placed=self._hold,
         )
         tokenizer = Tokenizer.from_folder(model.folder)
@@ -175,6 +176,7 @@ class IngressReplica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._pool.aclose()
+        await asyncio.to_thread(self._tracer.close)
 
     def _hold(self, worker_id: str, request_id: str) -> None:
         """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""

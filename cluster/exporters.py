@@ -30,4 +30,4 @@ def build_tracer(config: TelemetryConfig, model_name: str) -> RequestTracer:
     provider = TracerProvider(resource=Resource.create({"service.name": config.service_name}))
     exporter = OTLPSpanExporter(endpoint=config.otlp_endpoint, timeout=EXPORT_TIMEOUT_S)
     provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=MAX_QUEUED_SPANS))
-    return OpenTelemetryTracer(provider.get_tracer("eagleray"), model_name)
+    return OpenTelemetryTracer(provider.get_tracer("eagleray"), model_name, provider.shutdown)

@@ -18,7 +18,7 @@ from eagleray.cluster.ray_adapter import TargetedRouter
 from eagleray.core.config import Config, Environment, PoolConfig, with_environment
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
-from eagleray.models.registry import load_model_config
+from eagleray.engine.checkpoint import check_checkpoint
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
 
 APPLICATION: Final = "eagleray"
@@ -71,7 +71,7 @@ class LocalService:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
         self._on_progress = on_progress
-        load_model_config(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
+        check_checkpoint(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
         try:
             self.config = self._with_index(with_environment(config, environment), environment)
             self._start_ray()

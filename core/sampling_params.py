@@ -10,6 +10,10 @@ from eagleray.core.errors import InvalidRequest
 
 MAX_LOGPROBS: Final = 20
 MAX_CHOICES: Final = 128
+MIN_TEMPERATURE: Final = 1e-5
+# Each new token is compared with all of them on the worker, while other requests wait.
+MAX_STOP_STRINGS: Final = 64
+MAX_STOP_CHARACTERS: Final = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,7 +55,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        """Below ``MIN_TEMPERATURE`` the best token wins by so much that float32 cannot hold the others' chance."""
+        return self.temperature < MIN_TEMPERATURE
 
     def _check_ranges(self) -> None:
         _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "must be between 0 and 100")
@@ -88,6 +93,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 _check(name, value, 0 <= value <= MAX_LOGPROBS, f"must be between 0 and {MAX_LOGPROBS}")
         if any(not text for text in self.stop):
             raise InvalidRequest("stop: an empty string would stop at once; leave it out", param="stop")
+        if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
+            raise InvalidRequest(
+                f"stop: at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_CHARACTERS} characters each.",
+                param="stop",
+            )
 
 
 def _check(name: str, value: object, holds: bool, rule: str) -> None:

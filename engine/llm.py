@@ -71,6 +71,7 @@ class LLM:
         self._template = ChatTemplate.from_folder(model.folder, self._tokenizer)
         executor = build_executor(model, engine, num_threads=num_threads, progress=progress)
         self._vocab_size = executor.model_config.vocab_size
+        self._tokenizer.check_fits(self._vocab_size)
         self._orders_by_priority = engine.scheduling_policy == "priority"
         self.engine = Engine(executor, engine, SystemClock(), self._new_text)
 

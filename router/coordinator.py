@@ -60,6 +60,7 @@ class Coordinator:
         self._sequence = itertools.count()
         self._attempt_numbers = itertools.count(1)
         self.pending = PendingLoad()
+        self._max_model_tokens: int | None = None  # smallest that a worker has told; stays while workers come and go
         self.num_queued = 0
         self.num_running = 0
 
@@ -80,10 +81,12 @@ class Coordinator:
         clients = self.pool.workers().values()
         decode = [client for client in clients if client.welcome.role is Role.DECODE]
         index = self._index.status()
+        told = [client.welcome.max_model_tokens for client in clients]
+        self._max_model_tokens = min([*told, self._max_model_tokens or told[0]]) if told else self._max_model_tokens
         return ServiceStatus(
             ready=bool(decode),
             reason="" if decode else "no decode worker is connected yet",
-            max_model_tokens=min((client.welcome.max_model_tokens for client in clients), default=0),
+            max_model_tokens=self._max_model_tokens,
             workers=tuple(client.snapshot for client in clients),
             num_queued=self.num_queued,
             num_running=self.num_running,

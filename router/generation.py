@@ -155,8 +155,8 @@ class Answer:
                 self._coordinator.num_running += 1
                 try:
                     async for output in attempt.outputs(self._journal):
-                        self._mark(output)
                         for new in self._journal.take(output):
+                            self._mark(new)
                             yield new
                 finally:
                     self._coordinator.num_running -= 1
@@ -213,7 +213,7 @@ class Answer:
         if output.timing is None:
             self._phases.mark(Phase.DECODE)
             return
-        computing = Phase.PREFILL if self._journal.request.num_output_tokens == 0 else Phase.DECODE
+        computing = Phase.PREFILL if output.position == 0 else Phase.DECODE
         self._phases.mark(
             Phase.NETWORK,
             {

@@ -18,7 +18,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     ready: bool
     reason: str = ""  # why not, when not ready
-    max_model_tokens: int  # prompt plus output
+    max_model_tokens: int | None  # prompt plus output; None until a worker has told
     workers: tuple[WorkerSnapshot, ...] = ()
     num_queued: int = 0  # requests waiting in this ingress for a worker
     num_running: int = 0  # requests that a worker has

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from opentelemetry.propagate import extract
@@ -13,9 +14,13 @@ from eagleray.core.telemetry import PhaseClock, TimeAccount
 
 
 class RequestTracer(Protocol):
-    """Records one finished request."""
+    """Records finished requests."""
 
     def record(self, spec: RequestSpec, phases: PhaseClock, account: TimeAccount, outcome: str) -> None: ...
+
+    def close(self) -> None:
+        """Send what is still to be sent, or give up on it after a few seconds."""
+        ...
 
 
 class NoTracer:
@@ -24,14 +29,19 @@ class NoTracer:
     def record(self, spec: RequestSpec, phases: PhaseClock, account: TimeAccount, outcome: str) -> None:
         return
 
+    def close(self) -> None:
+        return
+
 
 class OpenTelemetryTracer:
     """A span per request and one per phase segment below it, under the caller's ``traceparent``. The GenAI conventions
     name the attributes (open-telemetry/semantic-conventions-genai); what they lack is under ``eagleray.``."""
 
-    def __init__(self, tracer: Tracer, model_name: str) -> None:
+    def __init__(self, tracer: Tracer, model_name: str, close: Callable[[], None]) -> None:
+        """``close`` ends the provider that ``tracer`` is of."""
         self._tracer = tracer
         self._model_name = model_name
+        self.close = close
 
     def record(self, spec: RequestSpec, phases: PhaseClock, account: TimeAccount, outcome: str) -> None:
         segments = phases.segments()

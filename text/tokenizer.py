@@ -77,6 +77,15 @@ class Tokenizer:
         """The main end-of-sequence token, as templates write it."""
         return None if not self.eos_token_ids else self._backend.id_to_token(self.eos_token_ids[0])
 
+    def check_fits(self, model_vocab_size: int) -> None:
+        """Raises ``ConfigError`` when the tokenizer makes ids that the model has no embedding for."""
+        if self.vocab_size > model_vocab_size:
+            raise ConfigError(
+                "vocab_size",
+                model_vocab_size,
+                f"the tokenizer has ids up to {self.vocab_size - 1}; resize the model's embeddings to its tokens",
+            )
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written in the text become single tokens, as templates need."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -90,6 +90,11 @@ class ChannelClient:
     def is_lost(self) -> bool:
         return self._lost is not None
 
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request waits for something from here."""
+        return bool(self._sinks)
+
     async def submit(self, submit: Submit, sink: Sink) -> Accepted:
         request_id = submit.spec.request_id
         reply: asyncio.Future[Accepted | Refused] = asyncio.get_running_loop().create_future()

@@ -20,12 +20,13 @@ class ConnectedWorkers:
     def __init__(self, ingress_id: str, config: RouterConfig) -> None:
         self._ingress_id = ingress_id
         self._config = config
-        self._clients: dict[str, ChannelClient] = {}  # worker id -> connection that is up
-        self._members: dict[str, asyncio.Task[None]] = {}  # address -> what keeps it connected
+        self._clients: dict[str, ChannelClient] = {}  # address -> connection that is up, of those listed
+        self._listed: dict[str, asyncio.Task[None]] = {}  # address -> what keeps it connected
+        self._tasks: set[asyncio.Task[None]] = set()  # of those, and of the ones that finish what they have
         self._changed = asyncio.Event()
 
     def workers(self) -> Mapping[str, ChannelClient]:
-        return {worker_id: client for worker_id, client in self._clients.items() if not client.is_lost}
+        return {client.welcome.worker_id: client for client in self._clients.values() if not client.is_lost}
 
     async def wait_for_change(self, deadline_s: float) -> None:
         self._changed.clear()
@@ -36,21 +37,30 @@ class ConnectedWorkers:
             pass
 
     def set_addresses(self, addresses: set[str]) -> None:
-        """Connect to new ones, let go of those that are not listed any more. Returns at once."""
-        for address in self._members.keys() - addresses:
-            self._members.pop(address).cancel()
-        for address in addresses - self._members.keys():
-            self._members[address] = asyncio.create_task(self._keep_connected(address))
+        """Connect to new ones. One that is not listed any more gets no new request; its connection stays until those
+        it has are done, because a worker that is being stopped finishes them. Returns at once."""
+        for address in self._listed.keys() - addresses:
+            task = self._listed.pop(address)
+            if self._clients.pop(address, None) is None:
+                task.cancel()
+            self._changed.set()
+        for address in addresses - self._listed.keys():
+            task = self._listed[address] = asyncio.create_task(self._keep_connected(address))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def aclose(self) -> None:
-        tasks = list(self._members.values())
+        """End all connections, whatever they carry."""
+        tasks = list(self._tasks)
         self.set_addresses(set())
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_connected(self, address: str) -> None:
-        """Until cancelled: a listed worker whose connection broke may only have been slow."""
+        """As long as it is listed: a worker whose connection broke may only have been slow."""
         delay_s = RECONNECT_MIN_S
-        while True:
+        while self._is_listed(address):
             try:
                 client = await ChannelClient.connect(
                     address,
@@ -64,16 +74,21 @@ class ConnectedWorkers:
                 delay_s = min(2 * delay_s, RECONNECT_MAX_S)
                 continue
             delay_s = RECONNECT_MIN_S
-            await self._follow(client)
+            await self._follow(address, client)
 
-    async def _follow(self, client: ChannelClient) -> None:
-        worker_id = client.welcome.worker_id
-        self._clients[worker_id] = client
+    async def _follow(self, address: str, client: ChannelClient) -> None:
+        """Until the connection is lost, or not listed and not needed any more."""
+        self._clients[address] = client
         self._changed.set()
         try:
-            await client.wait_lost()
+            while not client.is_lost and (self._is_listed(address) or client.has_requests):
+                await self.wait_for_change(RECONNECT_MAX_S)  # with each snapshot
         finally:
-            if self._clients.get(worker_id) is client:
-                del self._clients[worker_id]
+            if self._clients.get(address) is client:
+                del self._clients[address]
             self._changed.set()
             await client.aclose()
+
+    def _is_listed(self, address: str) -> bool:
+        """Whether it is this task that keeps the address connected: it may have been listed anew since."""
+        return self._listed.get(address) is asyncio.current_task()

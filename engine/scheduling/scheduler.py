@@ -65,7 +65,8 @@ class Scheduler:
         nothing changed, when there is no room. Its cached prefix counts as computed."""
         matched = self._kv.match_prefix(request)
         room_needed = request.num_tokens + 1
-        if self._kv.room_for(request, room_needed, matched) < self._blocks_to_keep_free():
+        spoken_for = self._blocks_to_keep_free() + self._blocks_wanted_before(request)
+        if self._kv.room_for(request, room_needed, matched) < spoken_for:
             return False
         self._hold(request, matched)
         self._kv.grow(request, room_needed)
@@ -213,6 +214,12 @@ class Scheduler:
     def _blocks_to_keep_free(self) -> int:
         """So that running requests can grow for a while; none when there is nobody to grow."""
         return self._watermark_blocks if self._running else 0
+
+    def _blocks_wanted_before(self, request: Request) -> int:
+        """By those that wait here and come before ``request``: reservations must not keep them waiting for ever."""
+        place = self._order(request)
+        earlier = (other for other in (*self._waiting, *self._swapped) if self._order(other) <= place)
+        return sum(self._kv.blocks_for(other.num_tokens + 1) for other in earlier)
 
     def _hold(self, request: Request, matched: list[int]) -> None:
         self._kv.adopt_prefix(request, matched)

@@ -37,7 +37,8 @@ def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
 def sample_random(logits: Tensor, random: RandomRows) -> Tensor:
     """Next tokens int64 [S] of the rows with a temperature: exact draws from the truncated distribution, because
     ``argmax(log p + gumbel)`` has distribution p (the Gumbel-max trick)."""
-    scores = logits[random.rows] / random.temperature[:, None]
+    scores = logits[random.rows]
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / random.temperature[:, None]  # at most 0: cannot overflow
     if random.top_k_top_p is not None:
         keep_top_k_top_p(scores, random.top_k_top_p)
     if random.min_p is not None:

@@ -65,8 +65,10 @@ def test_stop_token_ids_may_be_a_list_or_none(written: object, meant: tuple[int,
     assert SamplingParams(stop_token_ids=written).stop_token_ids == meant
 
 
-@pytest.mark.parametrize(("temperature", "greedy"), [(0.0, True), (0, True), (1e-6, False), (1.0, False)])
-def test_temperature_zero_is_greedy(temperature: float, greedy: bool) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "greedy"), [(0.0, True), (0, True), (1e-38, True), (1e-4, False), (1.0, False)]
+)
+def test_a_temperature_of_nearly_zero_is_greedy(temperature: float, greedy: bool) -> None:
     assert SamplingParams(temperature=temperature).is_greedy is greedy
 
 
@@ -78,3 +80,9 @@ def test_parameters_arrive_as_they_were_sent() -> None:
 def test_parameters_that_arrive_out_of_range_are_refused_too() -> None:
     with pytest.raises(InvalidRequest, match="temperature"):
         msgspec.msgpack.decode(msgspec.msgpack.encode({"temperature": -1.0}), type=SamplingParams)
+
+
+@pytest.mark.parametrize("stop", [["x"] * 65, ["x" * 1025]])
+def test_stop_strings_that_would_hold_up_other_requests_are_refused(stop: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="stop: at most"):
+        SamplingParams(stop=stop)

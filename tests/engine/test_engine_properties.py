@@ -278,3 +278,15 @@ def test_decoding_requests_are_not_kept_waiting_by_a_long_prompt() -> None:
         outcome = engine.step()
         assert "decoding" in {output.request_id for output in outcome.outputs}
         assert outcome.num_computed_tokens == 8
+
+
+def test_reservations_leave_room_for_those_that_wait_already() -> None:
+    engine, _ = new_engine(16)
+    engine.add(new_spec("running", [1] * 20, 30))
+    engine.step()
+    engine.add(new_spec("waiting", [2] * 48, 1))
+    engine.step()
+    assert engine.state_of("waiting") is RequestState.QUEUED
+    assert engine.reserve(new_spec("later", [3] * 8, 4)) is None
+    assert engine.end("waiting")
+    assert engine.reserve(new_spec("later still", [3] * 8, 4)) is not None

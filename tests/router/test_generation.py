@@ -1,136 +1,34 @@
-"""A request's way over workers that a script drives: order, losses, refusals, deadlines, hang-ups. No engine, no
+"""A request's way over workers that a script drives: order, losses, refusals, deadlines, several choices. No engine, no
 socket, and a clock that moves when told to."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-import msgspec
 import pytest
 
-from eagleray.core.clock import ManualClock
-from eagleray.core.config import RouterConfig
 from eagleray.core.errors import EagleRayError, InvalidRequest, Overloaded, ServiceUnavailable, WorkerLost
-from eagleray.core.messages import RefusalKind, RequestTiming, TokenOutput
-from eagleray.core.request import FinishReason, RequestSpec
-from eagleray.core.sampling_params import SamplingParams
+from eagleray.core.messages import RefusalKind
+from eagleray.core.request import FinishReason
 from eagleray.core.snapshot import Role
-from eagleray.core.telemetry import PhaseClock, TimeAccount
-from eagleray.router.coordinator import Coordinator
-from eagleray.router.fake_workers import FakeWorker, FakeWorkerPool, fake_welcome
-from eagleray.router.generation import RoutedGeneration
-from eagleray.router.metrics import IngressMetrics
-from eagleray.router.pending import Load
-from eagleray.router.prefix_index.memory import MemoryPrefixIndex
-from eagleray.router.view import ClusterView, Route, RoutingRequest
+from eagleray.router.fake_workers import FakeWorker, fake_welcome
 
-PROMPT = tuple(range(1, 13))
+Stage = Any  # of conftest.py, which test modules cannot import
+NewStage = Callable[..., Any]
+Until = Callable[[Callable[[], object]], Awaitable[None]]
+
+PROMPT = tuple(range(1, 13))  # what a stage starts
 LENGTH = FinishReason.LENGTH
-LOOP_TURNS = 1000
-
-
-class FirstInOrder:
-    """The first decode worker, and the first prefill worker unless there is none: no surprises for a script."""
-
-    def choose(self, request: RoutingRequest, view: ClusterView) -> Route | None:
-        if not view.decode:
-            return None
-        return Route(min(view.decode), min(view.prefill, default=None), "first in order")
-
-
-class Records:
-    """A ``RequestTracer`` that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[str, TimeAccount]] = []
-
-    def record(self, spec: RequestSpec, phases: PhaseClock, account: TimeAccount, outcome: str) -> None:
-        self.ends.append((outcome, account))
-
-
-class Stage:
-    """A coordinator over fake workers: d1, d2 decode; p1, p2 prefill."""
-
-    def __init__(self, *, with_prefill: bool = True, **config: object) -> None:
-        self.clock = ManualClock(100.0)
-        self.d1, self.d2 = (FakeWorker(fake_welcome(name, Role.DECODE)) for name in ("d1", "d2"))
-        self.p1, self.p2 = (FakeWorker(fake_welcome(name, Role.PREFILL)) for name in ("p1", "p2"))
-        self.workers = [self.d1, self.d2, *([self.p1, self.p2] if with_prefill else [])]
-        self.pool = FakeWorkerPool(self.clock, *self.workers)
-        self.records = Records()
-        self.coordinator = Coordinator(
-            self.pool, FirstInOrder(), MemoryPrefixIndex(self.clock, 10.0),
-            RouterConfig(**{"queue_deadline_s": 8.0, **config}), self.clock, IngressMetrics("fake"), self.records,
-        )  # fmt: skip
-
-    def start(self, **sampling: object) -> Answering:
-        spec = RequestSpec(
-            request_id="a",
-            token_ids=PROMPT,
-            num_prompt_tokens=len(PROMPT),
-            sampling=SamplingParams(**{"max_tokens": 50, **sampling}),
-        )
-        return Answering(self.coordinator.generate(spec))
-
-    def pending_on(self, worker: FakeWorker) -> Load:
-        return self.coordinator.pending.on(worker.welcome.worker_id, worker.snapshot)
-
-    def assert_nothing_is_left(self) -> None:
-        assert [worker.open_requests for worker in self.workers] == [[]] * len(self.workers)
-        assert (self.coordinator.num_queued, self.coordinator.num_running) == (0, 0)
-        assert [self.pending_on(worker) for worker in self.workers] == [Load()] * len(self.workers)
-        assert self.pool.num_waits == 0
-
-
-class Answering:
-    """A generation that a task iterates over."""
-
-    def __init__(self, generation: RoutedGeneration) -> None:
-        self.generation = generation
-        self.outputs: list[TokenOutput] = []
-        self.task = asyncio.create_task(self._collect())
-
-    async def _collect(self) -> None:
-        async for output in self.generation:
-            self.outputs.append(output)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for output in self.outputs for token in output.token_ids]
-
-    async def end(self) -> None:
-        await asyncio.wait_for(self.task, 5)
-
-
-async def until(holds: Callable[[], object]) -> None:
-    """Let the event loop turn until it holds."""
-    for _ in range(LOOP_TURNS):
-        if holds():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError(f"does not come to hold within {LOOP_TURNS} turns of the event loop")
-
-
-@pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
-    stage = Stage()
-    yield stage
-    stage.assert_nothing_is_left()
-
-
-@pytest.fixture
-async def aggregated() -> AsyncIterator[Stage]:
-    """No prefill pool."""
-    stage = Stage(with_prefill=False)
-    yield stage
-    stage.assert_nothing_is_left()
 
 
 # ---- placing
 
 
-async def test_the_decode_worker_reserves_before_the_prefill_worker_hears_of_the_request(stage: Stage) -> None:
+async def test_the_decode_worker_reserves_before_the_prefill_worker_hears_of_the_request(
+    stage: Stage, until: Until
+) -> None:
     stage.d1.may_reply.clear()
     answering = stage.start()
     await until(lambda: stage.d1.submits)
@@ -146,7 +44,7 @@ async def test_the_decode_worker_reserves_before_the_prefill_worker_hears_of_the
 
 
 @pytest.mark.parametrize("kind", [RefusalKind.NO_ROOM, RefusalKind.DRAINING])
-async def test_a_refusal_moves_on_to_the_next_worker(stage: Stage, kind: RefusalKind) -> None:
+async def test_a_refusal_moves_on_to_the_next_worker(stage: Stage, kind: RefusalKind, until: Until) -> None:
     stage.d1.replies.append(kind)
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
@@ -159,7 +57,9 @@ async def test_a_refusal_moves_on_to_the_next_worker(stage: Stage, kind: Refusal
     assert (answering.generation.account.decode_worker, answering.generation.account.attempts) == ("d2", 1)
 
 
-async def test_a_prefill_worker_that_refuses_gives_the_reservation_back_and_another_pair_is_found(stage: Stage) -> None:
+async def test_a_prefill_worker_that_refuses_gives_the_reservation_back_and_another_pair_is_found(
+    stage: Stage, until: Until
+) -> None:
     stage.p1.replies.append(RefusalKind.NO_ROOM)
     answering = stage.start()
     await until(lambda: stage.p2.open_requests)
@@ -171,7 +71,7 @@ async def test_a_prefill_worker_that_refuses_gives_the_reservation_back_and_anot
     await answering.end()
 
 
-async def test_a_worker_that_does_not_answer_a_submit_is_passed_over(stage: Stage) -> None:
+async def test_a_worker_that_does_not_answer_a_submit_is_passed_over(stage: Stage, until: Until) -> None:
     stage.d1.replies.append(WorkerLost("d1", "no answer to a submit in 5 s"))
     answering = stage.start()
     await until(lambda: stage.d2.open_requests)
@@ -189,7 +89,7 @@ async def test_an_invalid_request_is_the_users_affair_and_tried_nowhere_else(sta
     assert outcome == "error" and account.decode_worker is None
 
 
-async def test_a_request_refused_by_all_waits_for_a_change_and_does_not_spin(aggregated: Stage) -> None:
+async def test_a_request_refused_by_all_waits_for_a_change_and_does_not_spin(aggregated: Stage, until: Until) -> None:
     for worker in (aggregated.d1, aggregated.d2):
         worker.replies.extend([RefusalKind.NO_ROOM] * 2)
     answering = aggregated.start()
@@ -207,7 +107,9 @@ async def test_a_request_refused_by_all_waits_for_a_change_and_does_not_spin(agg
     assert len(set(names)) == len(names) == 5
 
 
-async def test_a_request_that_finds_no_worker_fails_at_the_queue_deadline_saying_why(aggregated: Stage) -> None:
+async def test_a_request_that_finds_no_worker_fails_at_the_queue_deadline_saying_why(
+    aggregated: Stage, until: Until
+) -> None:
     for worker in (aggregated.d1, aggregated.d2):
         worker.replies.append(RefusalKind.NO_ROOM)
     answering = aggregated.start()
@@ -228,8 +130,8 @@ async def test_a_request_that_finds_no_worker_fails_at_the_queue_deadline_saying
     assert (account.num_output_tokens, account.attempts, account.route_reason) == (0, 1, "")
 
 
-async def test_a_waiting_request_goes_to_a_worker_that_joins() -> None:
-    stage = Stage(with_prefill=False)
+async def test_a_waiting_request_goes_to_a_worker_that_joins(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False)
     stage.d1.lose()
     stage.d2.lose()
     answering = stage.start()
@@ -243,8 +145,10 @@ async def test_a_waiting_request_goes_to_a_worker_that_joins() -> None:
     assert answering.generation.account is not None and answering.generation.account.queue_s == 3.0
 
 
-async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to_come_back() -> None:
-    stage = Stage(with_prefill=False, max_queued=2)
+async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to_come_back(
+    until: Until, new_stage: NewStage
+) -> None:
+    stage = new_stage(with_prefill=False, max_queued=2)
     stage.d1.lose()
     stage.d2.lose()
     waiting = [stage.start(), stage.start()]
@@ -261,7 +165,7 @@ async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to
 # ---- tokens of two workers
 
 
-async def test_a_second_token_that_comes_before_the_first_waits_for_it(stage: Stage) -> None:
+async def test_a_second_token_that_comes_before_the_first_waits_for_it(stage: Stage, until: Until) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
     stage.d1.say(1, 101)
@@ -273,7 +177,7 @@ async def test_a_second_token_that_comes_before_the_first_waits_for_it(stage: St
     assert [output.position for output in answering.outputs] == [0, 1, 2]
 
 
-async def test_a_first_token_that_both_workers_say_comes_once(stage: Stage) -> None:
+async def test_a_first_token_that_both_workers_say_comes_once(stage: Stage, until: Until) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
     stage.d1.say(0, 100)
@@ -283,7 +187,7 @@ async def test_a_first_token_that_both_workers_say_comes_once(stage: Stage) -> N
     assert answering.tokens == [100, 101, 102]
 
 
-async def test_a_request_that_ends_with_its_first_token_gives_the_reservation_back(stage: Stage) -> None:
+async def test_a_request_that_ends_with_its_first_token_gives_the_reservation_back(stage: Stage, until: Until) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
     stage.p1.say(0, 100, finish=FinishReason.STOP)
@@ -292,7 +196,7 @@ async def test_a_request_that_ends_with_its_first_token_gives_the_reservation_ba
     assert stage.d1.aborts == [stage.d1.submits[0].spec.request_id]
 
 
-async def test_an_error_that_a_worker_reports_reaches_the_user(aggregated: Stage) -> None:
+async def test_an_error_that_a_worker_reports_reaches_the_user(aggregated: Stage, until: Until) -> None:
     answering = aggregated.start()
     await until(lambda: aggregated.d1.open_requests)
     aggregated.d1.say(0, finish=FinishReason.ERROR, error="the grammar cannot be compiled")
@@ -304,7 +208,7 @@ async def test_an_error_that_a_worker_reports_reaches_the_user(aggregated: Stage
 # ---- losses
 
 
-async def test_a_lost_decode_worker_is_replaced_by_one_that_knows_all_tokens_so_far(stage: Stage) -> None:
+async def test_a_lost_decode_worker_is_replaced_by_one_that_knows_all_tokens_so_far(stage: Stage, until: Until) -> None:
     answering = stage.start(seed=5)
     await until(lambda: stage.p1.open_requests)
     stage.p1.say(0, 100)
@@ -324,7 +228,9 @@ async def test_a_lost_decode_worker_is_replaced_by_one_that_knows_all_tokens_so_
     assert "eagleray_requests_resumed_total 1.0" in stage.coordinator.metrics_text()
 
 
-async def test_tokens_that_a_lost_worker_said_out_of_order_are_not_known_to_the_next(stage: Stage) -> None:
+async def test_tokens_that_a_lost_worker_said_out_of_order_are_not_known_to_the_next(
+    stage: Stage, until: Until
+) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
     stage.d1.say(1, 101)
@@ -338,7 +244,7 @@ async def test_tokens_that_a_lost_worker_said_out_of_order_are_not_known_to_the_
     assert answering.tokens == [100, 101]
 
 
-async def test_a_lost_prefill_worker_is_the_decode_workers_affair(stage: Stage) -> None:
+async def test_a_lost_prefill_worker_is_the_decode_workers_affair(stage: Stage, until: Until) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)
     stage.p1.lose()
@@ -352,7 +258,7 @@ async def test_a_lost_prefill_worker_is_the_decode_workers_affair(stage: Stage) 
 
 @pytest.mark.parametrize("lost_first", [True, False])
 async def test_a_first_token_that_was_lost_with_its_prefill_worker_is_computed_again(
-    stage: Stage, lost_first: bool
+    stage: Stage, lost_first: bool, until: Until
 ) -> None:
     """The decode worker has it, from the last announcement, and goes on after it: nobody would ever say it."""
     answering = stage.start()
@@ -370,8 +276,8 @@ async def test_a_first_token_that_was_lost_with_its_prefill_worker_is_computed_a
     assert answering.tokens == [100, 101]
 
 
-async def test_a_request_that_every_worker_loses_fails_after_max_attempts() -> None:
-    stage = Stage(with_prefill=False, max_attempts=3)
+async def test_a_request_that_every_worker_loses_fails_after_max_attempts(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False, max_attempts=3)
     answering = stage.start()
     for attempt in range(3):
         await until(lambda: stage.d1.open_requests)
@@ -384,8 +290,8 @@ async def test_a_request_that_every_worker_loses_fails_after_max_attempts() -> N
     stage.assert_nothing_is_left()
 
 
-async def test_a_worker_that_says_nothing_for_too_long_loses_the_request() -> None:
-    stage = Stage(with_prefill=False, silence_deadline_s=0.05)
+async def test_a_worker_that_says_nothing_for_too_long_loses_the_request(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False, silence_deadline_s=0.05)
     answering = stage.start()
     await until(lambda: stage.d1.open_requests)
     stage.d2.may_reply.clear()
@@ -401,7 +307,7 @@ async def test_a_worker_that_says_nothing_for_too_long_loses_the_request() -> No
     assert answering.tokens == [100]
 
 
-async def test_a_seed_is_drawn_once_and_kept_over_attempts_and_choices(aggregated: Stage) -> None:
+async def test_a_seed_is_drawn_once_and_kept_over_attempts_and_choices(aggregated: Stage, until: Until) -> None:
     answering = aggregated.start(n=2)
     await until(lambda: aggregated.d1.open_requests)
     aggregated.d1.say(0, 100)
@@ -418,7 +324,7 @@ async def test_a_seed_is_drawn_once_and_kept_over_attempts_and_choices(aggregate
     await another.generation.aclose()
 
 
-async def test_a_seed_that_the_user_gave_is_the_one_that_workers_get(aggregated: Stage) -> None:
+async def test_a_seed_that_the_user_gave_is_the_one_that_workers_get(aggregated: Stage, until: Until) -> None:
     answering = aggregated.start(seed=0)
     await until(lambda: aggregated.d1.submits)
     assert aggregated.d1.submits[0].spec.sampling.seed == 0
@@ -428,7 +334,9 @@ async def test_a_seed_that_the_user_gave_is_the_one_that_workers_get(aggregated:
 # ---- several choices
 
 
-async def test_the_other_choices_start_when_the_first_token_of_the_first_has_come(aggregated: Stage) -> None:
+async def test_the_other_choices_start_when_the_first_token_of_the_first_has_come(
+    aggregated: Stage, until: Until
+) -> None:
     answering = aggregated.start(n=3)
     await until(lambda: aggregated.d1.open_requests)
     for _ in range(50):
@@ -446,161 +354,10 @@ async def test_the_other_choices_start_when_the_first_token_of_the_first_has_com
     assert answering.generation.account is not None and answering.generation.account.num_output_tokens == 4
 
 
-async def test_an_error_of_one_choice_ends_all(aggregated: Stage) -> None:
+async def test_an_error_of_one_choice_ends_all(aggregated: Stage, until: Until) -> None:
     answering = aggregated.start(n=2)
     await until(lambda: aggregated.d1.open_requests)
     aggregated.d1.replies.append(RefusalKind.INVALID)
     aggregated.d1.say(0, 100)
     with pytest.raises(InvalidRequest):
         await answering.end()
-
-
-# ---- hang-ups
-
-
-async def test_hanging_up_while_workers_are_asked_leaves_nothing(stage: Stage) -> None:
-    for slow in (stage.d1, stage.p1):
-        slow.may_reply.clear()
-        answering = stage.start()
-        await until(lambda slow=slow: len(slow.submits) == 1)
-        await answering.generation.aclose()
-        await answering.end()
-        stage.assert_nothing_is_left()
-        slow.may_reply.set()
-    assert answering.outputs == []
-    assert {outcome for outcome, _ in stage.records.ends} == {"aborted"}
-
-
-async def test_hanging_up_while_waiting_for_room_leaves_nothing() -> None:
-    stage = Stage(with_prefill=False)
-    stage.d1.lose()
-    stage.d2.lose()
-    answering = stage.start()
-    await until(lambda: stage.pool.num_waits)
-    await answering.generation.aclose()
-    await answering.end()
-    stage.assert_nothing_is_left()
-
-
-@pytest.mark.parametrize("num_turns", range(12))
-async def test_hanging_up_from_another_task_at_any_moment_ends_the_iteration(stage: Stage, num_turns: int) -> None:
-    answering = stage.start(n=2)
-    for turn in range(num_turns):
-        if turn == 8:
-            stage.p1.say(0, 100)
-        await asyncio.sleep(0)
-    await asyncio.wait_for(answering.generation.aclose(), 5)
-    await answering.end()
-    assert answering.generation.account is not None
-    assert [outcome for outcome, _ in stage.records.ends] == ["aborted"]
-
-
-async def test_an_iteration_that_begins_after_the_hang_up_is_empty_and_asks_no_worker(stage: Stage) -> None:
-    spec = RequestSpec(request_id="a", token_ids=PROMPT, num_prompt_tokens=len(PROMPT), sampling=SamplingParams())
-    generation = stage.coordinator.generate(spec)
-    await generation.aclose()
-    assert [output async for output in generation] == []
-    assert [worker.submits for worker in stage.workers] == [[]] * 4
-    assert generation.account is not None and len(stage.records.ends) == 1
-
-
-async def test_a_consumer_that_stops_iterating_and_closes_leaves_nothing_and_is_accounted_once(stage: Stage) -> None:
-    spec = RequestSpec(request_id="a", token_ids=PROMPT, num_prompt_tokens=len(PROMPT), sampling=SamplingParams())
-    generation = stage.coordinator.generate(spec)
-    outputs = aiter(generation)
-    first = asyncio.create_task(anext(outputs))
-    await until(lambda: stage.p1.open_requests)
-    stage.p1.say(0, 100)
-    assert (await asyncio.wait_for(first, 5)).token_ids == (100,)
-    await generation.aclose()
-    await generation.aclose()
-    stage.assert_nothing_is_left()
-    assert [outcome for outcome, _ in stage.records.ends] == ["aborted"]
-    with pytest.raises(StopAsyncIteration):
-        await anext(outputs)
-    assert len(stage.records.ends) == 1
-
-
-async def test_closing_after_the_end_changes_nothing(aggregated: Stage) -> None:
-    answering = aggregated.start()
-    await until(lambda: aggregated.d1.open_requests)
-    aggregated.d1.say(0, 100, finish=LENGTH)
-    await answering.end()
-    account = answering.generation.account
-    await answering.generation.aclose()
-    assert answering.generation.account is account
-    assert [outcome for outcome, _ in aggregated.records.ends] == ["finished"]
-
-
-# ---- accounts and load
-
-
-async def test_the_account_splits_the_time_as_the_workers_say_and_sums_to_all_of_it(stage: Stage) -> None:
-    stage.d1.may_reply.clear()
-    answering = stage.start()
-    await until(lambda: stage.d1.submits)
-    stage.clock.advance(1.0)  # in the ingress, until workers are found
-    stage.d1.may_reply.set()
-    await until(lambda: stage.p1.open_requests)
-    stage.clock.advance(8.0)
-    stage.p1.say(0, 100, timing=RequestTiming(queue_s=2.0, prefill_s=5.0), num_cached_tokens=4)
-    await until(lambda: answering.outputs)
-    stage.clock.advance(4.0)
-    stage.d1.say(1, 101, timing=RequestTiming(transfer_s=1.5, queue_s=0.5, prefill_s=1.0))
-    await until(lambda: len(answering.outputs) == 2)
-    stage.clock.advance(16.0)
-    stage.d1.say(2, 102, finish=LENGTH)
-    await answering.end()
-    account = answering.generation.account
-    assert account is not None
-    assert (account.queue_s, account.prefill_s, account.transfer_s) == (1.0 + 2.0 + 0.5, 5.0, 1.5)
-    assert (account.decode_s, account.network_s, account.total_s) == (1.0 + 16.0, 1.0 + 1.0, 29.0)
-    assert (account.time_to_first_token_s, account.num_cached_tokens, account.num_output_tokens) == (9.0, 4, 3)
-    assert (account.prefill_worker, account.decode_worker) == ("p1", "d1")
-    assert (account.attempts, account.route_reason, account.num_prompt_tokens) == (1, "first in order", len(PROMPT))
-
-
-async def test_a_request_counts_against_its_workers_from_its_routing_until_their_next_snapshots(stage: Stage) -> None:
-    stage.d1.may_reply.clear()
-    answering = stage.start()
-    await until(lambda: stage.d1.submits)
-    assert stage.pending_on(stage.p1) == Load(1, len(PROMPT), len(PROMPT))
-    assert stage.pending_on(stage.d1) == Load(1, 0, len(PROMPT))
-    stage.d1.may_reply.set()
-    await until(lambda: stage.p1.open_requests)
-    assert stage.pending_on(stage.p1).num_requests == 1
-    stage.p1.snapshot = msgspec.structs.replace(stage.p1.snapshot, num_waiting=1)
-    assert stage.pending_on(stage.p1) == Load()
-    assert stage.pending_on(stage.d1).num_requests == 1
-    await answering.generation.aclose()
-
-
-async def test_whoever_asked_hears_of_each_worker_that_accepted_a_request() -> None:
-    stage = Stage()
-    placed: list[tuple[str, str]] = []
-    stage.coordinator.on_placed = lambda worker_id, request_id: placed.append((worker_id, request_id))
-    stage.d1.replies.append(RefusalKind.NO_ROOM)
-    answering = stage.start()
-    await until(lambda: stage.p1.open_requests)
-    await until(lambda: len(placed) == 2)
-    assert placed == [("d2", stage.d2.open_requests[0]), ("p1", stage.p1.open_requests[0])]
-    await answering.generation.aclose()
-
-
-async def test_two_requests_that_bear_one_id_have_different_ids_on_the_workers(aggregated: Stage) -> None:
-    both = [aggregated.start(), aggregated.start()]
-    await until(lambda: len(aggregated.d1.open_requests) == 2)
-    for request_id in aggregated.d1.open_requests:
-        aggregated.d1.say(0, 100, finish=LENGTH, to=request_id)
-    for answering in both:
-        await answering.end()
-
-
-async def test_the_service_is_ready_when_a_decode_worker_is_connected() -> None:
-    stage = Stage()
-    assert stage.coordinator.status().ready
-    stage.d1.lose()
-    stage.d2.lose()
-    status = stage.coordinator.status()
-    assert not status.ready and "decode" in status.reason
-    assert [snapshot.worker_id for snapshot in status.workers] == ["p1", "p2"]

@@ -105,3 +105,9 @@ def test_a_decoder_of_another_family_is_refused():
     backend.decoder = decoders.WordPiece()
     with pytest.raises(ConfigError, match="WordPiece"):
         Tokenizer(backend)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_naming_both():
+    byte_tokenizer().check_fits(byte_tokenizer().vocab_size)
+    with pytest.raises(ConfigError, match="vocab_size=256: the tokenizer has ids up to 258"):
+        byte_tokenizer().check_fits(256)

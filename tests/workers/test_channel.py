@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
 
 from eagleray.core.clock import SystemClock
@@ -22,23 +21,20 @@ from eagleray.core.messages import (
     Hello,
     RefusalKind,
     Submit,
-    ToIngress,
     TokenOutput,
-    ToWorker,
 )
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.sampling_params import SamplingParams
-from eagleray.core.snapshot import Role, WorkerSnapshot
+from eagleray.core.snapshot import WorkerSnapshot
 from eagleray.decode_workers.worker import build_decode_worker
 from eagleray.engine.execution.fake import FakeExecutor, FakeStep
 from eagleray.engine.scheduling.plan import StepPlan
-from eagleray.router.fake_workers import fake_welcome
 from eagleray.router.worker_client import SubmitRefused
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
 from eagleray.workers.build import WorkerParts
 from eagleray.workers.client import ChannelClient
-from eagleray.workers.frames import encode_frame, read_frame
+from eagleray.workers.frames import encode_frame
 from eagleray.workers.worker import Worker
 
 TOKENIZER = byte_tokenizer()
@@ -314,116 +310,3 @@ async def test_a_draining_worker_refuses_new_requests_and_finishes_old_ones(
     executor.hurry.set()
     assert await inbox.finish() is FinishReason.LENGTH
     assert await asyncio.to_thread(worker.drain, SETTLE_DEADLINE_S)
-
-
-# ---- the client against a script
-
-
-class ScriptedWorker:
-    """The other end of one connection: answers what the test says, and keeps silent otherwise."""
-
-    def __init__(self) -> None:
-        self.heard: asyncio.Queue[Any] = asyncio.Queue()
-        self.address = ""
-        self._writer: asyncio.StreamWriter | None = None
-
-    async def __aenter__(self) -> ScriptedWorker:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        host, port = self._server.sockets[0].getsockname()
-        self.address = f"{host}:{port}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        if self._writer is not None:
-            self._writer.close()
-
-    async def next_heard(self) -> Any:
-        return await asyncio.wait_for(self.heard.get(), SETTLE_DEADLINE_S)
-
-    def say(self, data: msgspec.Struct | bytes) -> None:
-        assert self._writer is not None
-        self._writer.write(data if isinstance(data, bytes) else encode_frame(data))
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-        while (message := await read_frame(reader, msgspec.msgpack.Decoder(ToWorker))) is not None:
-            self.heard.put_nowait(message)
-
-
-@pytest.fixture
-async def script() -> AsyncIterator[ScriptedWorker]:
-    async with ScriptedWorker() as script:
-        yield script
-
-
-async def connected(script: ScriptedWorker, **deadlines: float) -> Ingress:
-    connecting = asyncio.create_task(Ingress().connect(script.address, **deadlines))
-    assert isinstance(await script.next_heard(), Hello)
-    script.say(fake_welcome("w", Role.DECODE))
-    return await connecting
-
-
-async def test_a_worker_that_stays_silent_is_lost_after_the_stall_deadline(script: ScriptedWorker) -> None:
-    ingress, inbox = await connected(script, stall_deadline_s=0.2), Inbox()
-    submitting = asyncio.create_task(ingress.client.submit(Submit(endless("a")), inbox))
-    await script.next_heard()
-    script.say(Accepted("a"))
-    await submitting
-    item = await inbox.next()
-    assert isinstance(item, WorkerLost) and "silent for 0.2 s" in item.reason
-    assert ingress.client.is_lost
-
-
-async def test_a_submit_without_an_answer_is_given_up_and_aborted(script: ScriptedWorker) -> None:
-    ingress = await connected(script, submit_deadline_s=0.1)
-    with pytest.raises(WorkerLost, match="no answer to a submit"):
-        await ingress.client.submit(Submit(endless("a")), Inbox())
-    assert isinstance(await script.next_heard(), Submit)
-    assert await script.next_heard() == Abort("a")
-    script.say(Accepted("a"))  # too late, and harmless
-    assert not ingress.client.is_lost
-    await ingress.client.aclose()
-
-
-async def test_a_submit_that_is_cancelled_is_aborted(script: ScriptedWorker) -> None:
-    ingress = await connected(script)
-    submitting = asyncio.create_task(ingress.client.submit(Submit(endless("a")), Inbox()))
-    await script.next_heard()
-    submitting.cancel()
-    assert await script.next_heard() == Abort("a")
-    await ingress.client.aclose()
-
-
-async def test_a_worker_that_sends_garbage_is_lost(script: ScriptedWorker) -> None:
-    ingress = await connected(script)
-    script.say(b"\x00\x00\x00\x01\xc1")
-    await asyncio.wait_for(ingress.client.wait_lost(), SETTLE_DEADLINE_S)
-    assert ingress.client.is_lost and ingress.changed.is_set()
-
-
-FIRST_WORDS = {
-    "not a worker": (Accepted("a"), "not a worker"),
-    "garbage": (b"\x00\x00\x00\x01\xc1", "no connection"),
-    "another version": (
-        msgspec.structs.replace(fake_welcome("w", Role.DECODE), protocol=PROTOCOL_VERSION + 1),
-        f"speaks protocol {PROTOCOL_VERSION + 1}",
-    ),
-    "nothing in time": (b"", "no answer in time"),
-}
-
-
-@pytest.mark.parametrize(("words", "reason"), FIRST_WORDS.values(), ids=FIRST_WORDS)
-async def test_a_connection_without_a_proper_welcome_fails_saying_why(
-    script: ScriptedWorker, words: msgspec.Struct | bytes, reason: str
-) -> None:
-    connecting = asyncio.create_task(Ingress().connect(script.address, submit_deadline_s=0.3))
-    await script.next_heard()
-    script.say(words)
-    with pytest.raises(WorkerLost, match=reason):
-        await connecting
-
-
-def test_the_fakes_welcome_is_a_message() -> None:
-    welcome = fake_welcome("w", Role.DECODE)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(welcome), type=ToIngress) == welcome

@@ -91,8 +91,12 @@ class ScriptedReceiver:
         """The pull broke off before its first block."""
         first_block, _, on_done = self.pulls.pop(request_id)
         on_done(
-            PullResult(request_id, 0, first_block * BLOCK_SIZE_TOKENS, (), False, cancelled, reason, 0, 0.0, "tcp", ())
-        )
+            PullResult(
+                request_id=request_id, num_verified_blocks=0, num_tokens=first_block * BLOCK_SIZE_TOKENS, token_ids=(),
+                complete=False, cancelled=cancelled, reason=reason, num_bytes=0, copying_s=0.0, transfer_s=0.0,
+                transport="tcp", skipped=(),
+            )
+        )  # fmt: skip
 
 
 class Reading(Bench):
