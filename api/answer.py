@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Final, cast
+from typing import Final
 
 from eagleray.api.errors import GenerationFailed
 from eagleray.api.prepared import AnswerOptions, PreparedRequest, TokenizedPrompt
 from eagleray.api.response_types import Finish, Usage
 from eagleray.core.messages import TokenLogprobs, TokenOutput
-from eagleray.core.request import FinishReason
 from eagleray.core.telemetry import TimeAccount
 from eagleray.router.service import Generation, GenerationService
 
@@ -34,15 +33,13 @@ class Choice:
         self._show_output = options.show_output
 
     def add(self, output: TokenOutput) -> None:
-        """Take the next output. Raises ``GenerationFailed`` when it says that the choice failed."""
-        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise GenerationFailed(output.error or "The request was aborted by the server.")
+        """Take the next output."""
         if output.prompt_logprobs is not None:
             self.prompt_scores = output.prompt_logprobs
         if self.num_cached_tokens is None:  # a later worker counts what was handed over to it: not a cache hit
             self.num_cached_tokens = output.num_cached_tokens
         if output.finish_reason is not None:
-            self.finish_reason = cast(Finish, output.finish_reason.value) if self._show_output else "length"
+            self.finish_reason = output.finish_reason.value if self._show_output else "length"
             self.stop_reason = output.stop_reason if self._show_output else None
         if self._show_output:
             self.texts.extend(output.texts)

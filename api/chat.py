@@ -26,6 +26,7 @@ def prepare_chat(body: ChatCompletionRequest, context: ApiContext, trace_parent:
     return prepare(
         body, context, trace_parent,
         id_prefix="chatcmpl",
+        operation="chat",
         options=answer_options(body),
         sampling=sampling_params(body, context, max_tokens=max_tokens, logprobs=_num_top_logprobs(body)),
         prompts=[_tokenized(body, context)],

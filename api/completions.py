@@ -34,6 +34,7 @@ def prepare_completion(body: CompletionRequest, context: ApiContext, trace_paren
     return prepare(
         body, context, trace_parent,
         id_prefix="cmpl",
+        operation="text_completion",
         options=answer_options(body, echo=echo, show_output=not asks_prompt_only),
         sampling=sampling,
         prompts=_tokenized(body, context, sampling.skip_special_tokens),

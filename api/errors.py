@@ -20,7 +20,7 @@ _UNAVAILABLE_RETRY_S: Final = 1
 
 
 class GenerationFailed(EagleRayError):
-    """A worker reported that the request failed or was aborted; the text is for the user (HTTP 500)."""
+    """The answer is not whole; the text is for the user (HTTP 500)."""
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> ErrorBody:

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -102,6 +102,7 @@ def prepare(
     trace_parent: str | None,
     *,
     id_prefix: str,
+    operation: Literal["chat", "text_completion"],
     prompts: Sequence[TokenizedPrompt],
     sampling: SamplingParams,
     options: AnswerOptions,
@@ -130,6 +131,7 @@ def prepare(
                 priority=body.priority or 0,
                 tenant_salt=body.cache_salt or "",
                 trace_parent=trace_parent if trace_parent and _TRACE_PARENT.fullmatch(trace_parent) else "",
+                operation=operation,
             )
         )
     return PreparedRequest(response_id, unix_time_s(), body.model, tuple(prompts), tuple(specs), options)

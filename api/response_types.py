@@ -115,7 +115,7 @@ class ModelCard(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int  # vLLM's name
+    max_model_len: int | None  # vLLM's name; None until a worker has told
 
 
 class ModelList(TypedDict):

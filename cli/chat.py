@@ -7,7 +7,7 @@ import contextlib
 import sys
 from typing import Any
 
-from eagleray.cli.client import ApiClient, default_url
+from eagleray.cli.client import ApiClient, add_client_arguments, client_from
 from eagleray.cli.options import add_sampling_arguments, given
 from eagleray.cli.terminal import dim, write_now
 from eagleray.cli.timing import timing_line
@@ -19,14 +19,14 @@ PROMPT = "> "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="ask this and leave; without it, a conversation")
-    parser.add_argument("--url", default=default_url(), help="address of the server (%(default)s)")
+    add_client_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="name of the model; default: the one that is served")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with ApiClient(arguments.url, SystemClock()) as client:
+    with client_from(arguments, SystemClock()) as client:
         conversation = Conversation(client, arguments.model or client.model(), given(arguments, "sampling"))
         if arguments.system is not None:
             conversation.messages.append({"role": "system", "content": arguments.system})

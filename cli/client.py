@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ import httpx
 import msgspec
 
 from eagleray.core.clock import Clock
-from eagleray.core.config import HTTPConfig
+from eagleray.core.config import HTTPConfig, read_environment
 from eagleray.core.errors import EagleRayError
 from eagleray.core.telemetry import TimeAccount
 from eagleray.router.service import ServiceStatus
@@ -43,22 +44,40 @@ def default_url() -> str:
     return f"http://{http.host}:{http.port}"
 
 
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=default_url(), help="address of the server (%(default)s)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="if the server asks for one; better in EAGLERAY_API_KEY, which no list shows"
+    )
+
+
+def client_from(arguments: argparse.Namespace, clock: Clock) -> ApiClient:
+    """For the server that the options of ``add_client_arguments`` name."""
+    return ApiClient(arguments.url, clock, arguments.api_key or read_environment().api_key)
+
+
 class ApiClient:
-    """One server, from construction to ``close``. ``url`` may end with ``/v1``.
+    """One server, from construction to ``close``. ``url`` may end with ``/v1``; ``api_key`` is sent if there is one.
 
     All methods raise ``ServerUnreachable`` when nobody answers, and ``EagleRayError`` with the server's own words when
     it refuses.
     """
 
-    def __init__(self, url: str, clock: Clock) -> None:
+    def __init__(self, url: str, clock: Clock, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._clock = clock
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise EagleRayError(f"--url={url!r}: write it as http://host:port")
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise EagleRayError(
+                "the API key has a space or another character that no header carries; see EAGLERAY_API_KEY"
+            )
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(SILENCE_DEADLINE_S, connect=CONNECT_DEADLINE_S)
         # A proxy of the environment does not lead to this machine.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=parts.hostname not in _LOOPBACK)
+        trust_env = parts.hostname not in _LOOPBACK
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=trust_env)
 
     def __enter__(self) -> Self:
         return self
@@ -150,6 +169,8 @@ def _text_of(event: Mapping[str, Any]) -> str:
 def _require_success(response: httpx.Response) -> None:
     if response.is_success:
         return
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise EagleRayError(f"{response.url} refuses the API key or the lack of one: set EAGLERAY_API_KEY or --api-key")
     try:
         message = _message_of(json.loads(response.read()))
     except ValueError:

@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with local_service(config, progress, clock) as address:
             progress(f"ready: {config.model.name} at {address}")
-            with ApiClient(address, clock) as client:
+            with ApiClient(address, clock, config.http.api_key) as client:
                 _ask_all(client, config.model.name)
             if not arguments.once:
-                print_snippets(address, config.model.name)
+                print_snippets(address, config)
                 wait_for_signal()
     except KeyboardInterrupt:
         return 0

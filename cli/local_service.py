@@ -110,7 +110,7 @@ def wait_until_ready(address: str, config: Config, clock: Clock) -> None:
     num_workers = config.prefill.replicas + config.decode.replicas
     deadline_s = clock.now_s() + READY_DEADLINE_S
     pause = threading.Event()
-    with ApiClient(address, clock) as client:
+    with ApiClient(address, clock, config.http.api_key) as client:
         while True:
             status = client.status()
             if status.ready and len(status.workers) >= num_workers:
@@ -127,19 +127,24 @@ def wait_for_signal() -> None:
         signal.pause()
 
 
-def print_snippets(address: str, model: str) -> None:
-    """How to use a service that is up, to be copied."""
-    url = address.replace("//0.0.0.0:", "//127.0.0.1:")
-    print(f"""
+def print_snippets(address: str, config: Config) -> None:
+    """How to use a service that is up, to be copied. A key is named, never shown."""
+    url, model = address.replace("//0.0.0.0:", "//127.0.0.1:"), config.model.name
+    needs_key = config.http.api_key is not None
+    first = "\nFirst set EAGLERAY_API_KEY to the server's http.api_key.\n" if needs_key else ""
+    header = ' -H "Authorization: Bearer $EAGLERAY_API_KEY"' if needs_key else ""
+    imports = "\n  import os" if needs_key else ""
+    key = 'os.environ["EAGLERAY_API_KEY"]' if needs_key else '"none"'
+    print(f"""{first}
 Ask it from a shell:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Reverse a string."}}]}}'
 
 or from Python:
-
+{imports}
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  client = OpenAI(base_url="{url}/v1", api_key={key})
   messages = [{{"role": "user", "content": "Reverse a string."}}]
   print(client.chat.completions.create(model="{model}", messages=messages).choices[0].message.content)
 

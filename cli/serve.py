@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with local_service(config, progress, clock, arguments.log_level) as address:
             progress(f"ready: {config.model.name} at {address}")
-            print_snippets(address, config.model.name)
+            print_snippets(address, config)
             wait_for_signal()
     except KeyboardInterrupt:
         return 0

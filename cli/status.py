@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from eagleray.cli.client import ApiClient, ServerUnreachable, default_url
+from eagleray.cli.client import ApiClient, ServerUnreachable, add_client_arguments, client_from
 from eagleray.cli.terminal import bar, format_bytes, format_ms
 from eagleray.core.clock import SystemClock
 from eagleray.core.snapshot import Role, WorkerSnapshot
@@ -28,7 +28,7 @@ COLUMNS: Final = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default=default_url(), help="address of the server (%(default)s)")
+    add_client_arguments(parser)
     parser.add_argument(
         "--watch", nargs="?", type=_interval, const=WATCH_INTERVAL_S, metavar="SECONDS",
         help="keep showing it, every second or so often; Ctrl-C ends",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with ApiClient(arguments.url, SystemClock()) as client:
+    with client_from(arguments, SystemClock()) as client:
         if arguments.json:
             print(msgspec.json.format(msgspec.json.encode(client.status())).decode())
         elif arguments.watch is None:

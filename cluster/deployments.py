@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import ray
-import uvicorn
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.cluster.background import BackgroundLoop
 from eagleray.cluster.exporters import build_tracer
+from eagleray.cluster.http_server import HttpServer
 from eagleray.cluster.progress import reporter
 from eagleray.cluster.ray_adapter import replica_metadata
 from eagleray.core.clock import SystemClock, unix_time_s
@@ -53,9 +52,9 @@ class WorkerReplica:
         self._config = Config.model_validate(config)
         self._role = Role(role)
         self._stopped = threading.Event()
-        self._publisher = _BackgroundLoop("index-publisher")
+        self._publishing: BackgroundLoop | None = None
         started_s = time.monotonic()
-        self._worker = self._build(self._publisher, board)
+        self._worker = self._build(board)
         self._worker.start()
         logger.info(
             "%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address
@@ -80,14 +79,15 @@ class WorkerReplica:
         if not self._stopped.is_set():
             self._stopped.set()
             await asyncio.to_thread(self._worker.drain, self._pool.drain_deadline_s)
-            self._publisher.stop()
+            if self._publishing is not None:
+                await asyncio.to_thread(self._publishing.stop)
             await asyncio.to_thread(self._worker.stop)
 
     @property
     def _pool(self) -> PoolConfig:
         return self._config.prefill if self._role is Role.PREFILL else self._config.decode
 
-    def _build(self, publisher_loop: _BackgroundLoop, board: Any | None) -> Worker:
+    def _build(self, board: Any | None) -> Worker:
         config, pool, clock = self._config, self._pool, SystemClock()
         worker_id = serve.get_replica_context().replica_id.unique_id
         tokenizer = Tokenizer.from_folder(config.model.folder)
@@ -103,15 +103,6 @@ class WorkerReplica:
             return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
 
         epoch = time.time_ns() // 1_000_000
-        publisher = IndexPublisher(
-            build_index(config.index, INDEX_NAMESPACE, clock),
-            worker_id,
-            epoch,
-            clock,
-            lease_s=config.index.lease_s,
-            refresh_s=config.index.entry_ttl_s / 2,
-        )
-        publisher_loop.run(publisher.run)
         parts = WorkerParts(
             worker_id=worker_id,
             epoch=epoch,
@@ -121,11 +112,23 @@ class WorkerReplica:
             new_text_stream=new_text_stream,
             clock=clock,
             host=ray.util.get_node_ip_address(),
-            cache_listener=publisher,
+            cache_listener=self._start_publisher(worker_id, epoch),
         )
         if self._role is Role.PREFILL:
             return build_prefill_worker(parts)
         return build_decode_worker(parts, make_transports(config.transfer.transports, {worker_id: executor.kv}))
+
+    def _start_publisher(self, worker_id: str, epoch: int) -> IndexPublisher | None:
+        """None without a server: then every ingress keeps an index, and hears of the cache over the direct channel."""
+        config, clock = self._config.index, SystemClock()
+        if config.backend == "memory":
+            return None
+        index = build_index(config, INDEX_NAMESPACE, clock)
+        publisher = IndexPublisher(
+            index, worker_id, epoch, clock, lease_s=config.lease_s, refresh_s=config.entry_ttl_s / 2
+        )
+        self._publishing = BackgroundLoop("index-publisher", publisher.run, index.aclose)
+        return publisher
 
 
 class IngressReplica:
@@ -139,12 +142,14 @@ class IngressReplica:
         self._handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
         clock, model = SystemClock(), self._config.model
         ingress_id = serve.get_replica_context().replica_id.unique_id
-        self._pool = ConnectedWorkers(ingress_id, self._config.router)
+        self._pool = ConnectedWorkers(ingress_id, self._config.router, clock)
+        in_memory = self._config.index.backend == "memory"
+        self._index = self._pool.caches.index if in_memory else build_index(self._config.index, INDEX_NAMESPACE, clock)
         self._tracer = build_tracer(self._config.telemetry, model.name)
         coordinator = Coordinator(
             self._pool,
             make_policy(self._config.router.policy),
-            build_index(self._config.index, INDEX_NAMESPACE, clock),
+            self._index,
             self._config.router,
             clock,
             IngressMetrics(model.name),
@@ -159,23 +164,25 @@ class IngressReplica:
             ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s(), self._config.http.api_key),
         )
         self._server = HttpServer(app, self._config.http.host, self._config.http.port)
-        self._tasks = [asyncio.create_task(self._discover()), asyncio.create_task(self._server.serve())]
+        self._discovering = asyncio.create_task(self._discover())
+        self._serving = self._server.start()
 
     async def address(self) -> str:
         """http://host:port that it listens on."""
         return self._server.address
 
     def check_health(self) -> None:
-        for task in self._tasks:
+        for task in (self._discovering, self._serving):
             if task.done():
                 raise RuntimeError(f"the ingress has stopped: {task.exception()!r}")
 
     async def __del__(self) -> None:
-        self._server.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Answers under way end first, and need the workers until then."""
+        await self._server.aclose()
+        self._discovering.cancel()
+        await asyncio.gather(self._discovering, return_exceptions=True)
         await self._pool.aclose()
+        await self._index.aclose()
         await asyncio.to_thread(self._tracer.close)
 
     def _hold(self, worker_id: str, request_id: str) -> None:
@@ -190,43 +197,3 @@ class IngressReplica:
             metadata = [entry for handle in self._handles.values() for entry in replica_metadata(handle)]
             self._pool.set_addresses({entry["address"] for entry in metadata if "address" in entry})
             await asyncio.sleep(DISCOVERY_INTERVAL_S)
-
-
-class HttpServer:
-    """uvicorn on a socket of our own."""
-
-    def __init__(self, app: Any, host: str, port: int) -> None:
-        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._socket.bind((host, port))
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
-        self._server = uvicorn.Server(config)
-
-    async def serve(self) -> None:
-        await self._server.serve([self._socket])
-
-    @property
-    def address(self) -> str:
-        host, port = self._socket.getsockname()[:2]
-        return f"http://{host}:{port}"
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-
-
-class _BackgroundLoop:
-    """One coroutine on an event loop of its own thread."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        self._future: Any = None
-
-    def run(self, coroutine: Callable[[], Any]) -> None:
-        self._thread.start()
-        self._future = asyncio.run_coroutine_threadsafe(coroutine(), self._loop)
-
-    def stop(self) -> None:
-        if self._future is not None:
-            self._loop.call_soon_threadsafe(self._future.cancel)

@@ -21,8 +21,6 @@ from eagleray.prefill_workers.worker import build_prefill_worker
 from eagleray.router.coordinator import Coordinator
 from eagleray.router.metrics import IngressMetrics
 from eagleray.router.policies.registry import make_policy
-from eagleray.router.prefix_index.memory import MemoryPrefixIndex
-from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.router.tracing import NoTracer
 from eagleray.workers.build import WorkerExecutor, WorkerParts
 from eagleray.workers.pool import ConnectedWorkers
@@ -52,15 +50,13 @@ class LocalCluster:
         self.workers: dict[str, Worker] = {}
         self._new_executor, self._new_text_stream = new_executor, new_text_stream
         self._new_transports = new_transports
-        self._index = MemoryPrefixIndex(self.clock, config.index.lease_s)
         self._stores: dict[str, BlockStore] = {}
-        self._publishers: dict[str, asyncio.Task[None]] = {}
-        self._pool = ConnectedWorkers("local", config.router)
+        self._pool = ConnectedWorkers("local", config.router, self.clock)
         self._num_started = 0
         self.coordinator = Coordinator(
             self._pool,
             make_policy(config.router.policy),
-            self._index,
+            self._pool.caches.index,
             config.router,
             self.clock,
             IngressMetrics(config.model.name),
@@ -84,14 +80,6 @@ class LocalCluster:
         self._num_started += 1
         worker_id = f"{role.value}-{self._num_started}"
         pool = self.config.prefill if role is Role.PREFILL else self.config.decode
-        publisher = IndexPublisher(
-            self._index,
-            worker_id,
-            self._num_started,
-            self.clock,
-            lease_s=self.config.index.lease_s,
-            refresh_s=self.config.index.entry_ttl_s / 2,
-        )
         executor = self._new_executor(role, pool)
         parts = WorkerParts(
             worker_id=worker_id,
@@ -101,7 +89,6 @@ class LocalCluster:
             transfer=self.config.transfer,
             new_text_stream=self._new_text_stream,
             clock=self.clock,
-            cache_listener=publisher,
         )
         self._stores[worker_id] = executor.kv
         if role is Role.PREFILL:
@@ -110,7 +97,6 @@ class LocalCluster:
             worker = build_decode_worker(parts, self._new_transports(self.config.transfer.transports, self._stores))
         worker.start()
         self.workers[worker_id] = worker
-        self._publishers[worker_id] = asyncio.create_task(publisher.run())
         self._pool.set_addresses({worker.address for worker in self.workers.values()})
         return worker
 
@@ -118,9 +104,6 @@ class LocalCluster:
         """Stop a worker at once, as if it had died: its connections break, its requests go on elsewhere."""
         worker = self.workers.pop(worker_id)
         self._pool.set_addresses({other.address for other in self.workers.values()})
-        publisher = self._publishers.pop(worker_id)
-        publisher.cancel()
-        await asyncio.gather(publisher, return_exceptions=True)
         await asyncio.to_thread(worker.stop)
         del self._stores[worker_id]
 

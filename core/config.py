@@ -33,7 +33,8 @@ class ModelConfigSection(_Frozen):
     )
     revision: str = Field("", description="enters the identity of KV blocks; set it when weights change in place")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's; on a CPU float32, so that answers do not depend on batching"
+        "auto",
+        description="auto: the checkpoint's; on a CPU float32, so that batching changes no answer, up to near-ties",
     )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 
@@ -55,12 +56,13 @@ class EngineConfig(_Frozen):
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step: the chunk of chunked prefill")
-    max_num_waiting: int = Field(1024, ge=0, description="requests that may queue on one worker; more are refused")
+    max_num_waiting: int = Field(1024, ge=1, description="requests that may queue on one worker; more are refused")
     scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = Field(
         "fcfs", description="who is admitted first and preempted last"
     )
     enable_prefix_caching: bool = Field(True, description="keep computed blocks for requests with the same prefix")
     watermark: float = Field(0.01, ge=0.0, lt=1.0, description="share of blocks kept free when admitting")
+    step_deadline_s: float = Field(60.0, gt=0, description="a worker whose step takes longer is stuck: it is replaced")
 
 
 class PoolConfig(_Frozen):
@@ -89,7 +91,9 @@ class RouterConfig(_Frozen):
     silence_deadline_s: float = Field(120.0, gt=0, description="no token for so long: the request is tried elsewhere")
     queue_deadline_s: float = Field(60.0, gt=0, description="wait for a worker with room; then 503")
     max_queued: int = Field(1024, ge=1, description="requests waiting in one ingress; more get 429")
-    max_attempts: int = Field(8, ge=1, description="workers tried for one request before it fails")
+    max_attempts: int = Field(
+        4, ge=1, description="attempts without a new token, and worker failures in all, before a request fails"
+    )
 
 
 class TransferConfig(_Frozen):
@@ -107,7 +111,9 @@ class TransferConfig(_Frozen):
 class IndexConfig(_Frozen):
     """The cluster's prefix index."""
 
-    backend: Literal["redis", "memory"] = Field("redis", description="memory: each ingress keeps its own")
+    backend: Literal["redis", "memory"] = Field(
+        "redis", description="memory: each ingress keeps its own, told by the workers on their connections"
+    )
     url: str | None = Field(None, description="redis://, rediss:// or unix://; none: a local server is started")
     timeout_s: float = Field(0.05, gt=0, description="no request ever waits longer for the index")
     breaker_failures: int = Field(3, ge=1, description="failures in a row after which the index is not asked")
@@ -120,7 +126,9 @@ class HTTPConfig(_Frozen):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="0: any free one")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="larger requests get 413")
-    api_key: str | None = Field(None, min_length=8, description="asked of every client as a bearer token; none: open")
+    api_key: str | None = Field(
+        None, min_length=8, pattern=r"^[!-~]+$", description="asked of every client as a bearer token; none: open"
+    )
 
 
 class TelemetryConfig(_Frozen):
@@ -195,6 +203,7 @@ class Environment(_Frozen):
     redis_url: str | None = None  # EAGLERAY_REDIS_URL
     redis_server: str | None = None  # EAGLERAY_REDIS_SERVER: path of a server binary
     otlp_endpoint: str | None = None  # OTEL_EXPORTER_OTLP_ENDPOINT
+    api_key: str | None = None  # EAGLERAY_API_KEY: what our own clients send
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
@@ -203,6 +212,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
         redis_url=source.get("EAGLERAY_REDIS_URL"),
         redis_server=source.get("EAGLERAY_REDIS_SERVER"),
         otlp_endpoint=source.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        api_key=source.get("EAGLERAY_API_KEY"),
     )
 
 

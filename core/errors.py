@@ -36,11 +36,14 @@ class ServiceUnavailable(EagleRayError):
 
 
 class WorkerLost(EagleRayError):
-    """A worker's connection closed or it made no progress before its deadline; the request can go on elsewhere."""
+    """A worker's connection closed or it made no progress before its deadline; the request can go on elsewhere.
 
-    def __init__(self, worker_id: str, reason: str) -> None:
+    ``engine_failed``: the worker says that computing is what it failed at, perhaps because of this very request.
+    """
+
+    def __init__(self, worker_id: str, reason: str, *, engine_failed: bool = False) -> None:
         super().__init__(f"worker {worker_id}: {reason}")
-        self.worker_id, self.reason = worker_id, reason
+        self.worker_id, self.reason, self.engine_failed = worker_id, reason, engine_failed
 
 
 class TransferError(EagleRayError):

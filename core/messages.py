@@ -10,11 +10,12 @@ from enum import Enum
 
 import msgspec
 
+from eagleray.core.block_hash import CachedBlock
 from eagleray.core.kv_region import KVRegion
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.snapshot import Role, WorkerSnapshot
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -47,7 +48,6 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
-    error: str | None = None  # with FinishReason.ERROR: what a user may read
     num_cached_tokens: int | None = None  # on this worker's first output
     timing: RequestTiming | None = None  # on this worker's first output
 
@@ -73,6 +73,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """The ingress is there. A host that went away, or a process that was stopped, does not close its connections."""
+
+
 # ---- worker -> ingress
 
 
@@ -95,6 +99,7 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 class RefusalKind(str, Enum):
     NO_ROOM = "no_room"  # now; another worker, or later
     INVALID = "invalid"  # never: the request itself
+    INCOMPATIBLE = "incompatible"  # not as it was routed, and not the user's fault; another worker may take it
     DRAINING = "draining"  # this worker takes nothing new
 
 
@@ -109,5 +114,20 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     snapshot: WorkerSnapshot | None = None
 
 
-ToWorker = Hello | Submit | Abort
-ToIngress = Welcome | Accepted | Refused | StepOutputs
+class CacheChanges(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What became findable in the worker's prefix cache, and what is not any more; told in order. ``is_whole``: this
+    begins with nothing, as on a new connection, where all that the worker holds follows."""
+
+    stored: tuple[CachedBlock, ...] = ()
+    evicted: tuple[CachedBlock, ...] = ()
+    is_whole: bool = False
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The worker's engine cannot go on; the connection ends after this."""
+
+    reason: str
+
+
+ToWorker = Hello | Submit | Abort | Ping
+ToIngress = Welcome | Accepted | Refused | StepOutputs | CacheChanges | Failed

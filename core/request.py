@@ -7,7 +7,7 @@ by replay wherever the request goes on, and preemption, migration and fail-over 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -27,42 +27,39 @@ class RequestState(Enum):
     HANDED_OVER = "handed_over"  # nothing more to compute here; blocks held under a source lease for their reader
     FINISHED = "finished"
     ABORTED = "aborted"
-    FAILED = "failed"
 
     @property
     def is_final(self) -> bool:
         return self in _FINAL
 
 
-_FINAL: Final = frozenset({RequestState.FINISHED, RequestState.ABORTED, RequestState.FAILED})
-_ENDS: Final = frozenset({RequestState.ABORTED, RequestState.FAILED})
+_FINAL: Final = frozenset({RequestState.FINISHED, RequestState.ABORTED})
 
 TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
-    RequestState.QUEUED: _ENDS | {RequestState.RESERVED, RequestState.PREFILLING, RequestState.FINISHED},
-    RequestState.RESERVED: _ENDS | {RequestState.PREFILLING, RequestState.QUEUED},
-    RequestState.PREFILLING: _ENDS
-    | {
-        RequestState.DECODING,
-        RequestState.QUEUED,
-        RequestState.SWAPPED,
-        RequestState.HANDED_OVER,
-        RequestState.FINISHED,
-    },
-    RequestState.DECODING: _ENDS
-    | {RequestState.QUEUED, RequestState.SWAPPED, RequestState.HANDED_OVER, RequestState.FINISHED},
-    RequestState.SWAPPED: _ENDS | {RequestState.PREFILLING, RequestState.DECODING, RequestState.QUEUED},
-    RequestState.HANDED_OVER: _ENDS | {RequestState.QUEUED, RequestState.FINISHED},
+    RequestState.QUEUED: frozenset({RequestState.RESERVED, RequestState.PREFILLING, RequestState.ABORTED}),
+    RequestState.RESERVED: frozenset({RequestState.PREFILLING, RequestState.ABORTED}),
+    RequestState.PREFILLING: frozenset(
+        {RequestState.DECODING, RequestState.QUEUED, RequestState.SWAPPED, RequestState.ABORTED}
+    ),
+    RequestState.DECODING: frozenset(
+        {
+            RequestState.QUEUED,
+            RequestState.SWAPPED,
+            RequestState.HANDED_OVER,
+            RequestState.FINISHED,
+            RequestState.ABORTED,
+        }
+    ),
+    RequestState.SWAPPED: frozenset({RequestState.PREFILLING, RequestState.DECODING, RequestState.ABORTED}),
+    RequestState.HANDED_OVER: frozenset({RequestState.FINISHED, RequestState.ABORTED}),
     RequestState.FINISHED: frozenset(),
     RequestState.ABORTED: frozenset(),
-    RequestState.FAILED: frozenset(),
 }
 
 
 class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -80,6 +77,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     priority: int = 0  # smaller is sooner
     tenant_salt: str = ""
     trace_parent: str = ""  # W3C traceparent of the request's span, or empty
+    operation: Literal["chat", "text_completion"] = "text_completion"  # for its span: gen_ai.operation.name
 
 
 class Request:

@@ -30,7 +30,7 @@ def build_decode_worker(parts: WorkerParts, transports: list[Transport]) -> Work
         new_hand_over,
         parts.clock,
         model_identity=parts.executor.model_identity,
-        max_num_waiting=parts.engine.max_num_waiting,
+        config=parts.engine,
         host=parts.host,
         cache_listener=parts.cache_listener,
     )

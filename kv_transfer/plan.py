@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 def num_blocks_for(num_tokens: int, block_size_tokens: int) -> int:
     """Blocks that ``num_tokens`` tokens occupy, the last perhaps in part."""
@@ -23,8 +21,3 @@ def blocks_to_announce(next_block: int, num_tokens: int, block_size_tokens: int,
 def blocks_per_piece(piece_bytes: int, block_bytes: int) -> int:
     """How many blocks are moved between two looks for an abort; at least one."""
     return max(1, piece_bytes // block_bytes)
-
-
-def cut_pieces(block_ids: Sequence[int], num_blocks: int) -> list[Sequence[int]]:
-    """``block_ids`` in runs of at most ``num_blocks``, in order."""
-    return [block_ids[start : start + num_blocks] for start in range(0, len(block_ids), num_blocks)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from eagleray.core.errors import ConfigError
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.weight_files import weight_files
 from eagleray.models.weight_names import EMBEDDING, LM_HEAD, checkpoint_views
 
-_SINGLE_FILE: Final = "model.safetensors"
-_INDEX_FILE: Final = "model.safetensors.index.json"
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"  # old checkpoints store what follows from the configuration
 
@@ -88,25 +86,10 @@ def _require_tied(folder: Path, embedding: torch.Tensor) -> None:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Callable[[], torch.Tensor]]]:
     """(file, tensor name, reader) of every tensor; the reader is valid until the next one is asked for."""
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  not a dictionary
                     yield path, name, partial(file.get_tensor, name)
         except SafetensorError as error:
             raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """All weight files, each of them there."""
-    index = folder / _INDEX_FILE
-    names = [_SINGLE_FILE]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError("model.path", str(index), f"cannot be read: {error!r}; fetch it again") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError("model.path", str(folder), f"has no {name}; fetch it, or convert to safetensors")
-    return [folder / name for name in names]

@@ -107,6 +107,14 @@ class ModelConfig:
             raise ConfigError("model.max_model_tokens", requested, f"this model serves up to {limit} tokens: {why}")
         return requested
 
+    def resolve_dtype(self, requested: str, device: str) -> str:
+        """What the user chose. Else (``auto``) the checkpoint's own, but float32 on a CPU: there it is no slower for a
+        model of a size that suits a CPU, and only in float32 outputs are identical, up to near-ties, however a request
+        was batched and chunked."""
+        if requested != "auto":
+            return requested
+        return "float32" if device == "cpu" else self.dtype
+
     def kv_layer_group(self, dtype: str) -> LayerGroup:
         """What one block of this model's KV looks like with elements of ``dtype``, a key of ``DTYPE_BYTES``."""
         return LayerGroup("target", self.num_layers, self.num_kv_heads, self.head_dim, dtype)

@@ -11,13 +11,14 @@ from typing import Final
 
 import msgspec
 
-from eagleray.core.block_hash import BlockHash, HashNamespace, hash_blocks
+from eagleray.core.block_hash import BlockHash, HashNamespace
 from eagleray.core.clock import Clock
 from eagleray.core.config import RouterConfig
 from eagleray.core.errors import Overloaded
-from eagleray.core.request import Request, RequestSpec
+from eagleray.core.request import RequestSpec
 from eagleray.core.snapshot import Role
 from eagleray.router.generation import RoutedGeneration
+from eagleray.router.journal import Journal
 from eagleray.router.metrics import IngressMetrics
 from eagleray.router.pending import PendingLoad
 from eagleray.router.policies.rules import uncached_tokens
@@ -25,6 +26,7 @@ from eagleray.router.prefix_index.index import PrefixIndex
 from eagleray.router.service import ServiceStatus
 from eagleray.router.tracing import RequestTracer
 from eagleray.router.view import ClusterView, Route, RoutingPolicy, RoutingRequest, WorkerView
+from eagleray.router.waiting_line import WaitingLine
 from eagleray.router.worker_client import WorkerClient, WorkerPool
 
 # Until a transfer has been measured: what shared memory on one host gives at least.
@@ -60,6 +62,7 @@ class Coordinator:
         self._sequence = itertools.count()
         self._attempt_numbers = itertools.count(1)
         self.pending = PendingLoad()
+        self.line = WaitingLine(clock)
         self._max_model_tokens: int | None = None  # smallest that a worker has told; stays while workers come and go
         self.num_queued = 0
         self.num_running = 0
@@ -99,16 +102,20 @@ class Coordinator:
 
     # ---- the generation's side
 
-    async def choose(self, request: Request, excluded: set[str]) -> Placement | None:
-        """Where ``request`` should go now, without the ``excluded`` workers; None when there is no worker for it."""
+    async def choose(self, journal: Journal, refused: Mapping[str, int]) -> Placement | None:
+        """Where the journal's request should go now; None when there is no worker for it. ``refused``: worker id ->
+        number of the snapshot at which it did not take the request; it is asked again when it has sent another one."""
         clients = {
-            worker_id: client for worker_id, client in sorted(self.pool.workers().items()) if worker_id not in excluded
+            worker_id: client
+            for worker_id, client in sorted(self.pool.workers().items())
+            if refused.get(worker_id) != client.snapshot.number and self._answers_in_time(client)
         }
+        request = journal.request
         decode = [client for client in clients.values() if client.welcome.role is Role.DECODE]
         if not decode:
             return None
         reads_cache = request.spec.sampling.prompt_logprobs is None
-        cached = await self._index.lookup(self._hashes(request, decode[0])) if reads_cache else {}
+        cached = await self._index.lookup(await self._hashes(journal, decode[0])) if reads_cache else {}
         layout = decode[0].welcome.region.layout
         sampling = request.spec.sampling
         routing = RoutingRequest(
@@ -131,10 +138,15 @@ class Coordinator:
 
     # ---- parts
 
-    def _hashes(self, request: Request, client: WorkerClient) -> Sequence[BlockHash]:
+    def _answers_in_time(self, client: WorkerClient) -> bool:
+        """A worker takes requests between two steps: in a step that is long already it would miss the deadline."""
+        return client.snapshot.step_running_s < self.config.submit_deadline_s
+
+    async def _hashes(self, journal: Journal, client: WorkerClient) -> Sequence[BlockHash]:
         layout = client.welcome.region.layout
         namespace = HashNamespace(client.welcome.model_identity, layout.block_size_tokens, layout.digest())
-        return hash_blocks(namespace.root(request.spec.tenant_salt), request.token_ids, layout.block_size_tokens)
+        root = namespace.root(journal.request.spec.tenant_salt)
+        return await journal.block_hashes(root, layout.block_size_tokens)
 
     def _view(
         self, clients: Mapping[str, WorkerClient], cached: Mapping[str, int], block_size_tokens: int, block_bytes: int
@@ -164,5 +176,5 @@ class Coordinator:
         )
 
     def _retry_after_s(self) -> float:
-        """When the queue will have moved: half of the longest wait we allow."""
-        return max(1.0, self.config.queue_deadline_s / 2)
+        """As long as requests are seen to wait for a worker now."""
+        return max(1.0, self.line.wait_s)

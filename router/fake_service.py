@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from eagleray.core.errors import ServiceUnavailable
 from eagleray.core.messages import TokenLogprobs, TokenOutput
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.telemetry import Phase, TimeAccount
@@ -25,7 +26,7 @@ class FakeScript:
 
     answer: str | None = None  # this text and then the end; None: letters that depend on prompt, seed and choice
     refuse_with: Exception | None = None  # instead of the first output
-    fail_after_tokens: int | None = None  # the output ends there with FinishReason.ERROR
+    fail_after_tokens: int | None = None  # then ``ServiceUnavailable`` is raised
     pause_after_tokens: int | None = None  # wait there for ``resume``
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     num_cached_tokens: int = 0
@@ -35,7 +36,7 @@ class FakeScript:
 class FakeGenerationService:
     """Answers from a script. ``open_generations`` counts what was neither finished nor closed."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_tokens: int = 256, ready: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_model_tokens: int | None = 256, ready: bool = True) -> None:
         self.script = FakeScript()
         self.specs: list[RequestSpec] = []
         self.open_generations = 0
@@ -126,13 +127,10 @@ class FakeGeneration:
 
     def _tokens(self, choice: int) -> Iterator[TokenOutput]:
         spec, text = self._spec, OutputText(self._tokenizer, self._spec.sampling, self._spec.token_ids)
-        limit = spec.sampling.max_tokens or self._service.status().max_model_tokens - spec.num_prompt_tokens
+        limit = spec.sampling.max_tokens or (self._service.status().max_model_tokens or 0) - spec.num_prompt_tokens
         for position in range(limit):
             if position == self._script.fail_after_tokens:
-                yield TokenOutput(
-                    spec.request_id, position, choice, finish_reason=FinishReason.ERROR, error="the fake failed"
-                )
-                return
+                raise ServiceUnavailable("the fake failed")
             token_id = self._token(choice, position)
             released, stop = text.push(token_id)
             reason: FinishReason | None = FinishReason.LENGTH if position + 1 == limit else None
@@ -190,5 +188,4 @@ def _merged(outputs: list[TokenOutput]) -> TokenOutput:
         logprobs=tuple(scores) if scores else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        error=last.error,
     )

@@ -95,12 +95,12 @@ class FakeWorker:
         output = TokenOutput(request_id, position, choice, token_ids, texts, finish_reason=finish)
         sink(msgspec.structs.replace(output, **rest))
 
-    def lose(self, reason: str = "the connection closed") -> None:
+    def lose(self, reason: str = "the connection closed", *, engine_failed: bool = False) -> None:
         """The connection is gone: every request that is here hears of it."""
         self.is_lost = True
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink(WorkerLost(self.welcome.worker_id, reason))
+            sink(WorkerLost(self.welcome.worker_id, reason, engine_failed=engine_failed))
 
 
 class FakeWorkerPool:
@@ -134,7 +134,9 @@ class FakeWorkerPool:
         self.change()
 
     def change(self) -> None:
-        """Whoever waits for a change looks again."""
+        """Every worker sends a new snapshot; whoever waits for a change looks again."""
+        for worker in self._workers.values():
+            worker.snapshot = msgspec.structs.replace(worker.snapshot, number=worker.snapshot.number + 1)
         for _, changed in self._waits:
             changed.set()
 

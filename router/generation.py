@@ -8,22 +8,22 @@ emitted as known tokens. The journal drops what comes twice. There is nothing el
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from eagleray.core.errors import EagleRayError, InvalidRequest, ServiceUnavailable, WorkerLost
-from eagleray.core.messages import RefusalKind, Submit, TokenOutput
+from eagleray.core.errors import InvalidRequest, ServiceUnavailable, WorkerLost
+from eagleray.core.messages import RefusalKind, TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
+from eagleray.router.attempt import Attempt, AttemptBudget
 from eagleray.router.journal import Journal
 from eagleray.router.view import Route
-from eagleray.router.worker_client import SubmitRefused, WorkerClient
+from eagleray.router.worker_client import SubmitRefused
 
 if TYPE_CHECKING:
-    from eagleray.router.coordinator import Coordinator, Placement
+    from eagleray.router.coordinator import Coordinator
 
 _Item = TokenOutput | BaseException | None  # None: this choice has ended
 
@@ -137,16 +137,17 @@ class Answer:
         self._config = coordinator.config
         self._phases = phases  # of the request's first choice; the others' time runs beside it
         self._journal = Journal(spec, coordinator.clock.now_s())
+        self._budget = AttemptBudget(coordinator.config.max_attempts)
+        self._ticket = coordinator.line.new_ticket()
+        self._refused: dict[str, int] = {}  # worker id -> number of its snapshot when it refused or was lost
+        self._why_refused = "no worker is connected"
         self.num_attempts = 0
         self.route: Route | None = None
 
     async def run(self) -> AsyncIterator[TokenOutput]:
         """New outputs in order, to the one with ``finish_reason``."""
         while not self._journal.is_finished:
-            if self.num_attempts == self._config.max_attempts:
-                raise ServiceUnavailable(
-                    f"The request was lost by {self.num_attempts} workers in a row; try again later."
-                )
+            self._budget.begin()
             self.num_attempts += 1
             if self.num_attempts > 1:
                 self._coordinator.metrics.note_resumed()
@@ -154,8 +155,9 @@ class Answer:
             try:
                 self._coordinator.num_running += 1
                 try:
-                    async for output in attempt.outputs(self._journal):
+                    async for output in attempt.outputs(self._journal, self._budget):
                         for new in self._journal.take(output):
+                            self._budget.note_token()
                             self._mark(new)
                             yield new
                 finally:
@@ -173,38 +175,58 @@ class Answer:
 
     async def _place(self) -> Attempt:
         """Find workers that accept, waiting for some if need be. Raises ``ServiceUnavailable`` after the deadline."""
-        clock, config = self._coordinator.clock, self._config
-        deadline_s = clock.now_s() + config.queue_deadline_s
-        excluded: set[str] = set()
-        refusal = "no worker is connected"
-        self._coordinator.num_queued += 1
+        coordinator = self._coordinator
+        deadline_s = coordinator.clock.now_s() + self._config.queue_deadline_s
+        coordinator.num_queued += 1
         try:
-            while True:
-                placement = await self._coordinator.choose(self._journal.request, excluded)
-                if placement is None:
+            attempt = None if coordinator.line else await self._try_workers()
+            return attempt or await self._wait_in_line(deadline_s)
+        finally:
+            coordinator.num_queued -= 1
+
+    async def _wait_in_line(self, deadline_s: float) -> Attempt:
+        """Behind those that came before; as the first, try again whenever a worker has told something new."""
+        clock = self._coordinator.clock
+        try:
+            async with self._coordinator.line.first(self._ticket, deadline_s - clock.now_s()):
+                while (attempt := await self._try_workers()) is None:
                     left_s = deadline_s - clock.now_s()
                     if left_s <= 0:
-                        raise ServiceUnavailable(
-                            f"No worker could take the request in {config.queue_deadline_s} s: {refusal}."
-                        )
-                    excluded.clear()
+                        raise self._unplaced(self._why_refused)
                     await self._coordinator.pool.wait_for_change(left_s)
-                    continue
-                attempt = self._new_attempt()
-                try:
-                    await attempt.submit(placement)
-                except (SubmitRefused, WorkerLost) as error:
-                    if isinstance(error, SubmitRefused) and error.kind is RefusalKind.INVALID:
-                        raise InvalidRequest(error.reason) from None
-                    refusal = error.reason
-                    excluded.add(error.worker_id)
-                    continue
+                return attempt
+        except TimeoutError:
+            raise self._unplaced("others have waited for longer") from None
+
+    def _unplaced(self, reason: str) -> ServiceUnavailable:
+        return ServiceUnavailable(f"No worker could take the request in {self._config.queue_deadline_s} s: {reason}.")
+
+    async def _try_workers(self) -> Attempt | None:
+        """An attempt that workers have accepted; None when none does now. One that refused, or did not answer, is asked
+        again when its snapshot is another one. Raises ``InvalidRequest`` when a worker says so."""
+        while (placement := await self._coordinator.choose(self._journal, self._refused)) is not None:
+            attempt = self._new_attempt()
+            try:
+                await attempt.submit(placement)
+            except SubmitRefused as error:
+                if error.kind is RefusalKind.INVALID:
+                    raise InvalidRequest(error.reason) from None
+                self._note_refused(error.worker_id, error.reason)
+            except WorkerLost as error:
+                self._budget.note_lost(error)
+                self._note_refused(error.worker_id, error.reason)
+            else:
                 if self._phases is not None:
                     self._phases.mark(Phase.QUEUE)
                 self.route = placement.route
                 return attempt
-        finally:
-            self._coordinator.num_queued -= 1
+        return None
+
+    def _note_refused(self, worker_id: str, reason: str) -> None:
+        self._why_refused = reason
+        client = self._coordinator.pool.workers().get(worker_id)
+        if client is not None:
+            self._refused[worker_id] = client.snapshot.number
 
     def _mark(self, output: TokenOutput) -> None:
         """Attribute the time since the last output: as the worker says where it has just begun, else to decoding."""
@@ -222,84 +244,3 @@ class Answer:
                 computing: output.timing.prefill_s,
             },
         )
-
-
-class Attempt:
-    """One try of one choice on one decode worker, with or without a prefill worker."""
-
-    def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
-        self._coordinator = coordinator
-        self._spec = spec
-        self._inbox: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
-        self._accepted: list[WorkerClient] = []
-
-    async def submit(self, placement: Placement) -> None:
-        """Reserve on the decode worker, then start the prefill. Raises ``SubmitRefused`` or ``WorkerLost``; then
-        nothing is left anywhere."""
-        route, workers = placement.route, self._coordinator.pool.workers()
-        decode = workers.get(route.decode)
-        prefill = workers.get(route.prefill) if route.prefill is not None else None
-        if decode is None or (route.prefill is not None and prefill is None):
-            raise WorkerLost(route.decode if decode is None else str(route.prefill), "it has just gone")
-        self._note_sent(placement)
-        try:
-            if prefill is None:
-                await self._submit(decode, Submit(self._spec))
-            else:
-                await self._submit(decode, Submit(self._spec, pull_from=prefill.welcome.region))
-                await self._submit(prefill, Submit(self._spec, hand_over=True))
-        except BaseException:
-            self.end()
-            raise
-
-    def _note_sent(self, placement: Placement) -> None:
-        """Before anything is waited for: the next request is routed knowing of this one."""
-        route, num_tokens = placement.route, len(self._spec.token_ids)
-        note = self._coordinator.pending.note_sent
-        if route.prefill is None:
-            note(route.decode, self._spec.request_id, placement.tokens_to_compute, num_tokens)
-        else:
-            note(route.prefill, self._spec.request_id, placement.tokens_to_compute, num_tokens)
-            note(route.decode, self._spec.request_id, 0, num_tokens)
-
-    async def _submit(self, client: WorkerClient, submit: Submit) -> None:
-        await client.submit(submit, self._inbox.put_nowait)
-        self._accepted.append(client)
-        worker_id, request_id = client.welcome.worker_id, submit.spec.request_id
-        self._coordinator.pending.note_accepted(worker_id, request_id, client.snapshot)
-        self._coordinator.on_placed(worker_id, request_id)
-
-    async def outputs(self, journal: Journal) -> AsyncIterator[TokenOutput]:
-        """Outputs of both workers as they come, until ``journal`` has all; doubles and early ones among them.
-
-        A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing. Only
-        if it had taken over already, and the first token was lost on its way here, nobody will say that token again.
-
-        Raises ``WorkerLost``.
-        """
-        decode_id, silence_s = self._accepted[0].welcome.worker_id, self._coordinator.config.silence_deadline_s
-        prefill_lost: WorkerLost | None = None
-        while not journal.is_finished:
-            try:
-                async with asyncio.timeout(silence_s):
-                    item = await self._inbox.get()
-            except TimeoutError:
-                raise WorkerLost(decode_id, f"no token for {silence_s} s") from None
-            if isinstance(item, TokenOutput):
-                if item.error is not None:
-                    raise EagleRayError(item.error)
-                yield item
-            elif item.worker_id == decode_id:
-                raise item
-            else:
-                prefill_lost = item
-            if prefill_lost is not None and journal.has_gap:
-                raise prefill_lost
-
-    def end(self) -> None:
-        """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
-        self._coordinator.pending.forget(self._spec.request_id)
-        for client in self._accepted:
-            with contextlib.suppress(WorkerLost):  # and the request with it
-                client.abort(self._spec.request_id)
-        self._accepted.clear()

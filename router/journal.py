@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
 import msgspec
 
+from eagleray.core.block_hash import BlockHash, extend_block_hashes
 from eagleray.core.messages import TokenOutput
 from eagleray.core.request import Request, RequestSpec
+
+# More tokens than this take milliseconds to hash: not on an event loop that serves others too.
+INLINE_HASH_TOKENS: Final = 8192
 
 
 class Journal:
@@ -18,6 +26,7 @@ class Journal:
         self.request = Request(spec, arrival_s)
         self.is_finished = False
         self._early: list[TokenOutput] = []
+        self._hash_root: BlockHash | None = None
 
     @property
     def has_gap(self) -> bool:
@@ -43,6 +52,19 @@ class Journal:
                 self.is_finished = new.finish_reason is not None
                 ready.append(new)
         return ready
+
+    async def block_hashes(self, root: BlockHash, block_size_tokens: int) -> Sequence[BlockHash]:
+        """Of all full blocks that are known by now. Each is computed once, unless ``root`` changes."""
+        request = self.request
+        if root != self._hash_root:
+            self._hash_root, request.block_hashes = root, []
+        num_new_tokens = request.num_tokens - len(request.block_hashes) * block_size_tokens
+        work = (request.block_hashes, root, request.token_ids, block_size_tokens)
+        if num_new_tokens > INLINE_HASH_TOKENS:
+            await asyncio.to_thread(extend_block_hashes, *work)
+        else:
+            extend_block_hashes(*work)
+        return request.block_hashes
 
     def _new_part(self, output: TokenOutput) -> TokenOutput:
         known = self.request.num_output_tokens - output.position

@@ -13,12 +13,13 @@ from eagleray.core.telemetry import TimeAccount
 
 # The buckets that the GenAI conventions name for time per output token, carried on for the longer ones.
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+_TOKENS: Final = tuple(4**power for power in range(14))  # as the conventions have them: 1, 4, 16, ... 67108864
 _PHASES: Final = ("queue", "prefill", "transfer", "decode", "network")
 _WORKER_GAUGES: Final = (
-    "num_waiting", "num_running", "num_reserved", "num_handed_over", "uncomputed_tokens", "blocks_total", "blocks_free",
-    "blocks_cached", "decode_step_s", "prefill_tokens_per_s", "num_preemptions", "cached_tokens_total",
-    "prompt_tokens_total", "output_tokens_total", "transfer_bytes_total", "transfer_bytes_per_s",
-    "transfer_failures_total",
+    "num_waiting", "num_running", "num_reserved", "num_handed_over", "uncomputed_tokens", "step_running_s",
+    "blocks_total", "blocks_free", "blocks_cached", "decode_step_s", "prefill_tokens_per_s", "num_preemptions",
+    "cached_tokens_total", "prompt_tokens_total", "output_tokens_total", "transfer_bytes_total",
+    "transfer_bytes_per_s", "transfer_failures_total",
 )  # fmt: skip
 
 
@@ -39,9 +40,11 @@ class IngressMetrics:
             "gen_ai_server_time_per_output_token_seconds", "Mean time of a token after the first"
         )
         self._duration = histogram("gen_ai_server_request_duration_seconds", "Request received to last token")
-        self._tokens = Counter(
-            "gen_ai_client_token_usage", "Tokens", (*names, "gen_ai_token_type"), registry=self._registry
-        )
+        self._usage = Histogram(
+            "gen_ai_client_token_usage", "Tokens of a request", (*names, "gen_ai_token_type"), buckets=_TOKENS,
+            registry=self._registry,
+        )  # fmt: skip
+        self._tokens = Counter("eagleray_tokens", "Tokens", (*names, "type"), registry=self._registry)
         self._phases = Counter("eagleray_phase_seconds", "Time spent", (*names, "phase"), registry=self._registry)
         self._requests = Counter("eagleray_requests", "Requests ended", (*names, "outcome"), registry=self._registry)
         self._resumed = Counter(
@@ -61,15 +64,17 @@ class IngressMetrics:
         }
 
     def note_tokens(self, output: TokenOutput) -> None:
-        self._tokens.labels(**self._labels, gen_ai_token_type="output").inc(len(output.token_ids))
+        self._tokens.labels(**self._labels, type="output").inc(len(output.token_ids))
 
     def note_resumed(self) -> None:
         self._resumed.inc()
 
     def note_end(self, account: TimeAccount, outcome: str) -> None:
         self._requests.labels(**self._labels, outcome=outcome).inc()
-        self._tokens.labels(**self._labels, gen_ai_token_type="input").inc(account.num_prompt_tokens)
-        self._tokens.labels(**self._labels, gen_ai_token_type="input_cached").inc(account.num_cached_tokens)
+        self._tokens.labels(**self._labels, type="input").inc(account.num_prompt_tokens)
+        self._tokens.labels(**self._labels, type="input_cached").inc(account.num_cached_tokens)
+        self._usage.labels(**self._labels, gen_ai_token_type="input").observe(account.num_prompt_tokens)
+        self._usage.labels(**self._labels, gen_ai_token_type="output").observe(account.num_output_tokens)
         for phase in _PHASES:
             self._phases.labels(**self._labels, phase=phase).inc(getattr(account, f"{phase}_s"))
         self._duration.observe(account.total_s)

@@ -23,7 +23,7 @@ class Load:
 class _Sent:
     tokens_to_compute: int
     tokens_to_hold: int
-    accepted_under: WorkerSnapshot | None = None  # the worker's newest snapshot when its acceptance came
+    accepted_under: int | None = None  # number of the worker's newest snapshot when its acceptance came
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class PendingLoad:
     def note_accepted(self, worker_id: str, request_id: str, newest: WorkerSnapshot) -> None:
         sent = self._sent.get(worker_id, {}).get(request_id)
         if sent is not None:
-            sent.accepted_under = newest
+            sent.accepted_under = newest.number
 
     def forget(self, request_id: str) -> None:
         """It has ended, or was not taken."""
@@ -51,7 +51,7 @@ class PendingLoad:
         """What the worker's snapshot ``newest`` lacks. A worker sends them in order, so one that came after the
         acceptance includes the request."""
         sent = self._sent.get(worker_id, {})
-        shown = [name for name, one in sent.items() if not (one.accepted_under is None or one.accepted_under is newest)]
+        shown = [name for name, one in sent.items() if one.accepted_under not in (None, newest.number)]
         for request_id in shown:
             del sent[request_id]
         return Load(

@@ -55,12 +55,12 @@ class OpenTelemetryTracer:
 
         parent = extract({"traceparent": spec.trace_parent}) if spec.trace_parent else None
         root = self._tracer.start_span(
-            f"chat {self._model_name}",
+            f"{spec.operation} {self._model_name}",
             context=parent,
             kind=SpanKind.SERVER,
             start_time=at(segments[0][1]),
             attributes={
-                "gen_ai.operation.name": "chat",
+                "gen_ai.operation.name": spec.operation,
                 "gen_ai.provider.name": "eagleray",
                 "gen_ai.request.model": self._model_name,
                 "gen_ai.request.temperature": spec.sampling.temperature,

@@ -53,7 +53,6 @@ class Route:
     decode: str
     prefill: str | None
     reason: str
-    predicted_s: float | None = None  # to the first token, by the policies that predict
 
 
 class RoutingPolicy(Protocol):

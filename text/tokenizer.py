@@ -7,7 +7,6 @@ only where a run of byte tokens is not valid UTF-8: the library then replaces th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_tokens: Iterable[str | int] = (),
         add_bos_token: bool | None = None,
-        content_hash: str | None = None,
     ) -> None:
         """``eos_tokens`` are tokens or ids, the main one first. ``add_bos_token`` None: as tokenizer.json says.
 
@@ -47,7 +45,6 @@ class Tokenizer:
         ids = (token if isinstance(token, int) else self._id_of("eos_token", token) for token in eos_tokens)
         self.eos_token_ids = tuple(dict.fromkeys(ids))
         self._bos_rule = add_bos_token
-        self.content_hash = content_hash or _digest(backend.to_str().encode())
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -56,8 +53,7 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         try:
-            content = file.read_bytes()
-            backend = BackendTokenizer.from_str(content.decode())
+            backend = BackendTokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare exceptions of its own
             raise ConfigError("model.path", str(path), f"tokenizer.json cannot be read: {error}") from None
         backend.no_truncation()
@@ -69,7 +65,6 @@ class Tokenizer:
             bos_token=token_text(config.get("bos_token")),
             eos_tokens=[*([] if eos is None else [eos]), *_end_ids(folder)],
             add_bos_token=config.get("add_bos_token"),
-            content_hash=_digest(content),
         )
 
     @property
@@ -152,7 +147,3 @@ def _end_ids(folder: Path) -> list[int]:
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -47,7 +47,7 @@ class WorkerParts:
     new_text_stream: TextStreamFactory
     clock: Clock
     host: str = "127.0.0.1"
-    cache_listener: CacheListener | None = None
+    cache_listener: CacheListener | None = None  # none: ingresses hear of the cache on their connections
 
     def region(self) -> KVRegion:
         """The worker's pool as told to others, before it has an address."""

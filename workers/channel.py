@@ -8,24 +8,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 import msgspec
 
-from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, StepOutputs, Submit, ToIngress, ToWorker, Welcome
+from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, Submit, ToIngress, ToWorker
 from eagleray.workers.frames import ChannelError, encode_frame, read_frame
 
 START_DEADLINE_S: Final = 10.0
 # An ingress that reads nothing while this much has piled up is gone for our purposes: it is cut off.
 MAX_UNSENT_BYTES: Final = 256 * 2**20
+# Far more than the interval of an ingress's pings: one that says nothing for so long is stopped, or its host is gone.
+INGRESS_SILENCE_DEADLINE_S: Final = 10.0
+HEARTBEAT_INTERVAL_S: Final = 0.1
+
+logger = logging.getLogger("eagleray")
 
 
 class ChannelEvents(Protocol):
     """What the channel tells its worker, on the channel's thread."""
 
-    def welcome(self) -> Welcome: ...
+    def greeting(self) -> Iterable[ToIngress]:
+        """What a new connection hears first; the first of it is a ``Welcome``."""
+        ...
+
+    def heartbeat(self) -> ToIngress | None:
+        """Asked for at each interval, whatever other threads do: what every connection should hear now."""
+        ...
 
     def submitted(self, connection: int, submit: Submit) -> None: ...
 
@@ -37,8 +49,11 @@ class ChannelEvents(Protocol):
 class Channel:
     """Listens on ``host`` (port 0: any free one); ``send`` may be called from any thread."""
 
-    def __init__(self, events: ChannelEvents, host: str, port: int = 0) -> None:
+    def __init__(
+        self, events: ChannelEvents, host: str, port: int = 0, silence_deadline_s: float = INGRESS_SILENCE_DEADLINE_S
+    ) -> None:
         self._events = events
+        self._silence_deadline_s = silence_deadline_s
         self._host, self._port = host, port
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,7 +84,7 @@ class Channel:
         """Queue one message per connection; connections that are gone are skipped."""
         self._soon(lambda: self._write(messages))
 
-    def broadcast(self, message: StepOutputs) -> None:
+    def broadcast(self, message: ToIngress) -> None:
         """Queue one message for every connection."""
         self._soon(lambda: self._write(dict.fromkeys(self._writers, message)))
 
@@ -85,6 +100,7 @@ class Channel:
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, self._host, self._port)
         self._port = self._server.sockets[0].getsockname()[1]
+        self._tasks.add(asyncio.create_task(self._beat()))
 
     async def _close(self) -> None:
         if self._server is not None:
@@ -93,15 +109,26 @@ class Channel:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            message = self._events.heartbeat()
+            if message is not None:
+                self._write(dict.fromkeys(self._writers, message))
+
     def _write(self, messages: dict[int, ToIngress]) -> None:
+        """One connection that cannot take its message is cut off; the others get theirs."""
         for connection, message in messages.items():
             writer = self._writers.get(connection)
             if writer is None or writer.is_closing():
                 continue
-            if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                writer.transport.abort()
-            else:
+            try:
+                if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+                    raise ChannelError(f"it has not read {MAX_UNSENT_BYTES} bytes")
                 writer.write(encode_frame(message))
+            except ChannelError as error:
+                logger.warning("a connection of an ingress is cut off: %s", error)
+                writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = next(self._numbers)
@@ -110,18 +137,21 @@ class Channel:
         self._tasks.add(task)
         decoder = msgspec.msgpack.Decoder(ToWorker)
         try:
-            hello = await read_frame(reader, decoder)
+            hello = await self._next(reader, decoder)
             if not isinstance(hello, Hello):
                 return
             self._writers[connection] = writer
-            writer.write(encode_frame(self._events.welcome()))
+            for message in self._events.greeting():
+                writer.write(encode_frame(message))
             if hello.protocol != PROTOCOL_VERSION:
                 return  # the welcome tells the other side which version it has met
-            while (message := await read_frame(reader, decoder)) is not None:
-                if isinstance(message, Submit):
-                    self._events.submitted(connection, message)
-                elif isinstance(message, Abort):
-                    self._events.aborted(connection, message.request_id)
+            while (heard := await self._next(reader, decoder)) is not None:
+                if isinstance(heard, Submit):
+                    self._events.submitted(connection, heard)
+                elif isinstance(heard, Abort):
+                    self._events.aborted(connection, heard.request_id)
+        except TimeoutError:
+            writer.transport.abort()  # nobody would read what is still to be sent
         except (ChannelError, asyncio.CancelledError):
             pass  # either way the connection ends here, and its requests with it
         finally:
@@ -129,3 +159,8 @@ class Channel:
             if self._writers.pop(connection, None) is not None:
                 self._events.disconnected(connection)
             writer.close()
+
+    async def _next(self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[ToWorker]) -> ToWorker | None:
+        async with asyncio.timeout(self._silence_deadline_s):
+            message: ToWorker | None = await read_frame(reader, decoder)
+            return message

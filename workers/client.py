@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 import msgspec
 
@@ -12,7 +13,10 @@ from eagleray.core.messages import (
     PROTOCOL_VERSION,
     Abort,
     Accepted,
+    CacheChanges,
+    Failed,
     Hello,
+    Ping,
     Refused,
     StepOutputs,
     Submit,
@@ -23,6 +27,15 @@ from eagleray.core.messages import (
 from eagleray.core.snapshot import WorkerSnapshot
 from eagleray.router.worker_client import Sink, SubmitRefused
 from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+
+PING_INTERVAL_S: Final = 1.0  # a worker ends a connection that says nothing for several of them
+
+
+OnCacheChanges = Callable[["ChannelClient", CacheChanges], Awaitable[None]]
+
+
+async def _ignored(client: ChannelClient, changes: CacheChanges) -> None:
+    """For an ingress that learns of caches elsewhere."""
 
 
 class ChannelClient:
@@ -38,15 +51,17 @@ class ChannelClient:
         submit_deadline_s: float,
         stall_deadline_s: float,
         on_change: Callable[[], None],
+        on_cache_changes: OnCacheChanges,
     ) -> None:
         self.welcome = welcome
         self.snapshot: WorkerSnapshot = welcome.snapshot
         self._reader, self._writer = reader, writer
         self._submit_deadline_s, self._stall_deadline_s = submit_deadline_s, stall_deadline_s
-        self._on_change = on_change
+        self._on_change, self._on_cache_changes = on_change, on_cache_changes
         self._sinks: dict[str, Sink] = {}
         self._replies: dict[str, asyncio.Future[Accepted | Refused]] = {}
         self._lost: WorkerLost | None = None
+        self._pinging = asyncio.create_task(self._ping())
         self._task = asyncio.create_task(self._read())
 
     @classmethod
@@ -58,6 +73,7 @@ class ChannelClient:
         submit_deadline_s: float,
         stall_deadline_s: float,
         on_change: Callable[[], None],
+        on_cache_changes: OnCacheChanges = _ignored,
     ) -> ChannelClient:
         """Raises ``WorkerLost`` when the worker does not answer before ``submit_deadline_s``."""
         host, _, port = address.rpartition(":")
@@ -67,24 +83,21 @@ class ChannelClient:
                 reader, writer = await asyncio.open_connection(host, int(port))
                 writer.write(encode_frame(Hello(ingress_id)))
                 welcome = await read_frame(reader, msgspec.msgpack.Decoder(ToIngress))
-        except (OSError, TimeoutError, ChannelError) as error:
+            return cls(
+                _checked(welcome, address),
+                reader,
+                writer,
+                submit_deadline_s=submit_deadline_s,
+                stall_deadline_s=stall_deadline_s,
+                on_change=on_change,
+                on_cache_changes=on_cache_changes,
+            )
+        except BaseException as error:
             if writer is not None:
                 writer.close()
-            raise WorkerLost(address, f"no connection: {str(error) or 'no answer in time'}") from None
-        if not isinstance(welcome, Welcome):
-            writer.close()
-            raise WorkerLost(address, "the other side is not a worker")
-        if welcome.protocol != PROTOCOL_VERSION:
-            writer.close()
-            raise WorkerLost(address, f"it speaks protocol {welcome.protocol}, we {PROTOCOL_VERSION}: update both")
-        return cls(
-            welcome,
-            reader,
-            writer,
-            submit_deadline_s=submit_deadline_s,
-            stall_deadline_s=stall_deadline_s,
-            on_change=on_change,
-        )
+            if isinstance(error, OSError | ChannelError):  # TimeoutError is an OSError
+                raise WorkerLost(address, f"no connection: {str(error) or 'no answer in time'}") from None
+            raise
 
     @property
     def is_lost(self) -> bool:
@@ -126,31 +139,44 @@ class ChannelClient:
 
     async def aclose(self) -> None:
         """End the connection; the worker aborts what was left."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in (self._pinging, self._task):
+            task.cancel()
+        await asyncio.gather(self._pinging, self._task, return_exceptions=True)
+        self._writer.transport.abort()  # a task that is cancelled before it begins does not
 
     def _send(self, message: ToWorker) -> None:
         if self._lost is not None:
             raise self._lost
         self._writer.write(encode_frame(message))
 
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_INTERVAL_S)
+            self._send(Ping())
+
     async def _read(self) -> None:
         decoder = msgspec.msgpack.Decoder(ToIngress)
-        reason = "the connection closed"
+        reason, failed = "the connection closed", False
         try:
-            while True:
+            while not failed:
                 async with asyncio.timeout(self._stall_deadline_s):
                     message = await read_frame(self._reader, decoder)
                 if message is None:
                     break
-                self._take(message)
+                if isinstance(message, Failed):
+                    reason, failed = message.reason, True
+                elif isinstance(message, CacheChanges):
+                    await self._on_cache_changes(self, message)
+                else:
+                    self._take(message)
         except TimeoutError:
             reason = f"silent for {self._stall_deadline_s} s"
         except ChannelError as error:
             reason = str(error)
         finally:
+            self._pinging.cancel()
             self._writer.transport.abort()
-            self._give_up(WorkerLost(self.welcome.worker_id, reason))
+            self._give_up(WorkerLost(self.welcome.worker_id, reason, engine_failed=failed))
 
     def _take(self, message: Welcome | Accepted | Refused | StepOutputs) -> None:
         if isinstance(message, Accepted | Refused):
@@ -177,3 +203,11 @@ class ChannelClient:
         for sink in sinks.values():
             sink(lost)
         self._on_change()
+
+
+def _checked(welcome: object, address: str) -> Welcome:
+    if not isinstance(welcome, Welcome):
+        raise WorkerLost(address, "the other side is not a worker")
+    if welcome.protocol != PROTOCOL_VERSION:
+        raise WorkerLost(address, f"it speaks protocol {welcome.protocol}, we {PROTOCOL_VERSION}: update both")
+    return welcome

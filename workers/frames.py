@@ -25,7 +25,7 @@ def encode_frame(message: msgspec.Struct) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """The next message, or None when the other side has closed between two frames.
+    """The next message, or None when the other side has closed between two frames or cannot be reached.
 
     Raises ``ChannelError`` for anything that is not a whole frame of a known message.
     """
@@ -39,7 +39,7 @@ async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Deco
         if error.partial or length:
             raise ChannelError("the connection closed inside a frame") from None
         return None
-    except ConnectionError:
+    except OSError:  # reset, or timed out, or no route any more
         return None
 
 

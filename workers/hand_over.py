@@ -137,7 +137,7 @@ class ReaderHandOver:
         difference = self._region.layout.difference(submit.pull_from.layout)
         if difference is not None:
             return Refused(
-                request_id, RefusalKind.INVALID, f"KV of {submit.pull_from.worker_id} cannot be read: {difference}"
+                request_id, RefusalKind.INCOMPATIBLE, f"KV of {submit.pull_from.worker_id} cannot be read: {difference}"
             )
         reservation = engine.reserve(submit.spec)
         if reservation is None:
@@ -185,5 +185,5 @@ class ReaderHandOver:
 
 def _refused(request_id: str, error: ValueError | TransferError) -> Refused:
     """The transfer does not take the request: its id was used before, or the worker is being stopped."""
-    kind = RefusalKind.DRAINING if isinstance(error, TransferError) else RefusalKind.INVALID
+    kind = RefusalKind.DRAINING if isinstance(error, TransferError) else RefusalKind.INCOMPATIBLE
     return Refused(request_id, kind, str(error))

@@ -18,10 +18,8 @@ class StepMeter:
         self.cached_tokens_total = 0
         self.prompt_tokens_total = 0
         self.output_tokens_total = 0
-        self.steps_total = 0
 
     def note(self, outcome: StepOutcome, step_s: float) -> None:
-        self.steps_total += 1
         for output in outcome.outputs:
             self.output_tokens_total += len(output.token_ids)
             self.cached_tokens_total += output.num_cached_tokens or 0

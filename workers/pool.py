@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Final
 
+from eagleray.core.clock import Clock
 from eagleray.core.config import RouterConfig
 from eagleray.core.errors import WorkerLost
+from eagleray.workers.cache_follower import CacheFollower
 from eagleray.workers.client import ChannelClient
 
 RECONNECT_MIN_S: Final = 0.1
 RECONNECT_MAX_S: Final = 2.0
 
+logger = logging.getLogger("eagleray")
+
 
 class ConnectedWorkers:
     """A ``router.worker_client.WorkerPool`` over direct channels. Lives on one event loop."""
 
-    def __init__(self, ingress_id: str, config: RouterConfig) -> None:
+    def __init__(self, ingress_id: str, config: RouterConfig, clock: Clock) -> None:
         self._ingress_id = ingress_id
         self._config = config
+        self.caches = CacheFollower(clock)
         self._clients: dict[str, ChannelClient] = {}  # address -> connection that is up, of those listed
         self._listed: dict[str, asyncio.Task[None]] = {}  # address -> what keeps it connected
         self._tasks: set[asyncio.Task[None]] = set()  # of those, and of the ones that finish what they have
@@ -59,7 +65,7 @@ class ConnectedWorkers:
 
     async def _keep_connected(self, address: str) -> None:
         """As long as it is listed: a worker whose connection broke may only have been slow."""
-        delay_s = RECONNECT_MIN_S
+        delay_s, is_reported = RECONNECT_MIN_S, False
         while self._is_listed(address):
             try:
                 client = await ChannelClient.connect(
@@ -68,13 +74,19 @@ class ConnectedWorkers:
                     submit_deadline_s=self._config.submit_deadline_s,
                     stall_deadline_s=self._config.stall_deadline_s,
                     on_change=self._changed.set,
+                    on_cache_changes=self.caches.heard,
                 )
-            except WorkerLost:
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, RECONNECT_MAX_S)
+                delay_s = RECONNECT_MIN_S
+                await self._follow(address, client)
                 continue
-            delay_s = RECONNECT_MIN_S
-            await self._follow(address, client)
+            except WorkerLost:
+                pass
+            except Exception:  # a bug of ours, which must not cost us the worker for ever
+                if not is_reported:
+                    logger.exception("the connection to %s ended unexpectedly; it is made again", address)
+                is_reported = True
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RECONNECT_MAX_S)
 
     async def _follow(self, address: str, client: ChannelClient) -> None:
         """Until the connection is lost, or not listed and not needed any more."""
@@ -88,6 +100,7 @@ class ConnectedWorkers:
                 del self._clients[address]
             self._changed.set()
             await client.aclose()
+            await self.caches.lost(client)
 
     def _is_listed(self, address: str) -> bool:
         """Whether it is this task that keeps the address connected: it may have been listed anew since."""

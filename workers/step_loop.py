@@ -33,13 +33,21 @@ class StepLoop:
         self._on_step, self._on_tick, self._on_failure = on_step, on_tick, on_failure
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._turn_start_s = clock.now_s()
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def step_running_s(self) -> float:
+        """How long the turn under way has been running: commands, one tick, one step. From any thread; an idle turn is
+        over after ``IDLE_TICK_S``."""
+        return self._clock.now_s() - self._turn_start_s
+
     def start(self) -> None:
+        self._turn_start_s = self._clock.now_s()
         self._thread.start()
 
     def call(self, command: Command) -> None:
@@ -56,6 +64,7 @@ class StepLoop:
         try:
             idle = True
             while not self._stopping.is_set():
+                self._turn_start_s = self._clock.now_s()
                 self._run_commands(wait=idle)
                 self._on_tick()
                 idle = not self._engine.has_work or self._step()

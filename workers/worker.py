@@ -8,16 +8,30 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
+
+import msgspec
 
 from eagleray.core.block_hash import CachedBlock
 from eagleray.core.clock import Clock
+from eagleray.core.config import EngineConfig
 from eagleray.core.errors import InvalidRequest
-from eagleray.core.messages import Accepted, RefusalKind, Refused, StepOutputs, Submit, TokenOutput, Welcome
+from eagleray.core.messages import (
+    Accepted,
+    Failed,
+    RefusalKind,
+    Refused,
+    StepOutputs,
+    Submit,
+    ToIngress,
+    TokenOutput,
+    Welcome,
+)
 from eagleray.core.request import RequestState
 from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.engine.engine import Engine, StepOutcome
+from eagleray.workers.cache_announcer import CacheAnnouncer
 from eagleray.workers.channel import Channel
 from eagleray.workers.hand_over import HandOver, Schedule
 from eagleray.workers.meter import StepMeter
@@ -50,24 +64,27 @@ class Worker:
         clock: Clock,
         *,
         model_identity: str,
-        max_num_waiting: int,
+        config: EngineConfig,
         host: str = "127.0.0.1",
         cache_listener: CacheListener | None = None,
     ) -> None:
         self.worker_id, self.role, self.epoch = worker_id, role, epoch
         self._engine, self._clock = engine, clock
         self._model_identity = model_identity
-        self._max_num_waiting = max_num_waiting
-        self._cache_listener = cache_listener
+        self._config = config
         self._meter = StepMeter()
         self._owners: dict[str, int] = {}  # request id -> connection; the step thread's
         self._draining = False
         self._drained = threading.Event()
         self._last_snapshot_s = -SNAPSHOT_INTERVAL_S
+        self._num_snapshots = 0
         self.failure: BaseException | None = None
         self._loop = StepLoop(engine, clock, self._stepped, self._ticked, self._failed)
         self._hand_over = new_hand_over(self._loop.call)
         self._channel = Channel(self, host)
+        announcer = CacheAnnouncer(self._channel.broadcast)
+        self._announcer = announcer if cache_listener is None else None
+        self._cache_listener: CacheListener = announcer if cache_listener is None else cache_listener
         self._snapshot = self._take_snapshot()
 
     @property
@@ -121,8 +138,8 @@ class Worker:
 
     # ---- from the channel's thread
 
-    def welcome(self) -> Welcome:
-        return Welcome(
+    def greeting(self) -> Iterable[ToIngress]:
+        yield Welcome(
             worker_id=self.worker_id,
             role=self.role,
             epoch=self.epoch,
@@ -131,6 +148,19 @@ class Worker:
             max_model_tokens=self._engine.max_model_tokens,
             snapshot=self._snapshot,
         )
+        if self._announcer is not None:
+            yield from self._announcer.all_held()
+
+    def heartbeat(self) -> ToIngress | None:
+        """While a step is long: the last snapshot again, and for how long the step has been running. One that runs for
+        too long will never end as far as anybody can tell."""
+        running_s = self._loop.step_running_s
+        if running_s > self._config.step_deadline_s:
+            deadline_s = self._config.step_deadline_s
+            self._failed(TimeoutError(f"a step has been running for more than engine.step_deadline_s={deadline_s}"))
+        if running_s < SNAPSHOT_INTERVAL_S:
+            return None  # the step thread will speak for itself
+        return StepOutputs(snapshot=msgspec.structs.replace(self._snapshot, step_running_s=running_s))
 
     def submitted(self, connection: int, submit: Submit) -> None:
         self._loop.call(lambda engine: self._accept(connection, submit))
@@ -149,8 +179,11 @@ class Worker:
         reply: Accepted | Refused
         if self._draining:
             reply = Refused(request_id, RefusalKind.DRAINING, "this worker is being stopped")
-        elif self._engine.scheduler.num_waiting >= self._max_num_waiting:
-            reply = Refused(request_id, RefusalKind.NO_ROOM, f"{self._max_num_waiting} requests are waiting already")
+        elif self._engine.scheduler.num_waiting >= self._config.max_num_waiting:
+            reason = f"{self._config.max_num_waiting} requests are waiting already"
+            reply = Refused(request_id, RefusalKind.NO_ROOM, reason)
+        elif self._engine.state_of(request_id) is not None:
+            reply = Refused(request_id, RefusalKind.INCOMPATIBLE, f"request {request_id!r} is being served already")
         else:
             try:
                 reply = self._hand_over.accept(self._engine, submit)
@@ -182,12 +215,11 @@ class Worker:
         self._hand_over.stepped(self._engine, outcome)
 
     def _ticked(self) -> None:
-        if self._cache_listener is not None:
-            stored, evicted = self._engine.drain_cache_changes()
-            if stored:
-                self._cache_listener.stored(stored)
-            if evicted:
-                self._cache_listener.evicted(evicted)
+        stored, evicted = self._engine.drain_cache_changes()
+        if stored:
+            self._cache_listener.stored(stored)
+        if evicted:
+            self._cache_listener.evicted(evicted)
         now_s = self._clock.now_s()
         if now_s - self._last_snapshot_s < SNAPSHOT_INTERVAL_S:
             return
@@ -203,10 +235,13 @@ class Worker:
         self._draining = True
 
     def _failed(self, error: BaseException) -> None:
-        """The engine cannot go on. Closing the channel tells every ingress, and ending the hand-over every reader, who
-        would wait for more blocks as long as our source is alive; their requests continue elsewhere."""
+        """The engine cannot go on. Every ingress is told before its connection ends. Ending the hand-over tells every
+        reader, who would wait for more blocks as long as our source is alive. The requests continue elsewhere."""
+        if self.failure is not None:
+            return
         self.failure = error
         self._drained.set()
+        self._channel.broadcast(Failed(f"its engine failed: {error!r}"))
         threading.Thread(target=self._close_connections, name="worker-stop", daemon=True).start()
 
     def _close_connections(self) -> None:
@@ -214,12 +249,14 @@ class Worker:
         self._hand_over.stop()
 
     def _take_snapshot(self) -> WorkerSnapshot:
+        self._num_snapshots += 1
         scheduler, kv, meter = self._engine.scheduler, self._engine.kv, self._meter
         states = Counter(request.state for request in scheduler)
         return WorkerSnapshot(
             worker_id=self.worker_id,
             role=self.role,
             epoch=self.epoch,
+            number=self._num_snapshots,
             pid=os.getpid(),
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,

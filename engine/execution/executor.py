@@ -92,7 +92,7 @@ def build_executor(
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
     config = load_model_config(model.folder)
-    dtype = _resolve_dtype(model, config, device)
+    dtype = config.resolve_dtype(model.dtype, device)
     decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress)
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
@@ -108,14 +108,6 @@ def build_executor(
         max_model_tokens=max_model_tokens,
         num_threads=num_threads,
     )
-
-
-def _resolve_dtype(model: ModelConfigSection, config: ModelConfig, device: str) -> str:
-    """What the user chose. Else the checkpoint's own, but float32 on a CPU: there it is no slower for a model of a size
-    that suits a CPU, and only in float32 are outputs identical however a request was batched and chunked."""
-    if model.dtype != "auto":
-        return model.dtype
-    return "float32" if device == "cpu" else config.dtype
 
 
 def _resolve_max_model_tokens(model: ModelConfigSection, config: ModelConfig, capacity_tokens: int) -> int:

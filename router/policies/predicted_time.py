@@ -115,7 +115,7 @@ class _Option:
 
     def route(self) -> Route:
         reason = f"queue {self.queue_s:.3f} s, prefill {self.prefill_s:.3f} s; {self.note}"
-        return Route(self.decode, self.prefill, reason, self.queue_s + self.prefill_s)
+        return Route(self.decode, self.prefill, reason)
 
 
 def _prefilled_locally(request: RoutingRequest, decode: _DecodeSide, tokens_per_s: float) -> _Option:

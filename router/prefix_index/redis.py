@@ -3,12 +3,13 @@
 Key ``kv:{<root>}:<namespace>``, field = 16 bytes of a block's hash, value = its holders (``roster.py``). The holders'
 leases lie in ``kv:roster:<namespace>``; readers keep a copy for a moment and fetch the next in the look-up's own round
 trip. An account limited to ``~kv:* +hmget +hgetall +hdel +evalsha +script|load +time`` and what the scripts call
-(``hset hrandfield expire``) is enough.
+(``hset hrandfield expire``) is enough; with ``+info`` a server that is too old is named as such.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -17,7 +18,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
 from eagleray.core.block_hash import BlockHash, CachedBlock
 from eagleray.core.clock import Clock
@@ -26,15 +27,20 @@ from eagleray.core.errors import ConfigError
 from eagleray.router.prefix_index.breaker import CircuitBreaker
 from eagleray.router.prefix_index.index import IndexStatus, Membership
 from eagleray.router.prefix_index.roster import Roster, pack_incarnations
-from eagleray.router.prefix_index.scripts import ALL_SCRIPTS, JOIN, UPDATE, Script
+from eagleray.router.prefix_index.scripts import ALL_SCRIPTS, JOIN, UPDATE, Script, why_too_old
 
 ROSTER_MAX_AGE_S: Final = 0.5  # a worker that joins is seen, and one that leaves is forgotten, within this time
 WRITE_DEADLINE_S: Final = 1.0  # nobody waits for a write but the publisher
 MAX_CONNECTIONS: Final = 32
 FIELDS_PER_SCRIPT: Final = 512  # keeps the server responsive, and below Lua's limit on arguments
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ScriptCall = tuple[Script, str, list[bytes | str | int]]  # script, its one key, its arguments
+
+
+class ServerTooOld(RedisError):
+    """The server answers, but cannot hold the index."""
 
 
 class RedisPrefixIndex:
@@ -54,7 +60,9 @@ class RedisPrefixIndex:
         self._reader = _connect(config.url, config.timeout_s)
         self._writer = _connect(config.url, WRITE_DEADLINE_S)
         self._breaker = CircuitBreaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._refusals = CircuitBreaker(config.breaker_failures, config.breaker_reset_s, clock)  # counts; stops nothing
         self._roster = Roster()
+        self._is_version_checked = False
         self._incarnations: dict[str, int] = {}  # of the workers that joined here
         self._lookups = self._failed_lookups = self._skipped_lookups = 0
         self._last_error: str | None = None
@@ -66,7 +74,7 @@ class RedisPrefixIndex:
         if not self._breaker.allows():
             self._skipped_lookups += 1
             return {}
-        values = await self._attempt(lambda: self._read_values(hashes), self._config.timeout_s)
+        values = await self._attempt(lambda: self._read_values(hashes), self._config.timeout_s, self._reader)
         if values is None:
             self._failed_lookups += 1
             return {}
@@ -87,7 +95,10 @@ class RedisPrefixIndex:
     async def update(self, worker_id: str, stored: Sequence[CachedBlock], evicted: Sequence[CachedBlock]) -> bool:
         if worker_id not in self._incarnations:
             return False
-        return await self._write(lambda: self._write_changes(worker_id, stored, evicted)) is True
+        is_written = await self._write(lambda: self._write_changes(worker_id, stored, evicted)) is True
+        if is_written:
+            self._refusals.succeeded()
+        return is_written
 
     async def leave(self, worker_id: str) -> None:
         incarnation = self._incarnations.pop(worker_id, None)
@@ -96,10 +107,12 @@ class RedisPrefixIndex:
             self._roster = Roster()
 
     def status(self) -> IndexStatus:
+        """A server that answers and refuses one write after another is not up: what it knows goes stale."""
+        telling = self._breaker if self._refusals.state == "up" else self._refusals
         return IndexStatus(
             backend="redis",
-            state=self._breaker.state,
-            state_since_s=self._breaker.state_since_s,
+            state=telling.state,
+            state_since_s=telling.state_since_s,
             lookups=self._lookups,
             failed_lookups=self._failed_lookups,
             skipped_lookups=self._skipped_lookups,
@@ -114,22 +127,45 @@ class RedisPrefixIndex:
     # ---- guarding
 
     async def _write(self, work: Callable[[], Awaitable[T]]) -> T | None:
-        return await self._attempt(work, WRITE_DEADLINE_S) if self._breaker.allows() else None
+        return await self._attempt(work, WRITE_DEADLINE_S, self._writer) if self._breaker.allows() else None
 
-    async def _attempt(self, work: Callable[[], Awaitable[T]], deadline_s: float) -> T | None:
+    async def _attempt(self, work: Callable[[], Awaitable[T]], deadline_s: float, client: Redis) -> T | None:
         """What ``work`` returns, or None when the backend does not answer in time or refuses."""
         try:
             async with asyncio.timeout(deadline_s):
+                await self._check_version(client)
                 answer = await work()
         except (RedisError, OSError, TimeoutError) as error:
-            self._last_error = f"{type(error).__name__}: {error}"
-            if isinstance(error, ResponseError):  # such as out of memory or read-only: it is there, and says no
-                self._breaker.succeeded()
-            else:
-                self._breaker.failed()
+            self._note_failure(error, client)
             return None
         self._breaker.succeeded()
         return answer
+
+    def _note_failure(self, error: Exception, client: Redis) -> None:
+        words = f"{type(error).__name__}: {error}"
+        if words != self._last_error:
+            _logger.warning("the prefix index cannot be used: %s", words)
+        self._last_error = words
+        if isinstance(error, ResponseError):  # such as out of memory or read-only: it is there, and says no
+            self._breaker.succeeded()
+            if client is self._writer:
+                self._refusals.failed()
+        else:
+            self._is_version_checked = False  # whoever answers next may be another server
+            self._breaker.failed()
+
+    async def _check_version(self, client: Redis) -> None:
+        """Once for each server. Raises ``ServerTooOld``."""
+        if self._is_version_checked:
+            return
+        try:
+            told = await client.info("server")
+        except NoPermissionError:  # then the writes show what it cannot do
+            told = {}
+        reason = why_too_old(str(told.get("redis_version", "")))
+        if reason is not None:
+            raise ServerTooOld(f"{reason}; give another one with index.url")
+        self._is_version_checked = True
 
     # ---- talking to the server
 

@@ -1,12 +1,23 @@
 """The index's writes, as Lua on one key each, so that they also run on a cluster. Redis 6.2 or later, or Valkey.
 
-Reads need no script. All scripts may run twice with the same effect.
+Reads need no script. All scripts may run twice with the same effect. What they find and cannot read counts as absent.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Final
+
+MIN_VERSION: Final = (6, 2)  # HRANDFIELD. Valkey counts on from Redis 7.2
+
+
+def why_too_old(version: str) -> str | None:
+    """Why a server of ``version`` ("7.0.15") cannot hold the index; None when it can, or does not say what it is."""
+    parts = version.split(".")[:2]
+    if not all(part.isdecimal() for part in parts) or tuple(map(int, parts)) >= MIN_VERSION:
+        return None
+    return f"version {version} is too old for the prefix index, which needs Redis {MIN_VERSION[0]}.{MIN_VERSION[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,9 @@ for i = 1, #rows, 2 do
   local number, value = rows[i], rows[i + 1]
   local its_epoch, until_ms, its_worker = string.match(value, '^(%d+):(%d+):(.*)$')
   if number == 'newest' then
-    newest = tonumber(value)
+    newest = tonumber(value) or 0
+  elseif not its_worker or not string.match(number, '^%d+$') or tonumber(number) > 4294967295 then
+    gone[#gone + 1] = number
   elseif its_worker == worker and its_epoch == epoch then
     mine = number
   elseif its_worker == worker and its_epoch > epoch and tonumber(until_ms) > now_ms then
@@ -49,7 +62,9 @@ if mine then
   redis.call('HSET', KEYS[1], mine, row)
   return {tonumber(mine), 0}
 end
-if newest == 0 then newest = (tonumber(time[1]) * 1000000 + tonumber(time[2])) % 2147483648 end
+if newest <= 0 or newest >= 4294967295 then
+  newest = (tonumber(time[1]) * 1000000 + tonumber(time[2])) % 2147483648
+end
 local number = newest + 1
 redis.call('HSET', KEYS[1], 'newest', string.format('%.0f', number), string.format('%.0f', number), row)
 return {number, 1}
@@ -68,6 +83,7 @@ for at = 1, #members, 4 do alive[string.sub(members, at, at + 3)] = true end
 -- Of the holders in `value` those who may be alive, without `left_out`.
 local function living(value, left_out)
   local kept = {}
+  if #value % 4 ~= 0 then value = '' end
   for at = 1, #value, 4 do
     local number = string.sub(value, at, at + 3)
     if number ~= left_out and (alive[number] or struct.unpack('>I4', number) > newest) then
@@ -91,9 +107,9 @@ for i, field in ipairs(fields) do
   local others = living(values[i] or '', own)
   put(field, values[i], i <= num_stored and others .. own or others)
 end
+if num_stored > 0 then redis.call('EXPIRE', root, ttl_s) end
 local sample = redis.call('HRANDFIELD', root, 8, 'WITHVALUES')
 for i = 1, #sample, 2 do put(sample[i], sample[i + 1], living(sample[i + 1])) end
-if num_stored > 0 then redis.call('EXPIRE', root, ttl_s) end
 return 1
 """)
 

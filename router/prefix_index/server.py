@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,16 +11,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from eagleray.core.errors import ConfigError
+from eagleray.router.prefix_index.scripts import why_too_old
 
 DEFAULT_MAX_MEMORY_BYTES: Final = 256 * 2**20
 START_DEADLINE_S: Final = 10.0
 STOP_DEADLINE_S: Final = 2.0
+VERSION_DEADLINE_S: Final = 5.0
 SOCKET_PATH_MAX_BYTES: Final = 103  # the smallest limit among the systems we run on, without its closing zero
 
 # Becomes the server after asking the kernel (PR_SET_PDEATHSIG = 1) to kill it with the thread that started it. A
@@ -34,23 +38,45 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def find_server_binary(configured: str | None = None) -> Path | None:
+def find_server_binary(
+    configured: str | None = None, on_skipped: Callable[[str], None] = lambda reason: None
+) -> Path | None:
     """``configured``, else a server on PATH, else the packaged one; None when there is none.
 
-    Raises ``ConfigError`` when ``configured`` is not a program.
+    A server on PATH that is too old is passed over, and ``on_skipped`` hears why. Raises ``ConfigError`` when
+    ``configured`` is not a program, or too old.
     """
     if configured is not None:
-        found = shutil.which(configured)
-        if found is None:
-            raise ConfigError(
-                "EAGLERAY_REDIS_SERVER", configured, "is not a program that can be run; unset or correct it"
-            )
-        return Path(found)
+        return _configured_binary(configured)
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
-        if found is not None:
+        if found is None:
+            continue
+        reason = why_too_old(_version_of(Path(found)))
+        if reason is None:
             return Path(found)
+        on_skipped(f"{found} is passed over: {reason}")
     return _packaged_binary()
+
+
+def _configured_binary(configured: str) -> Path:
+    found = shutil.which(configured)
+    if found is None:
+        raise ConfigError("EAGLERAY_REDIS_SERVER", configured, "is not a program that can be run; unset or correct it")
+    reason = why_too_old(_version_of(Path(found)))
+    if reason is not None:
+        raise ConfigError("EAGLERAY_REDIS_SERVER", configured, f"{reason}; unset or correct it")
+    return Path(found)
+
+
+def _version_of(binary: Path) -> str:
+    """As ``Redis server v=7.0.15 sha=...`` says it; empty when it does not say."""
+    try:
+        told = subprocess.run([str(binary), "--version"], capture_output=True, timeout=VERSION_DEADLINE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(rb"\bv=([\d.]+)", told.stdout)
+    return found[1].decode() if found else ""
 
 
 def _packaged_binary() -> Path | None:

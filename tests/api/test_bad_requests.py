@@ -164,10 +164,10 @@ async def test_an_unexpected_error_is_500_and_tells_nothing_of_our_insides(ask, 
     assert service.open_generations == 0
 
 
-async def test_a_failed_generation_is_500_with_the_workers_words(ask, service):
+async def test_a_generation_that_fails_midway_answers_with_its_status_and_words(ask, service):
     service.script.fail_after_tokens = 2
     answer = await ask.chat()
-    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "the fake failed")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the fake failed")
 
 
 async def test_the_sdk_raises_its_typed_errors(sdk, service):

@@ -141,3 +141,9 @@ async def test_a_large_prompt_is_prepared_in_a_thread_and_answered_the_same(clie
     monkeypatch.setattr("eagleray.api.app.INLINE_BODY_BYTES", 0)
     body = {"model": "fish", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     assert (await client.post("/v1/chat/completions", json=body)).json()["usage"]["completion_tokens"] == 2
+
+
+async def test_the_operation_that_a_trace_names_is_that_of_the_endpoint(ask, service):
+    await ask.chat()
+    await ask.complete()
+    assert [spec.operation for spec in service.specs] == ["chat", "text_completion"]

@@ -105,7 +105,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(ask, sdk, service)
 
 async def test_an_error_before_the_first_token_is_no_stream(ask, service):
     service.script.fail_after_tokens = 0
-    assert (await ask.complete(stream=True)).status_code == 500
+    assert (await ask.complete(stream=True)).status_code == 503
 
 
 async def test_sixteen_streams_do_not_mix(sdk):

@@ -98,7 +98,7 @@ async def test_a_refusal_is_counted_with_its_status_and_code(server_url: str, se
 
 async def test_a_failure_within_a_stream_is_counted(server_url: str, service: FakeGenerationService):
     service.script.fail_after_tokens = 3
-    assert (await replayed(server_url)).result.errors == {"in the stream: generation_failed": 6}
+    assert (await replayed(server_url)).result.errors == {"in the stream: service_unavailable": 6}
 
 
 @pytest.mark.parametrize(

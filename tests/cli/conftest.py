@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,13 +32,26 @@ class FakeServer:
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
+    with running_server(api_key=None) as server:
+        yield server
+
+
+@pytest.fixture
+def locked_server() -> Iterator[FakeServer]:
+    """It asks for the key ``only-for-friends``."""
+    with running_server(api_key="only-for-friends") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_server(api_key: str | None) -> Iterator[FakeServer]:
     loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     found: list[FakeServer] = []
 
     async def serve() -> None:
         tokenizer = byte_tokenizer()
         service = FakeGenerationService(tokenizer, max_model_tokens=512)
-        settings = ApiSettings(model="fish", max_body_bytes=50_000, created_s=1_700_000_000)
+        settings = ApiSettings(model="fish", max_body_bytes=50_000, created_s=1_700_000_000, api_key=api_key)
         config = uvicorn.Config(
             create_app(service, tokenizer, chatml_template(), settings), port=0, lifespan="off", log_level="warning"
         )

@@ -28,6 +28,17 @@ def test_one_question_prints_the_answer_and_its_times(server: Any, capsys: pytes
     assert server.service._tokenizer.decode(spec.token_ids).count("Be brief.") == 1
 
 
+@pytest.mark.parametrize("given", ["option", "environment"])
+def test_the_key_comes_from_the_option_or_the_environment(
+    locked_server: Any, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locked_server.service.script.answer = "Hello!"
+    monkeypatch.setenv("EAGLERAY_API_KEY", "only-for-friends" if given == "environment" else "not-this-one")
+    options = ["--api-key", "only-for-friends"] if given == "option" else []
+    assert main(["chat", "--url", locked_server.url, *options, "hi"]) == 0
+    assert capsys.readouterr().out == "Hello!\n"
+
+
 def test_a_conversation_keeps_its_history_until_the_input_ends(
     server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

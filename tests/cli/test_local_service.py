@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from eagleray.cli.__main__ import build_parser, main
 from eagleray.cli.demo import _config
-from eagleray.cli.local_service import require_free_port, why_not_free
-from eagleray.core.config import Config, HTTPConfig
+from eagleray.cli.local_service import print_snippets, require_free_port, wait_until_ready, why_not_free
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import Config, HTTPConfig, PoolConfig, parse_config
 from eagleray.core.errors import ConfigError
 
 
@@ -46,6 +48,29 @@ def test_a_port_whose_owner_shares_it_is_occupied_all_the_same() -> None:
 def test_a_host_that_is_not_here_is_named() -> None:
     with pytest.raises(ConfigError, match=r"http.host='192.0.2.1': cannot listen on port 8000 there"):
         require_free_port(HTTPConfig(host="192.0.2.1"))
+
+
+@pytest.mark.parametrize("api_key", [None, "only-for-friends"])
+def test_a_service_is_waited_for_with_its_own_key(
+    api_key: str | None, server: Any, locked_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EAGLERAY_API_KEY", raising=False)
+    no_workers = PoolConfig(replicas=0)  # as the fake service has them
+    config = Config().model_copy(
+        update={"prefill": no_workers, "decode": no_workers, "http": HTTPConfig(api_key=api_key)}
+    )
+    wait_until_ready((locked_server if api_key else server).url, config, SystemClock())
+
+
+def test_the_snippets_say_how_to_send_the_key_and_do_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_snippets("http://0.0.0.0:8000", parse_config({"http": {"api_key": "only-for-friends"}}))
+    shown = capsys.readouterr().out
+    assert "only-for-friends" not in shown
+    assert '-H "Authorization: Bearer $EAGLERAY_API_KEY"' in shown
+    assert 'api_key=os.environ["EAGLERAY_API_KEY"])' in shown and "import os\n" in shown
+    print_snippets("http://0.0.0.0:8000", Config())
+    shown = capsys.readouterr().out
+    assert "EAGLERAY_API_KEY" not in shown and 'api_key="none")' in shown
 
 
 def test_the_demo_takes_the_next_free_port_if_none_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

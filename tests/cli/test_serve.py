@@ -19,17 +19,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 START_DEADLINE_S = 240.0
 STOP_DEADLINE_S = 90.0
+API_KEY = "only-for-friends"
 MARK = "EAGLERAY_TEST_MARK"  # every process that the service starts inherits it
 
 
 class Serving:
     """A running ``eagleray serve`` and what it prints."""
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, mark: str, *options: str) -> None:
         command = [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", "--prefill", "1", "--decode", "1"]
         self.mark, self.printed = mark, ""
         self.process = subprocess.Popen(
-            command,
+            [*command, *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -70,7 +71,7 @@ class Serving:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Serving]:
-    running = Serving(str(tmp_path))
+    running = Serving(str(tmp_path), "--set", f"http.api_key={API_KEY}")
     yield running
     running.process.kill()
     running.process.wait(STOP_DEADLINE_S)
@@ -81,12 +82,15 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(serving: Serving, nu
     address = serving.wait_for_line(r"ready: eagleray-demo at (http://\S+)\n", START_DEADLINE_S)[1]
     assert httpx.get(f"{address}/ready").status_code == 200
     body = {"model": "eagleray-demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 401
+    key = {"Authorization": f"Bearer {API_KEY}"}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, headers=key, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] > 0
     assert len(serving.processes_left()) > 3
     assert serving.end(number) == 0
     assert serving.printed.rstrip().endswith("s  stopped")
     assert "Traceback" not in serving.printed and "raylet" not in serving.printed
+    assert API_KEY not in serving.printed
     assert serving.processes_left() == []
 
 

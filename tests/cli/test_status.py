@@ -60,6 +60,15 @@ def test_the_table_is_printed_for_a_running_server(server: Any, capsys: pytest.C
     assert f"{server.url}  ready  workers: 0 prefill + 0 decode" in capsys.readouterr().out
 
 
+def test_a_server_that_asks_for_a_key_gets_it(
+    locked_server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--url", locked_server.url, "--api-key", "only-for-friends"]) == 0
+    monkeypatch.setenv("EAGLERAY_API_KEY", "only-for-friends")
+    assert main(["status", "--url", locked_server.url]) == 0
+    assert capsys.readouterr().out.count("ready") == 2
+
+
 @pytest.mark.parametrize("interval", ["0", "-1", "x"])
 def test_an_interval_that_makes_no_sense_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -138,10 +138,11 @@ async def test_the_request_is_described_under_the_conventions_names(exported: Ex
     tracer, exporter = exported
     [account] = await accounts_of(tracer, new_spec())
     root, _ = split(exporter.get_finished_spans())
-    assert root.name == "chat fake-model"
+    assert root.name == "text_completion fake-model"
     assert root.attributes is not None
     described = dict(root.attributes)
     assert described["gen_ai.request.model"] == "fake-model"
+    assert described["gen_ai.operation.name"] == "text_completion"
     assert described["gen_ai.request.temperature"] == 0.5
     assert (described["gen_ai.usage.input_tokens"], described["gen_ai.usage.output_tokens"]) == (100, 20)
     assert (described["eagleray.request_id"], described["eagleray.outcome"]) == ("a", "finished")
@@ -209,7 +210,7 @@ async def test_a_collector_in_another_process_has_all_spans_over_otlp_when_the_t
         [account] = await accounts_of(tracer, new_spec())
         await asyncio.to_thread(tracer.close)  # at once: by itself the SDK sends every five seconds
         spans = [json.loads(await next_line(process))]
-        while spans[-1]["name"] != "chat fake-model":  # a request's own span ends last
+        while spans[-1]["name"] != "text_completion fake-model":  # a request's own span ends last
             spans.append(json.loads(await next_line(process)))
     root, phases = spans[-1], spans[:-1]
     assert (root["service"], root["trace"], root["parent"]) == ("eagleray-test", TRACE_ID, PARENT_ID)

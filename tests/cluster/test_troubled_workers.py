@@ -12,6 +12,7 @@ import pytest
 
 from eagleray.cluster.local import LocalCluster
 from eagleray.core.config import PoolConfig, parse_config
+from eagleray.core.errors import ServiceUnavailable
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role, WorkerSnapshot
@@ -144,6 +145,24 @@ async def test_a_decode_engine_that_fails_mid_stream_is_replaced_by_a_worker_tha
         pair.cluster.start_worker(Role.DECODE)
         assert await asyncio.wait_for(answering, SETTLE_DEADLINE_S) == ALONE.continuation(new_spec(), 10)
         await pair.assert_nothing_is_left()
+
+
+async def test_a_request_that_breaks_every_engine_leaves_those_beyond_max_attempts_alone() -> None:
+    config = parse_config({"prefill": {"replicas": 0}, "decode": {"replicas": 4}, "router": {"max_attempts": 2}})
+    executors: list[TroubledExecutor] = []
+
+    def new_executor(role: Role, pool: PoolConfig) -> TroubledExecutor:
+        executors.append(TroubledExecutor())
+        executors[-1].fail_at_step = 2  # after the first token
+        return executors[-1]
+
+    async with LocalCluster(config, new_executor, lambda spec: OutputText(TOKENIZER, spec.sampling, ())) as cluster:
+        tokens: list[int] = []
+        with pytest.raises(ServiceUnavailable, match="2 workers failed"):
+            async for output in cluster.coordinator.generate(new_spec()):
+                tokens.extend(output.token_ids)
+        assert tokens == ALONE.continuation(new_spec(), 2)
+        assert [worker.is_healthy for worker in cluster.workers.values()].count(False) == 2
 
 
 async def test_a_hang_up_while_the_prompt_is_computed_frees_both_sides() -> None:

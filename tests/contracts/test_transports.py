@@ -1,10 +1,12 @@
-"""What every transport must do, whatever moves the bytes."""
+"""What every transport must do, whatever moves the bytes, and whatever the network between the two sides does."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from eagleray.core.clock import SystemClock
@@ -13,6 +15,7 @@ from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.core.kv_region import KVRegion
 from eagleray.kv_transfer.fake import Calls, MemoryBlockStore
 from eagleray.kv_transfer.fake_process import SourceProcess
+from eagleray.kv_transfer.fake_proxy import FaultyProxy
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.pull import PullResult
 from eagleray.kv_transfer.receiver import KVReceiver
@@ -72,9 +75,12 @@ class Pair:
     transport: Watched
     released: Calls[str]
     done: Calls[PullResult]
+    address: str = ""  # where the reader finds the source; empty: where it is
 
     def pull(self, first_block: int, block_ids: Sequence[int]) -> None:
-        self.receiver.pull("r", self.source.region, first_block, block_ids, self.done)
+        region = self.source.region
+        region = msgspec.structs.replace(region, address=self.address or region.address)
+        self.receiver.pull("r", region, first_block, block_ids, self.done)
 
     def announce(self, block_ids: Sequence[int], num_tokens: int, is_last: bool = False) -> None:
         self.source.announce("r", SourceProgress(tuple(block_ids), num_tokens, is_last, (7,) if is_last else ()))
@@ -91,15 +97,27 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def pair(name: str) -> Iterator[Pair]:
+    with joined(name, CONFIG) as pair:
+        yield pair
+
+
+@pytest.fixture
+def hasty_pair(name: str) -> Iterator[Pair]:
+    with joined(name, CONFIG.model_copy(update={"stall_deadline_s": 0.3})) as pair:
+        yield pair
+
+
+@contextlib.contextmanager
+def joined(name: str, config: TransferConfig) -> Iterator[Pair]:
     source_store = MemoryBlockStore(LAYOUT, NUM_BLOCKS, shared=True)
     reader_store = MemoryBlockStore(LAYOUT, NUM_BLOCKS)
     for block_id in range(NUM_BLOCKS):
         source_store.fill(block_id, f"block {block_id}")
     released: Calls[str] = Calls()
-    source = KVSource(source_store.region("w"), source_store, SystemClock(), CONFIG, released)
+    source = KVSource(source_store.region("w"), source_store, SystemClock(), config, released)
     [inner] = make_transports([name], {"w": source_store})
     transport = Watched(inner)
-    receiver = KVReceiver(LAYOUT, reader_store, SystemClock(), CONFIG, [transport])
+    receiver = KVReceiver(LAYOUT, reader_store, SystemClock(), config, [transport])
     yield Pair(source_store, reader_store, source, receiver, transport, released, Calls())
     receiver.stop()
     source.stop()
@@ -201,6 +219,130 @@ def test_a_cancelled_pull_reports_once_and_the_source_lets_go(pair: Pair) -> Non
     pair.receiver.cancel("r")
     pair.receiver.stop()
     assert len(pair.done.values) == 1
+
+
+# ---- a bad network
+
+
+@pytest.fixture
+def proxy(pair: Pair) -> Iterator[FaultyProxy]:
+    """Between the pair: the reader knows the source by the proxy's address."""
+    with FaultyProxy(pair.source.region.address) as proxy:
+        pair.address = proxy.address
+        yield proxy
+
+
+def ended_early(pair: Pair, slots: Sequence[int], own: Sequence[int], timeout_s: float = 10.0) -> PullResult:
+    """The one report of a pull that broke: what it counts is right and no more than was announced; the source is rid
+    of the request."""
+    [result] = pair.done.wait(timeout_s=timeout_s)
+    assert (result.complete, result.cancelled) == (False, False)
+    assert result.reason
+    assert result.num_tokens == result.num_verified_blocks * BLOCK_TOKENS
+    pair.check_copied(slots[: result.num_verified_blocks], own[: result.num_verified_blocks])
+    assert pair.released.wait() == ["r"]
+    return result
+
+
+def test_a_connection_that_is_cut_between_blocks_ends_the_pull_with_what_was_verified(
+    pair: Pair, proxy: FaultyProxy
+) -> None:
+    slots, own = [9, 3, 30, 4, 5], [1, 2, 31, 8, 7]
+    pair.source.open("r")
+    pair.pull(0, own)
+    pair.announce(slots, 2 * BLOCK_TOKENS)
+    while sum(len(read) for read in pair.transport.reads.values) < 2:
+        pair.transport.reads.wait(len(pair.transport.reads.values) + 1)
+    proxy.cut()
+    result = ended_early(pair, slots, own)
+    assert result.num_verified_blocks == 2
+    assert "connection" in result.reason
+
+
+@pytest.mark.parametrize("num_bytes", [0, 3, 40, 150, 600, 4000, 10_000])
+def test_a_connection_that_is_cut_at_any_byte_leaves_nothing_wrong(
+    pair: Pair, proxy: FaultyProxy, num_bytes: int
+) -> None:
+    slots, own = [9, 3, 30, 4, 5], [1, 2, 31, 8, 7]
+    proxy.cut_after_bytes = num_bytes
+    pair.source.open("r")
+    pair.announce(slots, 5 * BLOCK_TOKENS, is_last=True)
+    pair.pull(0, own)
+    [result] = pair.done.wait()
+    said_bytes = 5 * LAYOUT.block_bytes if pair.transport.name == "tcp" else 100  # at least
+    assert result.complete == (result.num_verified_blocks == 5)
+    assert not result.complete or num_bytes > said_bytes
+    assert result.complete or result.num_tokens == result.num_verified_blocks * BLOCK_TOKENS
+    pair.check_copied(slots[: result.num_verified_blocks], own[: result.num_verified_blocks])
+    assert pair.released.wait() == ["r"]
+
+
+def test_a_connection_that_is_cut_while_a_piece_is_read_leaves_nothing_wrong(pair: Pair, proxy: FaultyProxy) -> None:
+    slots, own = list(range(6)), list(range(6, 12))
+    pair.transport.before_read = lambda asked: proxy.cut() if 3 in asked else None
+    pair.source.open("r")
+    pair.announce(slots, 6 * BLOCK_TOKENS)
+    pair.pull(0, own)
+    assert ended_early(pair, slots, own).num_verified_blocks >= 3
+
+
+def test_what_comes_late_and_in_crumbs_arrives_all_the_same(pair: Pair, proxy: FaultyProxy) -> None:
+    slots, own = [9, 3, 30, 4], [1, 2, 31, 8]
+    proxy.chunk_bytes = 97
+    proxy.flowing.clear()
+    pair.source.open("r")
+    pair.announce(slots, 4 * BLOCK_TOKENS, is_last=True)
+    pair.pull(0, own)
+    assert proxy.held.wait(10.0)
+    assert not pair.done.values
+    proxy.flowing.set()
+    [result] = pair.done.wait()
+    assert (result.complete, result.num_verified_blocks, result.token_ids) == (True, 4, (7,))
+    pair.check_copied(slots, own)
+
+
+def test_what_comes_later_than_the_stall_deadline_is_not_waited_for(hasty_pair: Pair) -> None:
+    slots, own = [9, 3, 30, 4], [1, 2, 31, 8]
+    with FaultyProxy(hasty_pair.source.region.address) as proxy:
+        hasty_pair.address = proxy.address
+        proxy.flowing.clear()
+        hasty_pair.source.open("r")
+        hasty_pair.announce(slots, 4 * BLOCK_TOKENS, is_last=True)
+        hasty_pair.pull(0, own)
+        assert "stall_deadline_s=0.3" in ended_early(hasty_pair, slots, own, timeout_s=3.0).reason
+
+
+def test_announcements_that_come_twice_and_again_later_change_nothing(pair: Pair, proxy: FaultyProxy) -> None:
+    slots, own = list(range(10, 18)), list(range(8))
+    proxy.repeats_announcements = True
+    pair.source.open("r")
+    pair.pull(0, own)
+    for num_full in range(1, 8):
+        pair.announce(slots[: num_full + 1], num_full * BLOCK_TOKENS + 1)
+        pair.transport.reads.wait(num_full)
+    pair.announce(slots, 8 * BLOCK_TOKENS, is_last=True)
+    [result] = pair.done.wait()
+    assert (result.complete, result.num_verified_blocks, result.token_ids) == (True, 8, (7,))
+    pair.check_copied(slots, own)
+    assert [slot for read in pair.transport.reads.values for slot in read] == slots, "a block was read twice"
+    assert pair.released.wait() == ["r"]
+
+
+@pytest.mark.parametrize("name", ["tcp"], indirect=True)
+def test_a_bit_that_flips_on_the_way_is_noticed(pair: Pair, proxy: FaultyProxy) -> None:
+    """The other transports send no byte of a block over a network."""
+    slots, own = list(range(6)), list(range(6, 12))
+
+    def flip(raw: bytearray) -> None:
+        raw[LAYOUT.block_bytes + 5] ^= 1
+
+    proxy.corrupt = flip
+    pair.source.open("r")
+    pair.announce(slots, 6 * BLOCK_TOKENS, is_last=True)
+    pair.pull(0, own)
+    result = ended_early(pair, slots, own)
+    assert result.num_verified_blocks == 1
+    assert "block 1 arrived with fingerprint" in result.reason
 
 
 def test_many_requests_share_one_transport(pair: Pair) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from eagleray.core.config import (
     DEMO_MODEL_PATH,
     Config,
+    Environment,
     load_config,
     parse_config,
     prepare_ray_environment,
@@ -20,6 +21,7 @@ from eagleray.core.config import (
 from eagleray.core.errors import ConfigError
 
 WRONG: list[tuple[dict[Any, Any], str, str]] = [
+    ({"http": {"api_key": "two words"}}, "http.api_key", "match pattern"),
     ({"modell": {"path": "x"}}, "modell", "unknown key"),
     ({"model": {"paht": "x"}}, "model.paht", "unknown key"),
     ({"decode": {"engine": {"num_blokcs": 3}}}, "decode.engine.num_blokcs", "unknown key"),
@@ -133,12 +135,13 @@ def test_the_environment_is_read_under_the_documented_names_and_nothing_else() -
             "EAGLERAY_REDIS_URL": "redis://a",
             "EAGLERAY_REDIS_SERVER": "/bin/b",
             "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c",
+            "EAGLERAY_API_KEY": "only-for-friends",
             "REDIS_URL": "redis://other",
         }
     )
     assert (environment.redis_url, environment.redis_server) == ("redis://a", "/bin/b")
-    assert environment.otlp_endpoint == "http://c"
-    assert read_environment({}).model_dump() == {"redis_url": None, "redis_server": None, "otlp_endpoint": None}
+    assert (environment.otlp_endpoint, environment.api_key) == ("http://c", "only-for-friends")
+    assert read_environment({}).model_dump() == dict.fromkeys(Environment.model_fields)
 
 
 def test_ray_phones_nobody_unless_the_user_said_so() -> None:

@@ -7,12 +7,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from eagleray.core.block_hash import BlockHash, CachedBlock
 from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
 from eagleray.core.messages import (
     Abort,
     Accepted,
+    CacheChanges,
+    Failed,
     Hello,
+    Ping,
     RefusalKind,
     Refused,
     RequestTiming,
@@ -42,6 +46,7 @@ OUTPUT = TokenOutput(
 
 TO_WORKER: list[Any] = [
     Hello("ingress"), Submit(SPEC), Submit(SPEC, pull_from=REGION), Submit(SPEC, hand_over=True), Abort("a"),
+    Ping(),
 ]  # fmt: skip
 TO_INGRESS: list[Any] = [
     Welcome("w", Role.PREFILL, 3, REGION, "model", 512, SNAPSHOT),
@@ -49,7 +54,10 @@ TO_INGRESS: list[Any] = [
     *(Refused("a", kind, "why") for kind in RefusalKind),
     StepOutputs((OUTPUT, TokenOutput("b", 0)), SNAPSHOT),
     StepOutputs(),
-    StepOutputs((TokenOutput("a", 1, stop_reason="END", error="broken"),)),
+    CacheChanges((CachedBlock(BlockHash(b"root"), BlockHash(b"\xff\x00")),), (), is_whole=True),
+    CacheChanges((), (CachedBlock(BlockHash(b"root"), BlockHash(b"gone")),)),
+    Failed("the device is gone"),
+    StepOutputs((TokenOutput("a", 1, stop_reason="END"),)),
 ]
 
 

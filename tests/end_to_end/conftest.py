@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from eagleray.core.config import Environment, parse_config, prepare_ray_environment
 
@@ -35,6 +36,12 @@ class Service:
     def workers(self, role: str | None = None) -> dict[str, dict[str, Any]]:
         workers = {worker["worker_id"]: worker for worker in self.status()["workers"]}
         return {name: worker for name, worker in workers.items() if role in (None, worker["role"])}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that have these labels."""
+        families = text_string_to_metric_families(self.http.get("/metrics").raise_for_status().text)
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def wait_until(self, holds: Callable[[], bool], what: str, deadline_s: float = SETTLE_DEADLINE_S) -> float:
         """Seconds until ``holds()``; fails the test when that does not come before the deadline."""

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import openai
 import pytest
+import redis
 
 Service = Any  # of conftest.py, which test modules cannot import
 MODEL = "eagleray-demo"
 NUM_STREAMS = 6
 
 
-def request_number(number: int) -> dict[str, object]:
+SHORT, LONG = 10, 60  # sentences of a prompt; a long one takes several chunks
+RESUMED = "eagleray_requests_resumed_total"
+
+
+def request_number(number: int, sentences: int, cache_salt: str) -> dict[str, object]:
+    """What is cached under one salt is not found under another: the prompt is computed again, to the same tokens."""
     return {
         "model": MODEL,
-        "messages": [{"role": "user", "content": f"Story {number}: " + "what happened next, and why? " * 10}],
+        "messages": [{"role": "user", "content": f"Story {number}: " + "what happened next, and why? " * sentences}],
         "max_tokens": 160,
         "temperature": 0.8,
         "seed": number,
-        "extra_body": {"ignore_eos": True},
+        "extra_body": {"ignore_eos": True, "cache_salt": cache_salt},
     }
 
 
-async def stream_text(client: openai.AsyncOpenAI, number: int, on_token: Callable[[], None]) -> str:
+async def stream_text(client: openai.AsyncOpenAI, request: dict[str, object], on_token: Callable[[], None]) -> str:
     parts: list[str] = []
-    async for chunk in await client.chat.completions.create(**request_number(number), stream=True):
+    async for chunk in await client.chat.completions.create(**request, stream=True):
         if chunk.choices and chunk.choices[0].delta.content:
             parts.append(chunk.choices[0].delta.content)
             on_token()
     return "".join(parts)
 
 
-async def texts_with(service: Service, disturb: Callable[[], Awaitable[None]], after_tokens: int) -> list[str]:
-    """Texts of all streams; ``disturb`` happens when so many tokens have come in all."""
+async def texts_with(
+    service: Service, disturb: Callable[[], Awaitable[None]], after_tokens: int = 0, sentences: int = SHORT
+) -> list[str]:
+    """Texts of all streams, none of them cached before; ``disturb`` begins when so many tokens have come in all."""
     seen = 0
     reached = asyncio.Event()
 
@@ -47,71 +58,109 @@ async def texts_with(service: Service, disturb: Callable[[], Awaitable[None]], a
         if seen >= after_tokens:
             reached.set()
 
-    client = service.new_async_openai()
-    tasks = [asyncio.create_task(stream_text(client, number, on_token)) for number in range(NUM_STREAMS)]
-    await asyncio.wait_for(reached.wait(), 60)
+    client, salt = service.new_async_openai(), uuid.uuid4().hex
+    requests = [request_number(number, sentences, salt) for number in range(NUM_STREAMS)]
+    tasks = [asyncio.create_task(stream_text(client, request, on_token)) for request in requests]
+    if after_tokens:
+        await asyncio.wait_for(reached.wait(), 60)
     await disturb()
     return list(await asyncio.wait_for(asyncio.gather(*tasks), 120))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(service: Service) -> list[str]:
-    async def run() -> list[str]:
-        return await texts_with(service, lambda: asyncio.sleep(0), 1)
-
-    texts = asyncio.run(run())
+async def undisturbed_texts(service: Service, sentences: int) -> list[str]:
+    texts = await texts_with(service, lambda: asyncio.sleep(0), sentences=sentences)
     assert len(set(texts)) == NUM_STREAMS
     return texts
 
 
-def busiest(service: Service, role: str) -> dict[str, object]:
-    return max(service.workers(role).values(), key=lambda worker: worker["num_running"] + worker["num_handed_over"])
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> list[str]:
+    return asyncio.run(undisturbed_texts(service, SHORT))
 
 
-@pytest.mark.parametrize(("role", "after_tokens"), [("decode", 60), ("prefill", 1)])
-async def test_kill_minus_nine_of_a_worker_loses_no_token(
-    whole_service: Service, undisturbed: list[str], role: str, after_tokens: int
+def busiest(service: Service, role: str, by: str = "num_running") -> dict[str, Any]:
+    return max(service.workers(role).values(), key=lambda worker: worker[by])
+
+
+async def test_kill_minus_nine_of_a_decode_worker_loses_no_token(
+    whole_service: Service, undisturbed: list[str]
 ) -> None:
-    async def kill() -> None:
-        os.kill(int(str(busiest(whole_service, role)["pid"])), signal.SIGKILL)
+    resumed = whole_service.metric(RESUMED)
 
-    assert await texts_with(whole_service, kill, after_tokens) == undisturbed
+    async def kill() -> None:
+        victim = busiest(whole_service, "decode")
+        assert victim["num_running"] > 0
+        os.kill(victim["pid"], signal.SIGKILL)
+
+    assert await texts_with(whole_service, kill, after_tokens=60) == undisturbed
+    assert whole_service.metric(RESUMED) > resumed
+
+
+async def test_kill_minus_nine_of_a_prefill_worker_in_the_middle_of_its_prompts_loses_no_token(
+    whole_service: Service,
+) -> None:
+    expected = await undisturbed_texts(whole_service, LONG)
+    whole_service.wait_until_whole()
+
+    def noticed() -> float:
+        failures = sum(worker["transfer_failures_total"] for worker in whole_service.workers("decode").values())
+        return failures + whole_service.metric(RESUMED)
+
+    def kill_at_work() -> None:
+        deadline_s = time.monotonic() + 30
+        while (victim := busiest(whole_service, "prefill", by="uncomputed_tokens"))["uncomputed_tokens"] < 256:
+            assert time.monotonic() < deadline_s, "no prefill worker was ever seen at work"
+        os.kill(victim["pid"], signal.SIGKILL)
+
+    before = noticed()
+    assert await texts_with(whole_service, lambda: asyncio.to_thread(kill_at_work), sentences=LONG) == expected
+    assert noticed() > before, "nobody missed the worker that was killed"
 
 
 async def test_a_stopped_worker_counts_as_dead_after_the_stall_deadline(
     whole_service: Service, undisturbed: list[str]
 ) -> None:
-    pid = int(str(busiest(whole_service, "decode")["pid"]))
+    stopped: list[int] = []
+    resumed = whole_service.metric(RESUMED)
 
     async def stop() -> None:
-        nonlocal pid
-        pid = int(str(busiest(whole_service, "decode")["pid"]))
-        os.kill(pid, signal.SIGSTOP)
+        victim = busiest(whole_service, "decode")
+        assert victim["num_running"] > 0
+        stopped.append(victim["pid"])
+        os.kill(victim["pid"], signal.SIGSTOP)
 
     try:
-        assert await texts_with(whole_service, stop, 60) == undisturbed
+        assert await texts_with(whole_service, stop, after_tokens=60) == undisturbed
+        assert whole_service.metric(RESUMED) > resumed
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # it has been replaced
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
 
 async def test_redis_killed_while_serving_fails_no_request_and_is_filled_again(
     whole_service: Service, undisturbed: list[str]
 ) -> None:
     first_pid = whole_service.local.redis_pid
+    before = indexed_prefixes(whole_service)
+    request = request_number(0, SHORT, cache_salt="asked before the server died, and never again")
+    await whole_service.new_async_openai().chat.completions.create(**request)
+    whole_service.wait_until(lambda: indexed_prefixes(whole_service) - before, "the prompt is in the index")
+    asked_once = indexed_prefixes(whole_service) - before
 
     async def kill() -> None:
         os.kill(first_pid, signal.SIGKILL)
 
-    assert await texts_with(whole_service, kill, 30) == undisturbed
+    assert await texts_with(whole_service, kill, after_tokens=30) == undisturbed
     whole_service.wait_until(lambda: whole_service.local.redis_pid != first_pid, "a new server")
+    whole_service.wait_until(lambda: asked_once <= indexed_prefixes(whole_service), "the workers told the new one")
+    whole_service.wait_until(lambda: "up" in whole_service.status()["prefix_index"], "the index is asked again")
 
-    async def found_again() -> bool:
-        answer = await whole_service.new_async_openai().chat.completions.create(
-            **{**request_number(0), "max_tokens": 1}
-        )
-        return bool(answer.usage.prompt_tokens_details.cached_tokens)
 
-    async with asyncio.timeout(30):
-        while not await found_again():
-            await asyncio.sleep(0.2)
-    assert "up" in whole_service.status()["prefix_index"]
+def indexed_prefixes(service: Service) -> set[bytes]:
+    """Keys of the first blocks that the index's server knows; none while there is no server."""
+    try:
+        with redis.Redis.from_url(service.local.config.index.url) as server:
+            return set(server.scan_iter("kv:{*"))
+    except redis.ConnectionError:
+        return set()

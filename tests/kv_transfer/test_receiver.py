@@ -28,7 +28,6 @@ from eagleray.kv_transfer.wire import (
     Announcement,
     BlockBytes,
     BlockNotice,
-    Heartbeat,
     ReadBlocks,
     Received,
     Release,
@@ -110,16 +109,6 @@ def test_it_presents_its_ticket_and_releases_when_all_is_in(bench: Bench) -> Non
     assert bench.store.content(6) == bench.played.store.content(3)
 
 
-def test_repeated_and_late_announcements_are_harmless(bench: Bench) -> None:
-    bench.receiver().pull("r", bench.played.region, 0, [1, 2, 3], bench.done)
-    link = bench.played.accept()
-    first = Announcement("r", bench.played.notices(9, 8), 8)
-    for frame in (first, first, Heartbeat(), Announcement("r", bench.played.notices(9, 8, 7), 12, True, (5,)), first):
-        link.send(frame)
-    [result] = bench.done.wait()
-    assert (result.complete, result.num_verified_blocks, result.token_ids) == (True, 3, (5,))
-
-
 @pytest.mark.parametrize(
     ("fault", "verified", "words"),
     [
@@ -166,16 +155,6 @@ def test_blocks_announced_before_the_source_hung_up_are_still_used(bench: Bench,
     assert (result.complete, result.num_verified_blocks) == (is_last, 5)
     assert result.num_tokens == 20
     assert is_last or "connection" in result.reason
-
-
-def test_over_the_connection_nothing_comes_after_it_is_closed(bench: Bench) -> None:
-    bench.receiver([TcpTransport()]).pull("r", bench.played.region, 0, [1], bench.done)
-    link = bench.played.accept()
-    link.send(Announcement("r", bench.played.notices(9), 4, True))
-    link.wait_for(ReadBlocks)
-    link.close()
-    [result] = bench.done.wait()
-    assert (result.complete, result.num_verified_blocks, result.transport) == (False, 0, "tcp")
 
 
 def test_the_reason_of_the_source_outlives_its_connection_and_is_given_word_for_word(bench: Bench) -> None:

@@ -7,9 +7,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from eagleray.core.errors import EagleRayError, InvalidRequest, Overloaded, ServiceUnavailable, WorkerLost
+from eagleray.core.errors import InvalidRequest, Overloaded, ServiceUnavailable, WorkerLost
 from eagleray.core.messages import RefusalKind
 from eagleray.core.request import FinishReason
 from eagleray.core.snapshot import Role
@@ -43,7 +44,7 @@ async def test_the_decode_worker_reserves_before_the_prefill_worker_hears_of_the
     await answering.end()
 
 
-@pytest.mark.parametrize("kind", [RefusalKind.NO_ROOM, RefusalKind.DRAINING])
+@pytest.mark.parametrize("kind", [RefusalKind.NO_ROOM, RefusalKind.DRAINING, RefusalKind.INCOMPATIBLE])
 async def test_a_refusal_moves_on_to_the_next_worker(stage: Stage, kind: RefusalKind, until: Until) -> None:
     stage.d1.replies.append(kind)
     answering = stage.start()
@@ -94,6 +95,10 @@ async def test_a_request_refused_by_all_waits_for_a_change_and_does_not_spin(agg
         worker.replies.extend([RefusalKind.NO_ROOM] * 2)
     answering = aggregated.start()
     await until(lambda: aggregated.pool.num_waits)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert (len(aggregated.d1.submits), len(aggregated.d2.submits)) == (1, 1)
+    aggregated.pool.advance(0.0)  # woken, but no worker has told anything new
     for _ in range(50):
         await asyncio.sleep(0)
     assert (len(aggregated.d1.submits), len(aggregated.d2.submits)) == (1, 1)
@@ -152,13 +157,78 @@ async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to
     stage.d1.lose()
     stage.d2.lose()
     waiting = [stage.start(), stage.start()]
-    await until(lambda: stage.coordinator.num_queued == 2)
+    await until(lambda: len(stage.coordinator.line) == 2)
+    stage.clock.advance(4.0)
     with pytest.raises(Overloaded, match="2 requests are waiting") as refusal:
         stage.start()
     assert refusal.value.retry_after_s == 4.0
     for answering in waiting:
         await answering.generation.aclose()
         await answering.end()
+    stage.assert_nothing_is_left()
+
+
+async def test_a_worker_that_is_in_a_long_step_is_not_asked(aggregated: Stage, until: Until) -> None:
+    aggregated.d1.snapshot = msgspec.structs.replace(aggregated.d1.snapshot, step_running_s=5.5)
+    answering = aggregated.start()
+    await until(lambda: aggregated.d2.open_requests)
+    assert aggregated.d1.submits == []
+    await answering.generation.aclose()
+    await answering.end()
+
+
+# ---- the line of those that found no room
+
+
+async def test_only_the_first_in_the_line_asks_again_and_the_others_follow_in_order(
+    until: Until, new_stage: NewStage
+) -> None:
+    stage = new_stage(with_prefill=False)
+    stage.d2.lose()
+    stage.d1.replies.extend([RefusalKind.NO_ROOM] * 2)
+    first = stage.start(max_tokens=1)
+    await until(lambda: stage.pool.num_waits == 1)
+    others = [stage.start(max_tokens=2), stage.start(max_tokens=3)]
+    await until(lambda: len(stage.coordinator.line) == 3)
+    assert len(stage.d1.submits) == 1, "who comes while others wait joins the line without trying"
+    stage.pool.change()
+    await until(lambda: len(stage.d1.submits) == 2 and stage.pool.num_waits == 1)
+    stage.pool.change()
+    await until(lambda: len(stage.d1.open_requests) == 3)
+    asked = [submit.spec.sampling.max_tokens for submit in stage.d1.submits]
+    assert asked == [1, 1, 1, 2, 3]
+    for answering in (first, *others):
+        await answering.generation.aclose()
+        await answering.end()
+    stage.assert_nothing_is_left()
+
+
+async def test_the_next_in_the_line_tries_when_the_first_hangs_up(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False)
+    stage.d2.lose()
+    stage.d1.replies.append(RefusalKind.NO_ROOM)
+    first = stage.start()
+    await until(lambda: stage.pool.num_waits == 1)
+    second = stage.start()
+    await until(lambda: len(stage.coordinator.line) == 2)
+    await first.generation.aclose()
+    await until(lambda: stage.d1.open_requests)
+    await second.generation.aclose()
+    await second.end()
+    stage.assert_nothing_is_left()
+
+
+async def test_who_waits_behind_others_fails_at_its_own_deadline(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False, queue_deadline_s=0.05)
+    stage.d1.lose()
+    stage.d2.lose()
+    head = stage.start()
+    await until(lambda: stage.pool.num_waits == 1)
+    behind = stage.start()
+    with pytest.raises(ServiceUnavailable, match="others have waited for longer"):
+        await behind.end()
+    await head.generation.aclose()
+    await head.end()
     stage.assert_nothing_is_left()
 
 
@@ -194,15 +264,6 @@ async def test_a_request_that_ends_with_its_first_token_gives_the_reservation_ba
     await answering.end()
     assert answering.outputs[-1].finish_reason is FinishReason.STOP
     assert stage.d1.aborts == [stage.d1.submits[0].spec.request_id]
-
-
-async def test_an_error_that_a_worker_reports_reaches_the_user(aggregated: Stage, until: Until) -> None:
-    answering = aggregated.start()
-    await until(lambda: aggregated.d1.open_requests)
-    aggregated.d1.say(0, finish=FinishReason.ERROR, error="the grammar cannot be compiled")
-    with pytest.raises(EagleRayError, match="grammar"):
-        await answering.end()
-    assert aggregated.records.ends[0][0] == "error"
 
 
 # ---- losses
@@ -276,17 +337,83 @@ async def test_a_first_token_that_was_lost_with_its_prefill_worker_is_computed_a
     assert answering.tokens == [100, 101]
 
 
-async def test_a_request_that_every_worker_loses_fails_after_max_attempts(until: Until, new_stage: NewStage) -> None:
+@pytest.mark.parametrize("seen_by", ["nobody", "its prefill worker, which has said its token"])
+async def test_a_gap_that_nobody_can_fill_ends_the_attempt_at_once(
+    until: Until, new_stage: NewStage, seen_by: str
+) -> None:
+    stage = new_stage(with_prefill=seen_by != "nobody")
+    answering = stage.start()
+    await until(lambda: stage.d1.open_requests)
+    if seen_by != "nobody":
+        await until(lambda: stage.p1.open_requests)
+        stage.p1.say(0, 100)
+    stage.d1.say(3, 103)
+    await until(lambda: len(stage.d1.submits) == 2)
+    assert stage.d1.aborts == [stage.d1.submits[0].spec.request_id]
+    await answering.generation.aclose()
+    await answering.end()
+
+
+# ---- how often
+
+
+async def lose_after(stage: Stage, until: Until, *tokens: int, position: int, engine_failed: bool = False) -> None:
+    """The first decode worker gets the request, says the tokens, is lost, and is back at once."""
+    await until(lambda: stage.d1.open_requests)
+    if tokens:
+        stage.d1.say(position, *tokens)
+    stage.d1.lose(engine_failed=engine_failed)
+    stage.d1.is_lost = False
+
+
+async def test_attempts_count_since_the_last_new_token(until: Until, new_stage: NewStage) -> None:
     stage = new_stage(with_prefill=False, max_attempts=3)
     answering = stage.start()
-    for attempt in range(3):
-        await until(lambda: stage.d1.open_requests)
-        stage.d1.say(attempt, 100 + attempt)
-        stage.d1.lose()
-        stage.d1.is_lost = False  # back at once
-    with pytest.raises(ServiceUnavailable, match="lost by 3 workers"):
+    for position in range(8):
+        await lose_after(stage, until, 100 + position, position=position)
+    for _ in range(3):
+        await lose_after(stage, until, position=8)
+    with pytest.raises(ServiceUnavailable, match="lost by 3 workers in a row"):
         await answering.end()
-    assert answering.tokens == [100, 101, 102]
+    assert answering.tokens == list(range(100, 108))
+    stage.assert_nothing_is_left()
+
+
+async def test_a_request_that_breaks_engines_breaks_max_attempts_of_them_though_each_says_a_token(
+    until: Until, new_stage: NewStage
+) -> None:
+    stage = new_stage(with_prefill=False, max_attempts=3)
+    answering = stage.start()
+    for position in range(3):
+        await lose_after(stage, until, 100 + position, position=position, engine_failed=True)
+    with pytest.raises(ServiceUnavailable, match="3 workers failed while they computed the request"):
+        await answering.end()
+    assert answering.tokens == [100, 101, 102] and len(stage.d1.submits) == 3
+    stage.assert_nothing_is_left()
+
+
+async def test_engines_of_prefill_workers_count_too(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(max_attempts=2)
+    answering = stage.start()
+    await until(lambda: stage.p1.open_requests)
+    stage.p1.lose("out of memory", engine_failed=True)
+    stage.d1.lose("out of memory", engine_failed=True)
+    with pytest.raises(ServiceUnavailable, match=r"2 workers failed .*: out of memory"):
+        await answering.end()
+    assert stage.d2.submits == []
+    stage.assert_nothing_is_left()
+
+
+async def test_an_engine_that_fails_when_it_is_asked_counts_too(until: Until, new_stage: NewStage) -> None:
+    stage = new_stage(with_prefill=False, max_attempts=2)
+    stage.d1.replies.append(WorkerLost("d1", "its engine failed", engine_failed=True))
+    stage.d2.replies.append(WorkerLost("d2", "its engine failed", engine_failed=True))
+    stage.workers.append(FakeWorker(fake_welcome("d3", Role.DECODE)))
+    stage.pool.join(stage.workers[-1])
+    answering = stage.start()
+    with pytest.raises(ServiceUnavailable, match="2 workers failed"):
+        await answering.end()
+    assert stage.workers[-1].submits == []
     stage.assert_nothing_is_left()
 
 

@@ -155,7 +155,7 @@ async def test_a_request_counts_against_its_workers_from_its_routing_until_their
     stage.d1.may_reply.set()
     await until(lambda: stage.p1.open_requests)
     assert stage.pending_on(stage.p1).num_requests == 1
-    stage.p1.snapshot = msgspec.structs.replace(stage.p1.snapshot, num_waiting=1)
+    stage.p1.snapshot = msgspec.structs.replace(stage.p1.snapshot, number=1)
     assert stage.pending_on(stage.p1) == Load()
     assert stage.pending_on(stage.d1).num_requests == 1
     await answering.generation.aclose()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagleray.core.block_hash import BlockHash, extend_block_hashes, hash_blocks
 from eagleray.core.messages import TokenLogprobs, TokenOutput
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.sampling_params import SamplingParams
-from eagleray.router.journal import Journal
+from eagleray.router.journal import INLINE_HASH_TOKENS, Journal
 
 PROMPT = (1, 2, 3)
 ANSWER = tuple(range(100, 110))
+ROOT = BlockHash(b"root")
 
 
 def new_journal(emitted: tuple[int, ...] = ()) -> Journal:
@@ -84,8 +89,8 @@ def test_nothing_passes_after_the_end() -> None:
 def test_an_end_without_a_token_passes() -> None:
     journal = new_journal()
     journal.take(says(0, 3))
-    [end] = journal.take(TokenOutput("a.0.1", 3, finish_reason=FinishReason.ABORT))
-    assert end.finish_reason is FinishReason.ABORT and journal.is_finished
+    [end] = journal.take(TokenOutput("a.0.1", 3, finish_reason=FinishReason.STOP))
+    assert end.finish_reason is FinishReason.STOP and journal.is_finished
 
 
 def test_what_waited_in_a_lost_attempt_is_said_again_by_the_next() -> None:
@@ -127,3 +132,42 @@ def test_a_gap_is_seen_only_while_something_waits(start: int) -> None:
     assert not journal.has_gap
     journal.take(says(start, start + 1))
     assert journal.has_gap
+
+
+# ---- hashes of what is known
+
+
+async def test_block_hashes_are_those_of_all_known_tokens_and_each_is_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    journal = new_journal()
+    tokens = journal.request.token_ids
+    tokens.extend(range(20))
+    assert await journal.block_hashes(ROOT, 4) == hash_blocks(ROOT, tokens, 4)
+    seen: list[int] = []
+
+    def noted(hashes: list[BlockHash], *rest: Any) -> None:
+        seen.append(len(hashes))
+        extend_block_hashes(hashes, *rest)
+
+    monkeypatch.setattr("eagleray.router.journal.extend_block_hashes", noted)
+    num_before = len(tokens) // 4
+    tokens.extend(range(4))
+    assert await journal.block_hashes(ROOT, 4) == hash_blocks(ROOT, tokens, 4)
+    assert seen == [num_before]
+    other = BlockHash(b"other model")
+    assert await journal.block_hashes(other, 4) == hash_blocks(other, tokens, 4)
+
+
+@pytest.mark.parametrize(("num_tokens", "elsewhere"), [(100, False), (INLINE_HASH_TOKENS + 100, True)])
+async def test_a_long_prompt_is_hashed_off_the_event_loop(
+    num_tokens: int, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(
+        "eagleray.router.journal.extend_block_hashes", lambda *_: threads.append(threading.current_thread())
+    )
+    journal = new_journal()
+    journal.request.token_ids.extend(range(num_tokens))
+    await journal.block_hashes(ROOT, 16)
+    assert (threads != [threading.current_thread()]) == elsewhere

@@ -183,8 +183,9 @@ async def test_a_request_id_that_is_being_served_is_refused_and_the_first_goes_o
     spec, inbox = new_spec("a"), Inbox()
     await ingress.client.submit(Submit(spec), inbox)
     other = await Ingress().connect(worker.address)
-    with pytest.raises(SubmitRefused, match="already"):
+    with pytest.raises(SubmitRefused, match="already") as refusal:
         await other.client.submit(Submit(spec), Inbox())
+    assert refusal.value.kind is RefusalKind.INCOMPATIBLE
     executor.hurry.set()
     await inbox.finish()
     assert inbox.tokens == FakeExecutor(max_model_tokens=1000).continuation(spec, 8)

@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from eagleray.core.errors import WorkerLost
-from eagleray.core.messages import PROTOCOL_VERSION, Abort, Accepted, Hello, Submit, ToIngress, TokenOutput, ToWorker
+from eagleray.core.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Accepted,
+    Failed,
+    Hello,
+    Ping,
+    Submit,
+    ToIngress,
+    TokenOutput,
+    ToWorker,
+)
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role
@@ -27,6 +38,8 @@ class ScriptedWorker:
 
     def __init__(self) -> None:
         self.heard: asyncio.Queue[Any] = asyncio.Queue()
+        self.pings: asyncio.Queue[Ping] = asyncio.Queue()
+        self.closed = asyncio.Event()
         self.address = ""
         self._writer: asyncio.StreamWriter | None = None
 
@@ -51,7 +64,8 @@ class ScriptedWorker:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         while (message := await read_frame(reader, msgspec.msgpack.Decoder(ToWorker))) is not None:
-            self.heard.put_nowait(message)
+            (self.pings if isinstance(message, Ping) else self.heard).put_nowait(message)
+        self.closed.set()
 
 
 @pytest.fixture
@@ -144,3 +158,36 @@ async def test_a_connection_without_a_proper_welcome_fails_saying_why(
 def test_the_fakes_welcome_is_a_message() -> None:
     welcome = fake_welcome("w", Role.DECODE)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(welcome), type=ToIngress) == welcome
+
+
+async def test_an_ingress_pings_so_that_the_worker_knows_that_it_lives(script: ScriptedWorker) -> None:
+    client = await connected(script)
+    await asyncio.wait_for(script.pings.get(), SETTLE_DEADLINE_S)
+    await client.aclose()
+
+
+async def test_a_connection_that_is_given_up_while_it_is_made_is_closed(script: ScriptedWorker) -> None:
+    connecting = asyncio.create_task(connect(script.address))
+    await script.next_heard()
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    await asyncio.wait_for(script.closed.wait(), SETTLE_DEADLINE_S)
+
+
+async def test_a_worker_that_says_that_its_engine_failed_is_lost_for_that_reason(script: ScriptedWorker) -> None:
+    client, heard = await connected(script), asyncio.Queue[TokenOutput | WorkerLost]()
+    submitting = asyncio.create_task(client.submit(Submit(SPEC), heard.put_nowait))
+    await script.next_heard()
+    script.say(Accepted("a"))
+    await submitting
+    script.say(Failed("the device is gone"))
+    item = await asyncio.wait_for(heard.get(), SETTLE_DEADLINE_S)
+    assert isinstance(item, WorkerLost) and (item.reason, item.engine_failed) == ("the device is gone", True)
+
+
+async def test_a_connection_that_is_closed_before_it_was_read_is_closed(script: ScriptedWorker) -> None:
+    connecting = asyncio.create_task(connect(script.address))
+    await script.next_heard()
+    script.say(fake_welcome("w", Role.DECODE))
+    await (await connecting).aclose()
+    await asyncio.wait_for(script.closed.wait(), SETTLE_DEADLINE_S)

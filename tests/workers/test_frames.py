@@ -94,3 +94,10 @@ async def test_a_connection_that_is_reset_is_the_end() -> None:
     reader = asyncio.StreamReader()
     reader.set_exception(ConnectionResetError())
     assert await read_frame(reader, DECODER) is None
+
+
+@pytest.mark.parametrize("error", [TimeoutError(110, "timed out"), OSError(113, "no route to host")])
+async def test_a_connection_whose_other_side_cannot_be_reached_any_more_is_the_end(error: OSError) -> None:
+    reader = asyncio.StreamReader()
+    reader.set_exception(error)
+    assert await read_frame(reader, DECODER) is None

