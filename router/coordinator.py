@@ -93,7 +93,7 @@ class Coordinator:
             workers=tuple(client.snapshot for client in clients),
             num_queued=self.num_queued,
             num_running=self.num_running,
-            prefix_index=f"{index.backend}: {index.state}",
+            prefix_index=f"{index.backend}: {index.state}" + (f" ({index.last_error})" if index.state != "up" else ""),
         )
 
     def metrics_text(self) -> str:
