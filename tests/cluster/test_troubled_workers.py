@@ -185,9 +185,8 @@ async def test_a_hang_up_while_a_block_is_copied_frees_nothing_before_the_copy_h
         placed: dict[str, str] = {}
         pair.cluster.coordinator.on_placed = placed.__setitem__
         generation = pair.cluster.coordinator.generate(new_spec())
-        async for output in generation:
-            assert output.position == 0
-            break
+        outputs = aiter(generation)  # held on to: an iterator that is dropped closes the generation
+        assert (await anext(outputs)).position == 0
         assert await asyncio.to_thread(gate.reached.wait, SETTLE_DEADLINE_S)
         await generation.aclose()
         decode = next(worker for worker in pair.cluster.workers.values() if worker.role is Role.DECODE)

@@ -72,7 +72,7 @@ def service() -> Iterator[Service]:
             "model": {"dtype": "float32"},
             "prefill": {"replicas": 2, "engine": engine, "drain_deadline_s": 5},
             "decode": {"replicas": 2, "engine": engine, "drain_deadline_s": 5},
-            "router": {"policy": "predicted_time", "stall_deadline_s": 3.0, "local_prefill_tokens": 16},
+            "router": {"policy": "prefix_aware", "stall_deadline_s": 3.0, "local_prefill_tokens": 16},
             "transfer": {"stall_deadline_s": 2.0},
             "http": {"port": 0},
         }
