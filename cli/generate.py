@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sampling = SamplingParams(**given(arguments, "sampling"))
+    asked = given(arguments, "sampling")
+    if arguments.chat:
+        asked.setdefault("max_tokens", None)  # an answer is as long as it is, as over HTTP
+    sampling = SamplingParams(**asked)
     prompts = [_stdin_text() if prompt == "-" else prompt for prompt in arguments.prompts or ["-"]]
     outputs = _answer(prompts, sampling, arguments)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -37,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             heading = f"=== {prompt}\n" if len(prompts) > 1 else ""
             print(printable(heading + output.outputs[0].text))
+        if output.outputs[0].finish_reason == "length" and sampling.max_tokens is not None:
+            print(f"(stopped after --max-tokens {sampling.max_tokens})", file=sys.stderr)
     return 0
 
 

@@ -13,10 +13,11 @@ import msgspec
 
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import EngineConfig, ModelConfigSection, parse_config
-from eagleray.core.errors import EagleRayError, InvalidRequest
+from eagleray.core.errors import ConfigError, EagleRayError, InvalidRequest
 from eagleray.core.messages import TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.checkpoint import check_checkpoint
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import build_executor
 from eagleray.engine.request_output import OutputCollector, RequestOutput
@@ -54,6 +55,12 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         **engine: Any,
     ) -> None:
+        unknown = sorted(engine.keys() - EngineConfig.model_fields.keys())
+        if unknown:
+            known = ", ".join(EngineConfig.model_fields)
+            raise ConfigError(
+                unknown[0], engine[unknown[0]], f"LLM() does not know this argument; engine settings: {known}"
+            )
         section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len}
         config = parse_config({"model": section, "prefill": {"replicas": 0}, "decode": {"engine": engine}})
         self._build(config.model, config.decode.engine, num_threads, progress)
@@ -67,11 +74,11 @@ class LLM:
         num_threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
+        check_checkpoint(model.folder)
         self._tokenizer = Tokenizer.from_folder(model.folder)
         self._template = ChatTemplate.from_folder(model.folder, self._tokenizer)
         executor = build_executor(model, engine, num_threads=num_threads, progress=progress)
         self._vocab_size = executor.model_config.vocab_size
-        self._tokenizer.check_fits(self._vocab_size)
         self._orders_by_priority = engine.scheduling_policy == "priority"
         self.engine = Engine(executor, engine, SystemClock(), self._new_text)
 

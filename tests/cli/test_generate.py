@@ -14,11 +14,11 @@ from eagleray.cli.__main__ import main
 FEW = ["--max-tokens", "4", "--temperature", "0"]
 
 
-def test_the_answer_goes_to_standard_output_and_nothing_else_does() -> None:
+def test_the_answer_goes_to_standard_output_and_the_reason_of_a_cut_to_standard_error() -> None:
     command = [sys.executable, "-m", "eagleray.cli", "generate", *FEW, "import"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert shown.stdout.endswith("\n") and shown.stdout.strip()
-    assert shown.stderr == ""
+    assert shown.stderr == "(stopped after --max-tokens 4)\n"
 
 
 def test_json_has_one_object_per_prompt(capsys: pytest.CaptureFixture[str]) -> None:

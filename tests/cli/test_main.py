@@ -59,7 +59,7 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
         (["serve", "--set", "http.port=["], "--set http.port='[': is not valid YAML"),
         (["serve", "--decode", "0"], "decode.replicas must be at least 1"),
         (["serve", "/nowhere.yaml"], "config='/nowhere.yaml': cannot be read"),
-        (["serve", "--model", "/nowhere"], "model.path='/nowhere': has no config.json"),
+        (["serve", "--model", "/nowhere"], "model.path='/nowhere': there is no such folder"),
         (["generate", "--temperature", "-1", "hi"], "temperature=-1.0: must be between 0 and 100"),
         (["status", "--url", "localhost"], "--url='localhost': write it as http://host:port"),
         (["status", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9; start one with"),
