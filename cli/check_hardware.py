@@ -16,7 +16,7 @@ _USEFUL_FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf
 
 
 def check_hardware(config: Config) -> list[Finding]:
-    return [_check_cores(config), _check_cpu_flags(), _check_memory(), _check_cuda()]
+    return [_check_cores(config), _check_cpu_flags(), check_kernels(config), _check_memory(), _check_cuda()]
 
 
 def _check_cores(config: Config) -> Finding:
@@ -39,6 +39,23 @@ def _check_cpu_flags() -> Finding:
     if not found:
         return Finding(Level.WARN, "CPU", "has no vector instructions that help", "expect it to be slow")
     return Finding(Level.OK, "CPU", ", ".join(found))
+
+
+def check_kernels(config: Config) -> Finding:
+    """What workers compute with on the CPU. Compiles the native library, as the first worker would."""
+    import torch  # takes seconds: not before it is needed
+
+    from eagleray.kernels.native.build import NativeUnavailable
+    from eagleray.kernels.select import select_kernels
+
+    choice, num_threads = config.decode.engine.kernels, config.decode.num_threads
+    dtype = torch.float32 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    try:
+        kernels = select_kernels("native" if choice == "auto" else choice, dtype, "cpu", num_threads)
+    except NativeUnavailable as error:
+        level = Level.WARN if choice == "auto" else Level.MISSING
+        return Finding(level, "kernels", f"torch computes: {error}", "torch works too, at about half the speed")
+    return Finding(Level.OK, "kernels", kernels.description)
 
 
 def _check_memory() -> Finding:

@@ -61,6 +61,9 @@ class EngineConfig(_Frozen):
         "fcfs", description="who is admitted first and preempted last"
     )
     enable_prefix_caching: bool = Field(True, description="keep computed blocks for requests with the same prefix")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto", description="auto: on a CPU the native library if there is a C compiler, otherwise torch"
+    )
     watermark: float = Field(0.01, ge=0.0, lt=1.0, description="share of blocks kept free when admitting")
     step_deadline_s: float = Field(60.0, gt=0, description="a worker whose step takes longer is stuck: it is replaced")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagleray.kernels.kv_ops.api import write_kv
-from eagleray.kernels.norm_rope.api import apply_rope
-from eagleray.kernels.paged_attention.api import AttentionPlan, paged_attention
+from eagleray.kernels.norm_rope.head_norms import HeadNorms
+from eagleray.kernels.paged_attention.api import AttentionPlan
+from eagleray.kernels.select import Kernels
 from eagleray.models.linear import Linear
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.norm import RMSNorm
@@ -17,10 +17,17 @@ class Attention(nn.Module):
     """One layer's attention, with query, key and value in one projection."""
 
     def __init__(
-        self, config: ModelConfig, layer_index: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        layer_index: int,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = config.head_dim
+        self._kernels = kernels
         self.scale = config.head_dim**-0.5
         self.sliding_window = config.sliding_window[layer_index]
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -30,8 +37,8 @@ class Attention(nn.Module):
         self.output = Linear(query_size, (config.hidden_size,), bias=config.output_bias, dtype=dtype, device=device)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
+            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -40,14 +47,16 @@ class Attention(nn.Module):
         sin_T: torch.Tensor,
         kv_layer: torch.Tensor,  # [num_blocks, 2, HKV, block_size, D]; the step's tokens are written
         plan: AttentionPlan,
+        residual: torch.Tensor,  # [T, hidden]
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]."""
+        """[T, hidden] -> [T, hidden], added to ``residual``."""
         heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = apply_rope(query, key, cos_T, sin_T)
-        write_kv(kv_layer, key, value, plan.slots_T)
-        context = paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
-        output: torch.Tensor = self.output(context.view(len(hidden), -1))
+        query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self._head_norms())
+        context = self._kernels.paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
+        output: torch.Tensor = self.output(context.view(len(hidden), -1), residual)
         return output
+
+    def _head_norms(self) -> HeadNorms | None:
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.eps)

@@ -8,6 +8,7 @@ from torch.nn.functional import embedding
 
 from eagleray.core.kv_layout import LayerGroup
 from eagleray.kernels.paged_attention.api import AttentionPlan
+from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.attention import Attention
 from eagleray.models.linear import Linear
 from eagleray.models.mlp import GatedMLP
@@ -20,13 +21,19 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, layer_index: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        layer_index: int,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.attention = Attention(config, layer_index, dtype=dtype, device=device)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, dtype=dtype, device=device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
+        self.attention = Attention(config, layer_index, kernels, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, kernels, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -37,8 +44,8 @@ class DecoderLayer(nn.Module):
         plan: AttentionPlan,
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]; arguments as in ``Attention.forward``."""
-        after_attention = hidden + self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan)
-        output: torch.Tensor = after_attention + self.mlp(self.mlp_norm(after_attention))
+        after_attention = self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan, hidden)
+        output: torch.Tensor = self.mlp(self.mlp_norm(after_attention), after_attention)
         return output
 
 
@@ -48,16 +55,23 @@ class Decoder(nn.Module):
     Weights are left uninitialised; see ``loader.load_model`` and ``random_weights.random_model``.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        kernels: Kernels = TORCH_KERNELS,
+    ) -> None:
         super().__init__()
         self.config = config
+        self._kernels = kernels
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, dtype=dtype, device=device) for index in range(config.num_layers)
+            DecoderLayer(config, index, kernels, dtype=dtype, device=device) for index in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.lm_head = Linear(
             config.hidden_size,
             (config.vocab_size,),
@@ -67,6 +81,12 @@ class Decoder(nn.Module):
             weight=self.embedding if config.tie_word_embeddings else None,
         )
         self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
+
+    def prepare(self) -> None:
+        """To be called when the weights are filled: linear layers bring theirs into the form that computes fastest."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare(self._kernels.prepare_linear)
 
     def layer_group(self, dtype: str) -> LayerGroup:
         """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""

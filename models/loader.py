@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagleray.core.errors import ConfigError
+from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.weight_files import weight_files
@@ -26,6 +27,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
+    kernels: Kernels = TORCH_KERNELS,
 ) -> Decoder:
     """Build the decoder and fill it from ``model.safetensors`` or from the files of ``model.safetensors.index.json``.
 
@@ -35,11 +37,12 @@ def load_model(
         dtype: to compute in; float32, bfloat16 and float16 tensors are converted on the way.
         device: where the weights go.
         progress: called after each tensor with (tensors loaded, tensors in all).
+        kernels: to compute with, for this dtype and device.
 
     Raises:
         ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
     """
-    decoder = Decoder(config, dtype, device)
+    decoder = Decoder(config, dtype, device, kernels)
     views = checkpoint_views(decoder)
     loaded: set[str] = set()
     for path, name, read in _stored_tensors(folder):
@@ -57,6 +60,7 @@ def load_model(
         raise ConfigError("model.path", str(folder), f"the checkpoint lacks {count}; fetch it again, whole")
     if config.tie_word_embeddings:
         _require_tied(folder, decoder.embedding)
+    decoder.prepare()
     return decoder
 
 

@@ -3,6 +3,7 @@ text of the last one be made, while one computes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.kernels.native.build import NativeUnavailable
+from eagleray.kernels.select import Kernels, select_kernels
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.registry import load_model_config
 
+_logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
 
 
@@ -93,7 +97,8 @@ def build_executor(
     """
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
-    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress)
+    kernels = _select_kernels(engine, dtype, device, num_threads)
+    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels)
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
@@ -108,6 +113,15 @@ def build_executor(
         max_model_tokens=max_model_tokens,
         num_threads=num_threads,
     )
+
+
+def _select_kernels(engine: EngineConfig, dtype: str, device: str, num_threads: int | None) -> Kernels:
+    try:
+        kernels = select_kernels(engine.kernels, TORCH_DTYPES[dtype], device, num_threads or torch.get_num_threads())
+    except NativeUnavailable as error:
+        raise ConfigError("engine.kernels", engine.kernels, f"{error}; or set it to auto") from None
+    _logger.info("kernels: %s", kernels.description)
+    return kernels
 
 
 def _resolve_max_model_tokens(model: ModelConfigSection, config: ModelConfig, capacity_tokens: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from eagleray.kernels.norm_rope import reference
+from eagleray.kernels.norm_rope.head_norms import HeadNorms
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -24,3 +25,26 @@ def apply_rope(
     [T, D], both halves alike, in the dtype of the query.
     """
     return reference.apply_rope(query, key, cos_T, sin_T)
+
+
+def rotate_and_store(
+    heads: torch.Tensor,
+    cos_T: torch.Tensor,
+    sin_T: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slots_T: torch.Tensor,
+    norms: HeadNorms | None,
+) -> torch.Tensor:
+    """From the fused projection to attention's input: norm and rotate queries and keys, write keys and values.
+
+    Args:
+        heads: [T, H + 2 * HKV, D], queries, keys, values; may be overwritten.
+        cos_T, sin_T: as in ``apply_rope``.
+        kv_layer: [num_blocks, 2, HKV, block_size, D], one layer of the pool; written at ``slots_T``.
+        slots_T: as in ``kv_ops.api.write_kv``.
+        norms: before the rotation; None: none.
+
+    Returns:
+        The rotated queries, [T, H, D].
+    """
+    return reference.rotate_and_store(heads, cos_T, sin_T, kv_layer, slots_T, norms)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from eagleray.kernels.kv_ops.reference import write_kv
+from eagleray.kernels.norm_rope.head_norms import HeadNorms
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See ``api.rms_norm``."""
@@ -21,3 +24,21 @@ def apply_rope(
     rotated = heads * cos_T[:, None] + torch.cat((-second, first), dim=-1) * sin_T[:, None]
     turned_query, turned_key = torch.split(rotated, [query.shape[1], key.shape[1]], dim=1)
     return turned_query, turned_key
+
+
+def rotate_and_store(
+    heads: torch.Tensor,
+    cos_T: torch.Tensor,
+    sin_T: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slots_T: torch.Tensor,
+    norms: HeadNorms | None,
+) -> torch.Tensor:
+    """See ``api.rotate_and_store``."""
+    num_kv_heads = kv_layer.shape[2]
+    query, key, value = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        query, key = rms_norm(query, norms.query_weight, norms.eps), rms_norm(key, norms.key_weight, norms.eps)
+    query, key = apply_rope(query, key, cos_T, sin_T)
+    write_kv(kv_layer, key, value, slots_T)
+    return query

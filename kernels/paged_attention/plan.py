@@ -6,9 +6,10 @@ Sequences with one query token (decode) are padded to a common number of blocks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 
 import torch
 
@@ -43,12 +44,46 @@ class QueryRun:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceTables:
+    """The batch as flat int64 tensors."""
+
+    query_starts: torch.Tensor  # [B + 1]: sequence b has rows query_starts[b] : query_starts[b + 1] of the query
+    prefix_lengths: torch.Tensor  # [B]: keys computed before
+    table_starts: torch.Tensor  # [B + 1]: and block_ids[table_starts[b] : table_starts[b + 1]]
+    block_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
-    """One step's batch. The same plan serves every layer, whatever its head counts or window."""
+    """One step's batch. The same plan serves every layer, whatever its head counts or window.
+
+    What only some implementations need is worked out when one asks for it, once.
+    """
 
     slots_T: torch.Tensor  # int64: block_id * block_size + offset of every new token
-    decode_groups: tuple[DecodeGroup, ...]
-    runs: tuple[QueryRun, ...]
+    tables: SequenceTables
+    block_size_tokens: int
+
+    @cached_property
+    def decode_groups(self) -> tuple[DecodeGroup, ...]:
+        """The sequences with one query token."""
+        return _decode_groups(*self._sequences(), self.block_size_tokens, self.slots_T.device)
+
+    @cached_property
+    def runs(self) -> tuple[QueryRun, ...]:
+        """The sequences with several query tokens."""
+        starts, prefixes, tables = self._sequences()
+        return tuple(
+            QueryRun(start, end, prefix, torch.tensor(table, device=self.slots_T.device))
+            for (start, end), prefix, table in zip(pairwise(starts), prefixes, tables, strict=True)
+            if end - start > 1
+        )
+
+    def _sequences(self) -> tuple[list[int], list[int], list[list[int]]]:
+        block_ids = self.tables.block_ids.tolist()
+        table_starts = self.tables.table_starts.tolist()
+        tables = [block_ids[start:end] for start, end in pairwise(table_starts)]
+        return self.tables.query_starts.tolist(), self.tables.prefix_lengths.tolist(), tables
 
 
 def plan_attention(
@@ -72,49 +107,52 @@ def plan_attention(
         ValueError: a sequence has no query token, or its block table does not reach its last token.
     """
     counts = [end - start for start, end in pairwise(query_starts)]
-    tables: list[list[int]] = []
+    tables: list[Sequence[int]] = []
     for index, (count, prefix, table) in enumerate(zip(counts, query_positions_start, block_tables, strict=True)):
         needed_blocks = -(-(prefix + count) // block_size_tokens)
         if count < 1:
             raise ValueError(f"sequence {index} has {count} query tokens; leave it out of the step")
         if len(table) < needed_blocks:
             raise ValueError(f"sequence {index} needs {needed_blocks} blocks, its table has {len(table)}")
-        tables.append(list(table[:needed_blocks]))
+        tables.append(table[:needed_blocks])
+
+    def integers(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
     return AttentionPlan(
-        slots_T=_slots(counts, query_positions_start, tables, block_size_tokens).to(device),
-        decode_groups=_decode_groups(query_starts, counts, query_positions_start, tables, block_size_tokens, device),
-        runs=tuple(
-            QueryRun(query_starts[b], query_starts[b + 1], query_positions_start[b], torch.tensor(table, device=device))
-            for b, table in enumerate(tables)
-            if counts[b] > 1
+        slots_T=integers(_slots(counts, query_positions_start, tables, block_size_tokens)),
+        tables=SequenceTables(
+            query_starts=integers(query_starts),
+            prefix_lengths=integers(query_positions_start),
+            table_starts=integers(accumulate(map(len, tables), initial=0)),
+            block_ids=integers(chain.from_iterable(tables)),
         ),
+        block_size_tokens=block_size_tokens,
     )
 
 
 def _slots(
     counts: Sequence[int], prefixes: Sequence[int], tables: Sequence[Sequence[int]], block_size_tokens: int
-) -> torch.Tensor:
-    """Slot of every new token, [T] int64."""
-    slots = [
+) -> list[int]:
+    """Slot of every new token."""
+    return [
         table[position // block_size_tokens] * block_size_tokens + position % block_size_tokens
         for count, prefix, table in zip(counts, prefixes, tables, strict=True)
         for position in range(prefix, prefix + count)
     ]
-    return torch.tensor(slots, dtype=torch.int64)
 
 
 def _decode_groups(
     query_starts: Sequence[int],
-    counts: Sequence[int],
     prefixes: Sequence[int],
     tables: Sequence[Sequence[int]],
     block_size_tokens: int,
-    device: torch.device | str,
+    device: torch.device,
 ) -> tuple[DecodeGroup, ...]:
     """Single-token sequences by length, so that one long sequence does not make every short one gather as much."""
     by_size: dict[int, list[int]] = {}
     for b, table in enumerate(tables):
-        if counts[b] == 1:
+        if query_starts[b + 1] - query_starts[b] == 1:
             by_size.setdefault(max(len(table), _SMALL_TABLE_BLOCKS).bit_length(), []).append(b)
     groups = []
     for members in by_size.values():

@@ -73,6 +73,7 @@ def test_a_wheel_holds_every_module_and_the_demo_model(source: Any, tmp_path: Pa
     expected = {
         f"{package.replace('.', '/')}/{file.name}"
         for package, folder in source.package_folders.items()
-        for file in (tree / folder).glob("*.py")
+        for file in (tree / folder).iterdir()
+        if file.suffix in {".py", ".c", ".h"}
     } | {f"eagleray/models/demo/{file.name}" for file in (tree / "models" / "demo").iterdir()}
     assert expected - held == set()

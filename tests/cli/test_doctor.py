@@ -12,6 +12,7 @@ import pytest
 
 from eagleray.cli import check_software
 from eagleray.cli.__main__ import main
+from eagleray.cli.check_hardware import check_kernels
 from eagleray.cli.check_service import check_service
 from eagleray.cli.check_software import Requirement, satisfies
 from eagleray.cli.check_transports import check_transports
@@ -35,6 +36,19 @@ def test_the_whole_report_as_json() -> None:
         findings
     )
     assert findings["model"]["level"] == "ok"
+
+
+def test_says_which_kernels_compute() -> None:
+    found = check_kernels(parse_config({"decode": {"engine": {"kernels": "torch"}}}))
+    assert found == Finding(Level.OK, "kernels", "torch")
+
+
+@pytest.mark.parametrize(("choice", "level"), [("auto", Level.WARN), ("native", Level.MISSING)])
+def test_kernels_that_cannot_be_had_say_why(choice: str, level: Level) -> None:
+    config = parse_config({"model": {"dtype": "float16"}, "decode": {"engine": {"kernels": choice}}})
+    found = check_kernels(config)
+    assert found.level is level
+    assert "does not compute in torch.float16" in found.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,12 @@
+"""The gate of the MLP."""
+
+from __future__ import annotations
+
+import torch
+
+from eagleray.kernels.activation import reference
+
+
+def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` for ``gate_up`` [T, 2 * size], the gate first: [T, size] (Shazeer, arXiv 2002.05202)."""
+    return reference.silu_and_multiply(gate_up)

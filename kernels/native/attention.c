@@ -1,0 +1,372 @@
+/* Causal attention over paged KV for decode and prefill alike, by the online softmax of Milakov and Gimelshein (arXiv
+ * 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that Flash-Decoding computes in
+ * parallel.
+ *
+ * What a token gets depends on its own sequence alone, bit for bit: not on how the sequence was cut into steps, not on
+ * the rest of the batch, not on the number of threads. For that, tiles and splits of the keys begin at fixed positions
+ * of the sequence, and partial results are joined in the order of the splits, whether they were computed one after the
+ * other or at the same time.
+ */
+#include <stdlib.h>
+
+#include "products.h"
+#include "transpose.h"
+
+enum {
+    KEYS = 64,          /* positions in one tile of keys */
+    SPLIT_TILES = 8,    /* tiles whose softmax runs on before it is joined to what came before */
+    QUERY_ROWS = 48,    /* rows of one tile of queries: a row is one token and one of the heads that share a KV head */
+    MAX_HEAD_DIM = 256, /* and a multiple of PANEL on every CPU */
+    SPLIT_KEYS = KEYS * SPLIT_TILES,
+};
+
+struct batch {
+    const void *query; /* [tokens, num_heads, head_dim] */
+    int64_t token_stride, head_stride;
+    const void *kv; /* [blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride elements apart */
+    int64_t block_stride;
+    void *out; /* [tokens, num_heads, head_dim], contiguous */
+    int64_t num_sequences;
+    const int64_t *query_starts;   /* [num_sequences + 1] */
+    const int64_t *prefix_lengths; /* [num_sequences] */
+    const int64_t *table_starts;   /* [num_sequences + 1], in blocks */
+    const int64_t *blocks;
+    int64_t num_heads, num_kv_heads, head_dim, block_size, window; /* no window: 0 */
+    float scale;
+    int element, kv_element;
+};
+
+/* A tile of queries: rows that read the same KV head, of consecutive tokens. */
+struct tile {
+    int64_t sequence, kv_head, first_row, num_rows;
+    int64_t first_key, end_key; /* that any of its rows sees */
+};
+
+/* The softmax of every row of a tile so far: values weighted by exp(score - maximum), and the sum of the weights. */
+struct partial {
+    float values[QUERY_ROWS * MAX_HEAD_DIM]; /* rows row_stride apart */
+    float maximum[QUERY_ROWS], weight[QUERY_ROWS];
+};
+
+struct scratch {
+    float query[QUERY_ROWS * MAX_HEAD_DIM];
+    float keys[MAX_HEAD_DIM * KEYS];   /* transposed */
+    float values[KEYS * MAX_HEAD_DIM]; /* padded, where they must be */
+    float weights[QUERY_ROWS * KEYS];
+    struct partial split;
+};
+
+INLINE int64_t group_size(const struct batch *batch) { return batch->num_heads / batch->num_kv_heads; }
+INLINE int64_t row_stride(const struct batch *batch) { return ceil_divide(batch->head_dim, PANEL) * PANEL; }
+
+INLINE int64_t num_tiles(const struct batch *batch, int64_t sequence) {
+    int64_t num_tokens = batch->query_starts[sequence + 1] - batch->query_starts[sequence];
+    return ceil_divide(num_tokens * group_size(batch), QUERY_ROWS) * batch->num_kv_heads;
+}
+
+/* Position in its sequence of a row's token. */
+INLINE int64_t position_of(const struct batch *batch, const struct tile *tile, int64_t row) {
+    return batch->prefix_lengths[tile->sequence] + (tile->first_row + row) / group_size(batch);
+}
+
+INLINE int64_t first_visible(const struct batch *batch, int64_t position) {
+    return batch->window ? larger(0, position - batch->window + 1) : 0;
+}
+
+/* Number `index` of the tiles of all sequences, counted sequence by sequence. */
+static struct tile find_tile(const struct batch *batch, int64_t index) {
+    struct tile tile = {0};
+    while (index >= num_tiles(batch, tile.sequence)) index -= num_tiles(batch, tile.sequence++);
+    int64_t num_tokens = batch->query_starts[tile.sequence + 1] - batch->query_starts[tile.sequence];
+    int64_t num_rows = num_tokens * group_size(batch);
+    tile.kv_head = index % batch->num_kv_heads;
+    tile.first_row = index / batch->num_kv_heads * QUERY_ROWS;
+    tile.num_rows = smaller(QUERY_ROWS, num_rows - tile.first_row);
+    tile.first_key = first_visible(batch, position_of(batch, &tile, 0));
+    tile.end_key = position_of(batch, &tile, tile.num_rows - 1) + 1;
+    return tile;
+}
+
+/* Index in the query and in the output of a row's token and head. */
+INLINE void locate_row(const struct batch *batch, const struct tile *tile, int64_t row, int64_t *token, int64_t *head) {
+    int64_t index = tile->first_row + row;
+    *token = batch->query_starts[tile->sequence] + index / group_size(batch);
+    *head = tile->kv_head * group_size(batch) + index % group_size(batch);
+}
+
+static void load_query(const struct batch *batch, const struct tile *tile, float *query) {
+    for (int64_t row = 0; row < tile->num_rows; row++) {
+        int64_t token, head;
+        locate_row(batch, tile, row, &token, &head);
+        int64_t first = token * batch->token_stride + head * batch->head_stride;
+        for (int64_t i = 0; i < batch->head_dim; i++)
+            query[row * batch->head_dim + i] = load_element(batch->query, first + i, batch->element) * batch->scale;
+    }
+}
+
+/* Where the keys of `count` positions from `first` begin. Their values lie num_kv_heads pages further. */
+static void find_keys(const struct batch *batch, const struct tile *tile, int64_t first, int64_t count,
+                      const void **keys) {
+    const int64_t *table = batch->blocks + batch->table_starts[tile->sequence];
+    int64_t index = first / batch->block_size, offset = first % batch->block_size;
+    for (int64_t j = 0; j < count; index++, offset = 0) {
+        int64_t row = table[index] * batch->block_stride + tile->kv_head * batch->block_size * batch->head_dim;
+        for (; offset < batch->block_size && j < count; offset++, j++)
+            keys[j] = element_at(batch->kv, row + offset * batch->head_dim, batch->kv_element);
+    }
+}
+
+/* keys[i][j] = element i of key j; zero for j >= count. */
+INLINE void load_keys(const struct batch *batch, const void *const *source, int64_t count, float *keys,
+                      const int element) {
+    int64_t whole_keys = count - count % LANES, whole_dims = batch->head_dim - batch->head_dim % LANES;
+    for (int64_t j = 0; j < whole_keys; j += LANES)
+        for (int64_t i = 0; i < whole_dims; i += LANES) {
+            vector square[LANES];
+#pragma GCC unroll 16
+            for (int row = 0; row < LANES; row++)
+                square[row] = load_vector(element_at(source[j + row], i, element), element);
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int row = 0; row < LANES; row++) store_vector(keys + (i + row) * KEYS + j, square[row], FLOAT32);
+        }
+    for (int64_t i = 0; i < batch->head_dim; i++)
+        for (int64_t j = i < whole_dims ? whole_keys : 0; j < count; j++)
+            keys[i * KEYS + j] = load_element(source[j], i, element);
+    for (int64_t i = 0; count < KEYS && i < batch->head_dim; i++)
+        for (int64_t j = count; j < KEYS; j++) keys[i * KEYS + j] = 0.0f;
+}
+
+/* Scores of every row for KEYS keys: query [rows][head_dim] times keys [head_dim][KEYS]. */
+static void score_keys(const struct batch *batch, const struct tile *tile, const float *query, const float *keys,
+                       float *scores) {
+    for (int64_t column = 0; column < KEYS; column += PANEL)
+        for (int64_t row = 0; row < tile->num_rows; row += TILE_ROWS)
+            multiply_tile((int)smaller(TILE_ROWS, tile->num_rows - row), batch->head_dim, query + row * batch->head_dim,
+                          batch->head_dim, (struct matrix){.first = keys + column, .stride = KEYS}, FLOAT32,
+                          scores + row * KEYS + column, KEYS, 0);
+}
+
+/* Add the values of `count` keys, weighted, to what every row has: weights [rows][KEYS] times values [count][stride].
+ */
+INLINE void add_values(const struct batch *batch, const struct tile *tile, const float *weights,
+                       const void *const *values, int64_t count, float *sums, const int element) {
+    int64_t stride = row_stride(batch);
+    for (int64_t column = 0; column < stride; column += PANEL)
+        for (int64_t row = 0; row < tile->num_rows; row += TILE_ROWS)
+            multiply_tile((int)smaller(TILE_ROWS, tile->num_rows - row), count, weights + row * KEYS, KEYS,
+                          (struct matrix){.rows = values, .column = column}, element, sums + row * stride + column,
+                          stride, 1);
+}
+
+/* The largest of a row's scores and `highest`. */
+INLINE float highest_score(const float *scores, float highest) {
+    float lanes[LANES];
+    vector best = broadcast(highest);
+    for (int j = 0; j < KEYS; j += LANES) {
+        vector some = load_vector(scores + j, FLOAT32);
+        best = choose(some > best, some, best);
+    }
+    store_vector(lanes, best, FLOAT32);
+    for (int lane = 0; lane < LANES; lane++) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    return highest;
+}
+
+/* Turn a row's scores into weights, relative to the largest score of the split so far. Outside [first, end) weights are
+ * zero; a row that sees nothing of the tile is left as it was.
+ */
+static void weigh_row(float *scores, int first, int end, float *maximum, float *weight, float *values,
+                      int64_t num_values) {
+    if (first >= end) {
+        memset(scores, 0, KEYS * sizeof *scores);
+        return;
+    }
+    for (int j = 0; j < first; j++) scores[j] = -INFINITY;
+    for (int j = end; j < KEYS; j++) scores[j] = -INFINITY;
+    float highest = highest_score(scores, *maximum);
+    struct lane_sums sums = {0};
+    for (int j = 0; j < KEYS; j += LANES) {
+        vector score = load_vector(scores + j, FLOAT32);
+        vector some = choose(score == -INFINITY, broadcast(0.0f), exp_vector(score - highest));
+        add_to_lanes(&sums, j, some);
+        store_vector(scores + j, some, FLOAT32);
+    }
+    float keep = exp_float(*maximum - highest);
+    *weight = *weight * keep + total_of(&sums);
+    *maximum = highest;
+    for (int64_t i = 0; i < num_values; i += LANES)
+        store_vector(values + i, load_vector(values + i, FLOAT32) * keep, FLOAT32);
+}
+
+/* Rows that do not fill the last panel are copied into ones that do. */
+INLINE void pad_values(const struct batch *batch, const void **values, int64_t count, float *padded,
+                       const int element) {
+    int64_t stride = row_stride(batch);
+    for (int64_t j = 0; j < count; j++) {
+        float *row = padded + j * stride;
+        for (int64_t i = 0; i < stride; i++) row[i] = i < batch->head_dim ? load_element(values[j], i, element) : 0.0f;
+        values[j] = row;
+    }
+}
+
+/* Pages are too short for the CPU to foresee what is read next, so it is told. */
+INLINE void prefetch_rows(const struct batch *batch, const void *const *rows, int64_t count, int64_t distance) {
+    int64_t row_bytes = batch->head_dim * element_bytes(batch->kv_element);
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t byte = 0; byte < row_bytes; byte += 64)
+            __builtin_prefetch((const char *)element_at(rows[j], distance, batch->kv_element) + byte, 0, 2);
+}
+
+INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int64_t first, struct scratch *scratch,
+                        const int element) {
+    int64_t count = smaller(KEYS, tile->end_key - first), next_count = smaller(KEYS, tile->end_key - first - KEYS);
+    int64_t stride = row_stride(batch), to_value = batch->num_kv_heads * batch->block_size * batch->head_dim;
+    struct partial *split = &scratch->split;
+    const void *rows[KEYS], *next_rows[KEYS];
+    find_keys(batch, tile, first, count, rows);
+    prefetch_rows(batch, rows, count, to_value);
+    load_keys(batch, rows, count, scratch->keys, element);
+    score_keys(batch, tile, scratch->query, scratch->keys, scratch->weights);
+    for (int64_t row = 0; row < tile->num_rows; row++) {
+        int64_t position = position_of(batch, tile, row);
+        weigh_row(scratch->weights + row * KEYS, (int)larger(0, first_visible(batch, position) - first),
+                  (int)smaller(count, position + 1 - first), &split->maximum[row], &split->weight[row],
+                  split->values + row * stride, stride);
+    }
+    if (next_count > 0) {
+        find_keys(batch, tile, first + KEYS, next_count, next_rows);
+        prefetch_rows(batch, next_rows, next_count, 0);
+    }
+    for (int64_t j = 0; j < count; j++) rows[j] = element_at(rows[j], to_value, element);
+    if (stride == batch->head_dim) {
+        add_values(batch, tile, scratch->weights, rows, count, split->values, element);
+    } else {
+        pad_values(batch, rows, count, scratch->values, element);
+        add_values(batch, tile, scratch->weights, rows, count, split->values, FLOAT32);
+    }
+}
+
+static void clear(const struct batch *batch, const struct tile *tile, struct partial *partial) {
+    memset(partial->values, 0, tile->num_rows * row_stride(batch) * sizeof(float));
+    memset(partial->weight, 0, sizeof partial->weight);
+    for (int64_t row = 0; row < tile->num_rows; row++) partial->maximum[row] = -INFINITY;
+}
+
+static void attend_split(const struct batch *batch, const struct tile *tile, int64_t split, struct scratch *scratch) {
+    int64_t begin = larger(split * SPLIT_KEYS, tile->first_key / KEYS * KEYS);
+    int64_t end = smaller((split + 1) * SPLIT_KEYS, tile->end_key);
+    clear(batch, tile, &scratch->split);
+    for (int64_t first = begin; first < end; first += KEYS)
+        if (batch->kv_element == BFLOAT16)
+            attend_keys(batch, tile, first, scratch, BFLOAT16);
+        else
+            attend_keys(batch, tile, first, scratch, FLOAT32);
+}
+
+/* Add what the next split found to what those before it did. */
+static void join(const struct batch *batch, const struct tile *tile, const struct partial *split,
+                 struct partial *total) {
+    int64_t stride = row_stride(batch);
+    for (int64_t row = 0; row < tile->num_rows; row++) {
+        if (split->maximum[row] == -INFINITY) continue;
+        float highest = split->maximum[row] > total->maximum[row] ? split->maximum[row] : total->maximum[row];
+        float keep = exp_float(total->maximum[row] - highest), take = exp_float(split->maximum[row] - highest);
+        float *values = total->values + row * stride;
+        const float *added = split->values + row * stride;
+        for (int64_t i = 0; i < stride; i++) values[i] = values[i] * keep + added[i] * take;
+        total->weight[row] = total->weight[row] * keep + split->weight[row] * take;
+        total->maximum[row] = highest;
+    }
+}
+
+static void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total) {
+    for (int64_t row = 0; row < tile->num_rows; row++) {
+        int64_t token, head;
+        locate_row(batch, tile, row, &token, &head);
+        int64_t first = (token * batch->num_heads + head) * batch->head_dim;
+        for (int64_t i = 0; i < batch->head_dim; i++)
+            store_element(batch->out, first + i, total->values[row * row_stride(batch) + i] / total->weight[row],
+                          batch->element);
+    }
+}
+
+static void attend_tile(const struct batch *batch, int64_t index) {
+    struct tile tile = find_tile(batch, index);
+    struct scratch scratch;
+    struct partial total;
+    load_query(batch, &tile, scratch.query);
+    clear(batch, &tile, &total);
+    for (int64_t split = tile.first_key / SPLIT_KEYS; split * SPLIT_KEYS < tile.end_key; split++) {
+        attend_split(batch, &tile, split, &scratch);
+        join(batch, &tile, &scratch.split, &total);
+    }
+    store_output(batch, &tile, &total);
+}
+
+/* Few tiles with long contexts, for several threads: all splits of all tiles at the same time, then the joining. */
+static void attend_in_splits(const struct batch *batch, int64_t tiles, int64_t splits, struct partial *found,
+                             int num_threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+    for (int64_t task = 0; task < tiles * splits; task++) {
+        struct tile tile = find_tile(batch, task / splits);
+        struct scratch scratch;
+        load_query(batch, &tile, scratch.query);
+        attend_split(batch, &tile, task % splits, &scratch);
+        memcpy(&found[task], &scratch.split, sizeof *found);
+    }
+    for (int64_t index = 0; index < tiles; index++) {
+        struct tile tile = find_tile(batch, index);
+        struct partial total;
+        clear(batch, &tile, &total);
+        for (int64_t split = 0; split < splits; split++) join(batch, &tile, &found[index * splits + split], &total);
+        store_output(batch, &tile, &total);
+    }
+}
+
+/* Returns 0, or -1 without having written anything if a block lies outside the pool. */
+int paged_attention(const void *query, int64_t token_stride, int64_t head_stride, const void *kv, int64_t num_blocks,
+                    int64_t block_stride, void *out, int64_t num_sequences, const int64_t *query_starts,
+                    const int64_t *prefix_lengths, const int64_t *table_starts, const int64_t *blocks,
+                    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window,
+                    float scale, int element, int kv_element, int num_threads) {
+    struct batch batch = {
+        .query = query,
+        .token_stride = token_stride,
+        .head_stride = head_stride,
+        .kv = kv,
+        .block_stride = block_stride,
+        .out = out,
+        .num_sequences = num_sequences,
+        .query_starts = query_starts,
+        .prefix_lengths = prefix_lengths,
+        .table_starts = table_starts,
+        .blocks = blocks,
+        .num_heads = num_heads,
+        .num_kv_heads = num_kv_heads,
+        .head_dim = head_dim,
+        .block_size = block_size,
+        .window = window,
+        .scale = scale,
+        .element = element,
+        .kv_element = kv_element,
+    };
+    for (int64_t i = 0; i < table_starts[num_sequences]; i++)
+        if (blocks[i] < 0 || blocks[i] >= num_blocks) return -1;
+    int64_t tiles = 0, longest = 0;
+    for (int64_t b = 0; b < num_sequences; b++) {
+        tiles += num_tiles(&batch, b);
+        longest = larger(longest, prefix_lengths[b] + query_starts[b + 1] - query_starts[b]);
+    }
+    int64_t splits = ceil_divide(longest, SPLIT_KEYS);
+    if (num_threads > 1 && tiles < 2 * num_threads && splits > 1) {
+        struct partial *found = malloc(tiles * splits * sizeof *found);
+        if (found) {
+            attend_in_splits(&batch, tiles, splits, found, num_threads);
+            free(found);
+            return 0;
+        }
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && tiles > 1)
+    for (int64_t index = 0; index < tiles; index++) attend_tile(&batch, index);
+    return 0;
+}

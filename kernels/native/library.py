@@ -1,0 +1,69 @@
+"""The native library as Python functions. What each does, and what it takes, is said in the C file that defines it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from eagleray.kernels.native.build import NativeUnavailable, build_library
+
+ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vectors.h
+MAX_HEAD_DIM: Final = 256  # in attention.c
+
+_ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS: Final = {
+    "panel_columns": (),
+    "pack_weight": (_ADDRESS, _LONG, _LONG, _INT, _ADDRESS),
+    "linear": (_ADDRESS, _LONG, _ADDRESS, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _INT),
+    "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _INT, _INT),
+    "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
+    "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
+    "paged_attention": (
+        *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
+        *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),
+        *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
+    ),
+}
+_RESULTS: Final = {"panel_columns": _LONG, "rotate_and_store": _INT, "paged_attention": _INT}
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLibrary:
+    """The functions of the C files, by the same names. They release the interpreter's lock."""
+
+    level: str
+    num_threads: int
+    panel_columns: Callable[..., int]
+    pack_weight: Callable[..., None]
+    linear: Callable[..., None]
+    rms_norm: Callable[..., None]
+    silu_and_multiply: Callable[..., None]
+    rotate_and_store: Callable[..., int]
+    paged_attention: Callable[..., int]
+
+
+def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
+    """Compile if necessary and load. Raises ``NativeUnavailable``."""
+    path = build_library(level, cache_folder)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"cannot load {path}: {error}") from None
+    functions = {name: _bind(library, name, arguments) for name, arguments in _ARGUMENTS.items()}
+    return NativeLibrary(level, num_threads, **functions)
+
+
+def _bind(library: ctypes.CDLL, name: str, arguments: Sequence[type[Any]]) -> Callable[..., Any]:
+    function = getattr(library, name)
+    function.argtypes = arguments
+    function.restype = _RESULTS.get(name)
+    return function  # type: ignore[no-any-return]
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,58 @@
+"""Paged attention by the native library, in float32 or bfloat16: the same bits for a token however it was batched."""
+
+from __future__ import annotations
+
+import torch
+
+from eagleray.kernels.native.arguments import check_pool
+from eagleray.kernels.native.library import ELEMENTS, MAX_HEAD_DIM, NativeLibrary
+from eagleray.kernels.paged_attention.plan import AttentionPlan
+
+
+def paged_attention(
+    library: NativeLibrary,
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """See ``api.paged_attention``. Raises ``IndexError`` for a block outside the pool."""
+    check_pool(kv_layer)
+    num_blocks, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    _, num_heads, _ = query.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}; the native kernel takes up to {MAX_HEAD_DIM}")
+    if plan.block_size_tokens != block_size or len(plan.slots_T) != len(query):
+        batch = f"{len(plan.slots_T)} tokens in blocks of {plan.block_size_tokens}"
+        raise ValueError(f"the plan is for {batch}; there are {len(query)} in blocks of {block_size}")
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    out = torch.empty(query.shape, dtype=query.dtype)
+    tables = plan.tables
+    status = library.paged_attention(
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        kv_layer.data_ptr(),
+        num_blocks,
+        kv_layer.stride(0),
+        out.data_ptr(),
+        len(tables.prefix_lengths),
+        tables.query_starts.data_ptr(),
+        tables.prefix_lengths.data_ptr(),
+        tables.table_starts.data_ptr(),
+        tables.block_ids.data_ptr(),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        block_size,
+        sliding_window or 0,
+        scale,
+        ELEMENTS[query.dtype],
+        ELEMENTS[kv_layer.dtype],
+        library.num_threads,
+    )
+    if status != 0:
+        raise IndexError(f"a block table names a block outside the pool of {num_blocks} blocks")
+    return out

@@ -1,0 +1,106 @@
+"""Which implementation of each operation a model uses: decided once, when it is loaded, and passed in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from eagleray.kernels.activation import api as activation
+from eagleray.kernels.activation import native as native_activation
+from eagleray.kernels.linear import native as native_linear
+from eagleray.kernels.linear import onednn
+from eagleray.kernels.linear.api import PrepareLinear
+from eagleray.kernels.linear.reference import TorchLinear
+from eagleray.kernels.native.build import NativeUnavailable, supported_levels
+from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, load_library
+from eagleray.kernels.norm_rope import api as norm_rope
+from eagleray.kernels.norm_rope import native as native_norm_rope
+from eagleray.kernels.norm_rope.head_norms import HeadNorms
+from eagleray.kernels.paged_attention import api as paged_attention
+from eagleray.kernels.paged_attention import native as native_paged_attention
+from eagleray.kernels.paged_attention.plan import AttentionPlan
+
+KernelChoice = Literal["auto", "native", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One implementation of every operation that has several; signatures and meaning as in the ``api`` of each."""
+
+    description: str  # one line, for logs and ``eagleray doctor``
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    rotate_and_store: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, HeadNorms | None], torch.Tensor
+    ]
+    paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
+    silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
+    prepare_linear: PrepareLinear
+
+
+TORCH_KERNELS: Final = Kernels(
+    description="torch",
+    rms_norm=norm_rope.rms_norm,
+    rotate_and_store=norm_rope.rotate_and_store,
+    paged_attention=paged_attention.paged_attention,
+    silu_and_multiply=activation.silu_and_multiply,
+    prepare_linear=TorchLinear,
+)
+
+
+def select_kernels(
+    choice: KernelChoice, dtype: torch.dtype, device: str, num_threads: int, cache_folder: Path | None = None
+) -> Kernels:
+    """The best implementations for computing in ``dtype`` on ``device``, with a KV pool of the same dtype.
+
+    Args:
+        choice: ``"auto"``: native where possible; ``"native"``: that or an error; ``"torch"``: the reference.
+        num_threads: that one operation may use.
+        cache_folder: of compiled libraries; None: the user's.
+
+    Raises:
+        NativeUnavailable: ``"native"`` was chosen and cannot be had, for the reason in the message.
+    """
+    if choice == "torch":
+        return TORCH_KERNELS
+    try:
+        if device != "cpu" or dtype not in ELEMENTS:
+            raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
+        library = load_library(supported_levels()[0], cache_folder or user_cache_folder(), num_threads)
+    except NativeUnavailable as error:
+        if choice == "native":
+            raise
+        return replace(TORCH_KERNELS, description=f"torch ({error})")
+    return native_kernels(library, dtype)
+
+
+def native_kernels(library: NativeLibrary, dtype: torch.dtype) -> Kernels:
+    """All operations by ``library``, and linear layers by whatever is fastest in ``dtype``."""
+    linear_name, prepare_linear = _linear(library, dtype)
+    return Kernels(
+        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
+        rms_norm=partial(native_norm_rope.rms_norm, library),
+        rotate_and_store=partial(native_norm_rope.rotate_and_store, library),
+        paged_attention=partial(native_paged_attention.paged_attention, library),
+        silu_and_multiply=partial(native_activation.silu_and_multiply, library),
+        prepare_linear=prepare_linear,
+    )
+
+
+def _linear(library: NativeLibrary, dtype: torch.dtype) -> tuple[str, PrepareLinear]:
+    if dtype is torch.float32:
+        return "native", partial(native_linear.prepare_linear, library)
+    if onednn.is_available(dtype):
+        return "oneDNN, packed", onednn.prepare_linear
+    return "torch", TorchLinear
+
+
+def user_cache_folder() -> Path:
+    """Where the XDG Base Directory Specification wants such files."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "eagleray" / "kernels"

@@ -1,0 +1,169 @@
+"""The native attention against the torch twin in float64, and against itself however the work was cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from eagleray.kernels.kv_ops.reference import write_kv
+from eagleray.kernels.native.library import NativeLibrary
+from eagleray.kernels.paged_attention import native, reference
+from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
+
+Load = Callable[..., NativeLibrary]
+LONG = 1300  # keys: three splits
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size_tokens: int = 16
+    window: int | None = None
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+class Sequences:
+    """Keys, values and queries of whole sequences, in one layer of a pool where everything unwritten is NaN."""
+
+    def __init__(self, shape: Shape, lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        self.shape, self.lengths = shape, lengths
+        blocks = [-(-length // shape.block_size_tokens) for length in lengths]
+        pool = torch.full(
+            (sum(blocks) + 1, 3, 2, shape.num_kv_heads, shape.block_size_tokens, shape.head_dim), math.nan, dtype=dtype
+        )
+        self.kv_layer = pool[:, 1]
+        free = torch.randperm(len(pool), generator=generator).tolist()
+        self.tables = [[free.pop() for _ in range(count)] for count in blocks]
+        key, value = torch.randn(2, sum(lengths), shape.num_kv_heads, shape.head_dim, generator=generator).to(dtype)
+        write_kv(self.kv_layer, key, value, self.plan(range(len(lengths)), lengths).slots_T)
+        queries = torch.randn(sum(lengths), shape.num_heads, shape.head_dim, generator=generator).to(dtype)
+        self.queries = queries.split(list(lengths))
+
+    def plan(self, chosen: Sequence[int], counts: Sequence[int]) -> AttentionPlan:
+        """The last ``counts`` tokens of the ``chosen`` sequences."""
+        starts = [sum(counts[:index]) for index in range(len(counts) + 1)]
+        prefixes = [self.lengths[b] - count for b, count in zip(chosen, counts, strict=True)]
+        tables = [self.tables[b] for b in chosen]
+        return plan_attention(starts, prefixes, tables, self.shape.block_size_tokens, "cpu")
+
+    def query(self, chosen: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        return torch.cat([self.queries[b][-count:] for b, count in zip(chosen, counts, strict=True)])
+
+    def ours(self, library: NativeLibrary, chosen: Sequence[int], counts: Sequence[int]) -> list[torch.Tensor]:
+        query, plan = self.query(chosen, counts), self.plan(chosen, counts)
+        output = native.paged_attention(library, query, self.kv_layer, plan, self.shape.scale, self.shape.window)
+        return list(output.split(list(counts)))
+
+    def exact(self, chosen: Sequence[int], counts: Sequence[int]) -> list[torch.Tensor]:
+        query, plan = self.query(chosen, counts).double(), self.plan(chosen, counts)
+        output = reference.paged_attention(query, self.kv_layer.double(), plan, self.shape.scale, self.shape.window)
+        return list(output.split(list(counts)))
+
+
+SHAPES = [
+    Shape(),
+    Shape(num_kv_heads=4),
+    Shape(num_heads=10, num_kv_heads=2, head_dim=80),
+    Shape(num_heads=50, num_kv_heads=1, head_dim=16),  # one token's heads fill more than one tile
+    Shape(num_heads=1, num_kv_heads=1, head_dim=12, block_size_tokens=1),
+    Shape(head_dim=256, block_size_tokens=5),
+    Shape(head_dim=3, block_size_tokens=128),
+    Shape(window=1),
+    Shape(window=70),
+    Shape(window=600, block_size_tokens=4),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(library: NativeLibrary, shape: Shape) -> None:
+    lengths, counts = [1, 63, 64, 65, 200, LONG, 300], [1, 1, 1, 1, 30, 2, 300]
+    sequences = Sequences(shape, lengths)
+    chosen = range(len(lengths))
+    for ours, exact in zip(sequences.ours(library, chosen, counts), sequences.exact(chosen, counts), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_in_bfloat16_is_off_by_the_rounding_of_its_output_alone(library: NativeLibrary, window: int | None) -> None:
+    sequences = Sequences(Shape(window=window, head_dim=80), [130, LONG], torch.bfloat16)
+    ours, exact = sequences.ours(library, [0, 1], [130, 5]), sequences.exact([0, 1], [130, 5])
+    for found, expected in zip(ours, exact, strict=True):
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_reads_a_bfloat16_cache_with_a_float32_query(library: NativeLibrary) -> None:
+    sequences = Sequences(Shape(), [90, 7], torch.bfloat16)
+    sequences.queries = tuple(query.float() for query in sequences.queries)
+    ours, exact = sequences.ours(library, [0, 1], [1, 7]), sequences.exact([0, 1], [1, 7])
+    for found, expected in zip(ours, exact, strict=True):
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_takes_queries_as_a_view_of_a_wider_row(load: Load) -> None:
+    sequences = Sequences(Shape(), [40, 90])
+    query, plan = sequences.query([0, 1], [40, 1]), sequences.plan([0, 1], [40, 1])
+    rows = torch.cat((query, torch.full((41, 3, 64), math.nan)), dim=1)[:, :4]
+    assert not rows.is_contiguous()
+    outputs = [native.paged_attention(load(), q, sequences.kv_layer, plan, 0.2, None) for q in (query, rows)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [Shape(), Shape(num_heads=6, head_dim=80), Shape(window=100)], ids=str)
+def test_a_token_gets_the_same_bits_alone_in_a_batch_and_in_any_chunk(
+    library: NativeLibrary, shape: Shape, dtype: torch.dtype
+) -> None:
+    lengths = [100, LONG, 530, 64]
+    sequences = Sequences(shape, lengths, dtype)
+    whole = [sequences.ours(library, [b], [length])[0] for b, length in enumerate(lengths)]
+    for counts in ([1, 1, 1, 1], [7, 1, 40, 64], [100, 900, 1, 2]):
+        for b, output in enumerate(sequences.ours(library, range(4), counts)):
+            assert torch.equal(output, whole[b][-counts[b] :]), (b, counts)
+
+
+def test_the_number_of_threads_changes_nothing(load: Load) -> None:
+    sequences = Sequences(Shape(), [LONG, 3000, 40])
+    for chosen, counts in (([0], [1]), ([1], [20]), ([0, 1, 2], [1, 700, 40])):
+        one, two, many = (sequences.ours(load(num_threads=count), chosen, counts) for count in (1, 2, 5))
+        for b in range(len(chosen)):
+            assert torch.equal(one[b], two[b])
+            assert torch.equal(one[b], many[b])
+
+
+def test_a_block_outside_the_pool_is_an_error_not_a_wild_read(load: Load) -> None:
+    sequences = Sequences(Shape(), [40])
+    for outside in (-1, len(sequences.kv_layer)):
+        sequences.tables[0][1] = outside
+        with pytest.raises(IndexError, match="outside the pool"):
+            sequences.ours(load(), [0], [1])
+
+
+def test_a_pool_whose_pages_are_not_contiguous_is_refused(load: Load) -> None:
+    sequences = Sequences(Shape(), [40])
+    sequences.kv_layer = sequences.kv_layer.transpose(3, 4).contiguous().transpose(3, 4)
+    with pytest.raises(ValueError, match="contiguous pool"):
+        sequences.ours(load(), [0], [1])
+
+
+def test_a_plan_of_another_batch_or_pool_is_refused(load: Load) -> None:
+    sequences, other = Sequences(Shape(), [40]), Sequences(Shape(block_size_tokens=8), [40])
+    for plan in (sequences.plan([0], [2]), other.plan([0], [1])):
+        with pytest.raises(ValueError, match="the plan is for"):
+            native.paged_attention(load(), sequences.query([0], [1]), sequences.kv_layer, plan, 0.2, None)
+
+
+def test_a_head_that_is_too_long_is_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match="head_dim is 257"):
+        Sequences(Shape(head_dim=257), [4]).ours(load(), [0], [1])

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagleray.kernels import select
+from eagleray.kernels.native import build
+from eagleray.kernels.native.build import NativeUnavailable, build_library, supported_levels
+from eagleray.kernels.native.library import load_library
+from eagleray.kernels.select import TORCH_KERNELS, select_kernels
+
+LEVEL = "portable" if "portable" in supported_levels() else supported_levels()[0]
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+def write_compiler(folder: Path, script: str) -> Path:
+    compiler = folder / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def only_compiler(monkeypatch: pytest.MonkeyPatch, compiler: Path | None) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(compiler) if compiler and name == "cc" else None)
+
+
+def test_without_a_compiler_torch_serves_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    only_compiler(monkeypatch, None)
+    kernels = select_kernels("auto", torch.float32, "cpu", 1, tmp_path)
+    assert kernels.prepare_linear is TORCH_KERNELS.prepare_linear
+    assert kernels.description.startswith("torch (no C compiler")
+    with pytest.raises(NativeUnavailable, match="no C compiler"):
+        select_kernels("native", torch.float32, "cpu", 1, tmp_path)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    only_compiler(monkeypatch, write_compiler(tmp_path, "echo 'x.c:1: error: no such thing' >&2; exit 1"))
+    with pytest.raises(NativeUnavailable, match="error: no such thing"):
+        build_library(LEVEL, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_builds_for_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc")} "$@"'
+    only_compiler(monkeypatch, write_compiler(tmp_path, script))
+    assert load_library(LEVEL, tmp_path / "cache", num_threads=2).panel_columns() > 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NativeUnavailable, match=r"cannot write to .*file/cache"):
+        build_library(LEVEL, tmp_path / "file" / "cache")
+
+
+@needs_compiler
+def test_is_compiled_once_even_when_several_begin_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        paths = set(threads.map(lambda _: build_library(LEVEL, tmp_path), range(3)))
+    assert list(tmp_path.iterdir()) == list(paths)
+    only_compiler(monkeypatch, None)
+    assert {build_library(LEVEL, tmp_path)} == paths
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float16, "cpu"), (torch.float32, "cuda")])
+def test_what_the_library_cannot_compute_falls_to_torch(dtype: torch.dtype, device: str, tmp_path: Path) -> None:
+    assert select_kernels("auto", dtype, device, 1, tmp_path).description.startswith("torch (the native library")
+
+
+def test_torch_can_be_chosen(tmp_path: Path) -> None:
+    assert select_kernels("torch", torch.float32, "cpu", 1, tmp_path) is TORCH_KERNELS
+
+
+def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert select.user_cache_folder() == tmp_path / "eagleray" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray" / "kernels"

@@ -1,0 +1,52 @@
+"""Pools of machines with AVX2 and with AVX-512 serve one request together: they must compute the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from eagleray.kernels.activation.native import silu_and_multiply
+from eagleray.kernels.linear.native import prepare_linear
+from eagleray.kernels.native.build import supported_levels
+from eagleray.kernels.native.library import NativeLibrary
+from eagleray.kernels.norm_rope.native import rms_norm, rotate_and_store
+from eagleray.kernels.paged_attention.native import paged_attention
+from eagleray.kernels.paged_attention.plan import plan_attention
+
+Compute = Callable[[NativeLibrary], torch.Tensor]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def linear(library: NativeLibrary) -> torch.Tensor:
+    return prepare_linear(library, random(100, 700), random(100))(random(20, 700))
+
+
+def norm(library: NativeLibrary) -> torch.Tensor:
+    return rms_norm(library, random(20, 700), random(700), 1e-5)
+
+
+def gate(library: NativeLibrary) -> torch.Tensor:
+    return silu_and_multiply(library, random(20, 700))
+
+
+def rotation(library: NativeLibrary) -> torch.Tensor:
+    pool, angles = torch.zeros(2, 2, 2, 16, 64), random(20, 64)
+    query = rotate_and_store(library, random(20, 8, 64), angles.cos(), angles.sin(), pool, torch.arange(20), None)
+    return torch.cat((query.flatten(), pool.flatten()))
+
+
+def attention(library: NativeLibrary) -> torch.Tensor:
+    plan = plan_attention([0, 30, 31], [700, 250], [range(46), range(46, 62)], 16, "cpu")
+    return paged_attention(library, random(31, 4, 80), random(62, 2, 2, 16, 80), plan, 0.1, None)
+
+
+@pytest.mark.parametrize("compute", [linear, norm, gate, rotation, attention])
+def test_avx2_and_avx512_agree_bit_for_bit(load: Callable[..., NativeLibrary], compute: Compute) -> None:
+    if not {"avx512", "avx2"} <= set(supported_levels()):
+        pytest.skip("this machine has no AVX-512")
+    assert torch.equal(compute(load("avx512")), compute(load("avx2")))
