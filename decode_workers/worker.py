@@ -22,15 +22,4 @@ def build_decode_worker(parts: WorkerParts, transports: list[Transport]) -> Work
     def new_hand_over(schedule: Schedule) -> ReaderHandOver:
         return ReaderHandOver(parts.region(), receiver, schedule)
 
-    return Worker(
-        parts.worker_id,
-        Role.DECODE,
-        parts.epoch,
-        engine,
-        new_hand_over,
-        parts.clock,
-        model_identity=parts.executor.model_identity,
-        config=parts.engine,
-        host=parts.host,
-        cache_listener=parts.cache_listener,
-    )
+    return parts.assemble(Role.DECODE, engine, new_hand_over)

@@ -22,15 +22,4 @@ def build_prefill_worker(parts: WorkerParts) -> Worker:
     def new_hand_over(schedule: Schedule) -> SourceHandOver:
         return SourceHandOver(new_source, schedule)
 
-    return Worker(
-        parts.worker_id,
-        Role.PREFILL,
-        parts.epoch,
-        engine,
-        new_hand_over,
-        parts.clock,
-        model_identity=parts.executor.model_identity,
-        config=parts.engine,
-        host=parts.host,
-        cache_listener=parts.cache_listener,
-    )
+    return parts.assemble(Role.PREFILL, engine, new_hand_over)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,11 +10,13 @@ from eagleray.core.clock import Clock
 from eagleray.core.config import EngineConfig, TransferConfig
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
-from eagleray.engine.engine import EngineExecutor
+from eagleray.core.snapshot import Role
+from eagleray.engine.engine import Engine, EngineExecutor
 from eagleray.engine.outputs import TextStreamFactory
 from eagleray.engine.scheduling.plan import StepHandle, StepPlan
 from eagleray.kv_transfer.transport import BlockStore
-from eagleray.workers.worker import CacheListener
+from eagleray.workers.hand_over import HandOver, Schedule
+from eagleray.workers.worker import CacheListener, Worker
 
 
 class WorkerKV(BlockStore, Protocol):
@@ -60,4 +62,19 @@ class WorkerParts:
             group_offsets=tuple(executor.kv.group_offsets),
             address=f"{self.host}:0",
             shared_memory=executor.kv.shared_memory_ref(),
+        )
+
+    def assemble(self, role: Role, engine: Engine, new_hand_over: Callable[[Schedule], HandOver]) -> Worker:
+        """The worker, not started yet."""
+        return Worker(
+            self.worker_id,
+            role,
+            self.epoch,
+            engine,
+            new_hand_over,
+            self.clock,
+            model_identity=self.executor.model_identity,
+            config=self.engine,
+            host=self.host,
+            cache_listener=self.cache_listener,
         )
