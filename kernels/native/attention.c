@@ -1,6 +1,6 @@
-/* Causal attention over paged KV for decode and prefill alike, by the online softmax of Milakov and Gimelshein (arXiv
- * 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that Flash-Decoding computes in
- * parallel.
+/* Attention over paged KV for prefill, decode and the verification of drafts alike, by the online softmax of Milakov and
+ * Gimelshein (arXiv 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that
+ * Flash-Decoding computes in parallel.
  *
  * What a token gets depends on its own sequence alone, bit for bit: not on how the sequence was cut into steps, not on
  * the rest of the batch, not on the number of threads. For that, tiles and splits of the keys begin at fixed positions
@@ -9,37 +9,16 @@
  */
 #include <stdlib.h>
 
+#include "attention.h"
 #include "products.h"
 #include "transpose.h"
 
 enum {
     KEYS = 64,          /* positions in one tile of keys */
     SPLIT_TILES = 8,    /* tiles whose softmax runs on before it is joined to what came before */
-    QUERY_ROWS = 48,    /* rows of one tile of queries: a row is one token and one of the heads that share a KV head */
+    QUERY_ROWS = 48,    /* of one tile of queries */
     MAX_HEAD_DIM = 256, /* and a multiple of PANEL on every CPU */
     SPLIT_KEYS = KEYS * SPLIT_TILES,
-};
-
-struct batch {
-    const void *query; /* [tokens, num_heads, head_dim] */
-    int64_t token_stride, head_stride;
-    const void *kv; /* [blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride elements apart */
-    int64_t block_stride;
-    void *out; /* [tokens, num_heads, head_dim], contiguous */
-    int64_t num_sequences;
-    const int64_t *query_starts;   /* [num_sequences + 1] */
-    const int64_t *prefix_lengths; /* [num_sequences] */
-    const int64_t *table_starts;   /* [num_sequences + 1], in blocks */
-    const int64_t *blocks;
-    int64_t num_heads, num_kv_heads, head_dim, block_size, window; /* no window: 0 */
-    float scale;
-    int element, kv_element;
-};
-
-/* A tile of queries: rows that read the same KV head, of consecutive tokens. */
-struct tile {
-    int64_t sequence, kv_head, first_row, num_rows;
-    int64_t first_key, end_key; /* that any of its rows sees */
 };
 
 /* The softmax of every row of a tile so far: values weighted by exp(score - maximum), and the sum of the weights. */
@@ -56,43 +35,7 @@ struct scratch {
     struct partial split;
 };
 
-INLINE int64_t group_size(const struct batch *batch) { return batch->num_heads / batch->num_kv_heads; }
 INLINE int64_t row_stride(const struct batch *batch) { return ceil_divide(batch->head_dim, PANEL) * PANEL; }
-
-INLINE int64_t num_tiles(const struct batch *batch, int64_t sequence) {
-    int64_t num_tokens = batch->query_starts[sequence + 1] - batch->query_starts[sequence];
-    return ceil_divide(num_tokens * group_size(batch), QUERY_ROWS) * batch->num_kv_heads;
-}
-
-/* Position in its sequence of a row's token. */
-INLINE int64_t position_of(const struct batch *batch, const struct tile *tile, int64_t row) {
-    return batch->prefix_lengths[tile->sequence] + (tile->first_row + row) / group_size(batch);
-}
-
-INLINE int64_t first_visible(const struct batch *batch, int64_t position) {
-    return batch->window ? larger(0, position - batch->window + 1) : 0;
-}
-
-/* Number `index` of the tiles of all sequences, counted sequence by sequence. */
-static struct tile find_tile(const struct batch *batch, int64_t index) {
-    struct tile tile = {0};
-    while (index >= num_tiles(batch, tile.sequence)) index -= num_tiles(batch, tile.sequence++);
-    int64_t num_tokens = batch->query_starts[tile.sequence + 1] - batch->query_starts[tile.sequence];
-    int64_t num_rows = num_tokens * group_size(batch);
-    tile.kv_head = index % batch->num_kv_heads;
-    tile.first_row = index / batch->num_kv_heads * QUERY_ROWS;
-    tile.num_rows = smaller(QUERY_ROWS, num_rows - tile.first_row);
-    tile.first_key = first_visible(batch, position_of(batch, &tile, 0));
-    tile.end_key = position_of(batch, &tile, tile.num_rows - 1) + 1;
-    return tile;
-}
-
-/* Index in the query and in the output of a row's token and head. */
-INLINE void locate_row(const struct batch *batch, const struct tile *tile, int64_t row, int64_t *token, int64_t *head) {
-    int64_t index = tile->first_row + row;
-    *token = batch->query_starts[tile->sequence] + index / group_size(batch);
-    *head = tile->kv_head * group_size(batch) + index % group_size(batch);
-}
 
 static void load_query(const struct batch *batch, const struct tile *tile, float *query) {
     for (int64_t row = 0; row < tile->num_rows; row++) {
@@ -101,18 +44,6 @@ static void load_query(const struct batch *batch, const struct tile *tile, float
         int64_t first = token * batch->token_stride + head * batch->head_stride;
         for (int64_t i = 0; i < batch->head_dim; i++)
             query[row * batch->head_dim + i] = load_element(batch->query, first + i, batch->element) * batch->scale;
-    }
-}
-
-/* Where the keys of `count` positions from `first` begin. Their values lie num_kv_heads pages further. */
-static void find_keys(const struct batch *batch, const struct tile *tile, int64_t first, int64_t count,
-                      const void **keys) {
-    const int64_t *table = batch->blocks + batch->table_starts[tile->sequence];
-    int64_t index = first / batch->block_size, offset = first % batch->block_size;
-    for (int64_t j = 0; j < count; index++, offset = 0) {
-        int64_t row = table[index] * batch->block_stride + tile->kv_head * batch->block_size * batch->head_dim;
-        for (; offset < batch->block_size && j < count; offset++, j++)
-            keys[j] = element_at(batch->kv, row + offset * batch->head_dim, batch->kv_element);
     }
 }
 
@@ -172,6 +103,14 @@ INLINE float highest_score(const float *scores, float highest) {
     return highest;
 }
 
+/* Of a row of a tree: scores of keys that it does not see, and the range of those that it does. */
+static void hide_keys(float *scores, uint64_t visible, int64_t *begin, int64_t *end) {
+    *begin = visible ? __builtin_ctzll(visible) : KEYS;
+    *end = visible ? KEYS - __builtin_clzll(visible) : 0;
+    for (int64_t j = *begin; j < *end; j++)
+        if (!(visible >> j & 1)) scores[j] = -INFINITY;
+}
+
 /* Turn a row's scores into weights, relative to the largest score of the split so far. Outside [first, end) weights are
  * zero; a row that sees nothing of the tile is left as it was.
  */
@@ -228,9 +167,11 @@ INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int6
     load_keys(batch, rows, count, scratch->keys, element);
     score_keys(batch, tile, scratch->query, scratch->keys, scratch->weights);
     for (int64_t row = 0; row < tile->num_rows; row++) {
-        int64_t position = position_of(batch, tile, row);
-        weigh_row(scratch->weights + row * KEYS, (int)larger(0, first_visible(batch, position) - first),
-                  (int)smaller(count, position + 1 - first), &split->maximum[row], &split->weight[row],
+        int64_t begin = larger(0, first_visible(batch, tile, row) - first);
+        int64_t end = smaller(count, slot_of(batch, tile, row) + 1 - first);
+        if (tile->is_tree)
+            hide_keys(scratch->weights + row * KEYS, visible_in_tree(batch, tile, row, first), &begin, &end);
+        weigh_row(scratch->weights + row * KEYS, (int)begin, (int)end, &split->maximum[row], &split->weight[row],
                   split->values + row * stride, stride);
     }
     if (next_count > 0) {
@@ -327,8 +268,9 @@ static void attend_in_splits(const struct batch *batch, int64_t tiles, int64_t s
 int paged_attention(const void *query, int64_t token_stride, int64_t head_stride, const void *kv, int64_t num_blocks,
                     int64_t block_stride, void *out, int64_t num_sequences, const int64_t *query_starts,
                     const int64_t *prefix_lengths, const int64_t *table_starts, const int64_t *blocks,
-                    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window,
-                    float scale, int element, int kv_element, int num_threads) {
+                    const int64_t *tree_masks, const int64_t *tree_depths, int64_t num_heads, int64_t num_kv_heads,
+                    int64_t head_dim, int64_t block_size, int64_t window, float scale, int element, int kv_element,
+                    int num_threads) {
     struct batch batch = {
         .query = query,
         .token_stride = token_stride,
@@ -341,6 +283,8 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
         .prefix_lengths = prefix_lengths,
         .table_starts = table_starts,
         .blocks = blocks,
+        .tree_masks = tree_masks,
+        .tree_depths = tree_depths,
         .num_heads = num_heads,
         .num_kv_heads = num_kv_heads,
         .head_dim = head_dim,
@@ -349,6 +293,7 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
         .scale = scale,
         .element = element,
         .kv_element = kv_element,
+        .tile_rows = QUERY_ROWS,
     };
     for (int64_t i = 0; i < table_starts[num_sequences]; i++)
         if (blocks[i] < 0 || blocks[i] >= num_blocks) return -1;

@@ -25,7 +25,7 @@ _ARGUMENTS: Final = {
     "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
     "paged_attention": (
         *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
-        *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),
+        *[_ADDRESS] * 6,
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
     ),
 }

@@ -6,14 +6,17 @@ import torch
 
 from eagleray.kernels.paged_attention import reference
 from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
+from eagleray.kernels.paged_attention.tree import TreeRun, tree_run
 
-__all__ = ["AttentionPlan", "paged_attention", "plan_attention"]
+__all__ = ["AttentionPlan", "TreeRun", "paged_attention", "plan_attention", "tree_run"]
 
 
 def paged_attention(
     query: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, sliding_window: int | None
 ) -> torch.Tensor:
     """Causal attention of the step's tokens to everything before them in their own sequence, and themselves.
+
+    Tokens of a tree see its prefix, their ancestors and themselves instead (``tree.tree_run``).
 
     Keys and values come from the cache alone, also those of the step's own tokens: write them first
     (``kv_ops.api.write_kv``). So it makes no difference how a sequence was cut into steps.

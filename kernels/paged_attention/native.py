@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from eagleray.kernels.native.arguments import check_pool
-from eagleray.kernels.native.library import ELEMENTS, MAX_HEAD_DIM, NativeLibrary
+from eagleray.kernels.native.library import ELEMENTS, MAX_HEAD_DIM, NativeLibrary, address
 from eagleray.kernels.paged_attention.plan import AttentionPlan
 
 
@@ -43,6 +43,8 @@ def paged_attention(
         tables.prefix_lengths.data_ptr(),
         tables.table_starts.data_ptr(),
         tables.block_ids.data_ptr(),
+        address(tables.tree_masks),
+        address(tables.tree_depths),
         num_heads,
         num_kv_heads,
         head_dim,

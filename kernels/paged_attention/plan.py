@@ -13,6 +13,8 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
+from eagleray.kernels.paged_attention.tree import TreeRun
+
 # Up to this many blocks, padding a short sequence costs less than a second batched operation.
 _SMALL_TABLE_BLOCKS = 16
 
@@ -30,16 +32,17 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class QueryRun:
-    """Several consecutive query tokens of one sequence."""
+    """Several query tokens of one sequence, consecutive unless they form a tree."""
 
     row_start: int  # of its first token in the query
     row_end: int
     prefix_length: int  # keys computed before the run
     block_table_N: torch.Tensor  # int64
+    tree: TreeRun | None
 
     @property
     def length(self) -> int:
-        """Keys that the last token of the run attends to."""
+        """Keys computed when the run is."""
         return self.prefix_length + self.row_end - self.row_start
 
 
@@ -51,6 +54,8 @@ class SequenceTables:
     prefix_lengths: torch.Tensor  # [B]: keys computed before
     table_starts: torch.Tensor  # [B + 1]: and block_ids[table_starts[b] : table_starts[b + 1]]
     block_ids: torch.Tensor
+    tree_masks: torch.Tensor | None  # [T]: of trees as in TreeRun, 0 for other rows; None: there is no tree
+    tree_depths: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class AttentionPlan:
     slots_T: torch.Tensor  # int64: block_id * block_size + offset of every new token
     tables: SequenceTables
     block_size_tokens: int
+    trees: tuple[TreeRun | None, ...]  # per sequence; None: each token sees those before it
 
     @cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
@@ -74,8 +80,8 @@ class AttentionPlan:
         """The sequences with several query tokens."""
         starts, prefixes, tables = self._sequences()
         return tuple(
-            QueryRun(start, end, prefix, torch.tensor(table, device=self.slots_T.device))
-            for (start, end), prefix, table in zip(pairwise(starts), prefixes, tables, strict=True)
+            QueryRun(start, end, prefix, torch.tensor(table, device=self.slots_T.device), tree)
+            for (start, end), prefix, table, tree in zip(pairwise(starts), prefixes, tables, self.trees, strict=True)
             if end - start > 1
         )
 
@@ -92,6 +98,7 @@ def plan_attention(
     block_tables: Sequence[Sequence[int]],
     block_size_tokens: int,
     device: torch.device | str,
+    trees: Sequence[TreeRun | None] | None = None,
 ) -> AttentionPlan:
     """Prepare one step.
 
@@ -102,9 +109,12 @@ def plan_attention(
             block_size)``. Blocks beyond the last new token are ignored.
         block_size_tokens: tokens per block.
         device: where the KV pool lies.
+        trees: [B] for sequences whose tokens of this step are a tree of drafts, from ``tree.tree_run``; None where
+            each token follows the one before it.
 
     Raises:
-        ValueError: a sequence has no query token, or its block table does not reach its last token.
+        ValueError: a sequence has no query token, its block table does not reach its last token, or its tree has
+            another number of tokens.
     """
     counts = [end - start for start, end in pairwise(query_starts)]
     tables: list[Sequence[int]] = []
@@ -116,6 +126,11 @@ def plan_attention(
             raise ValueError(f"sequence {index} needs {needed_blocks} blocks, its table has {len(table)}")
         tables.append(table[:needed_blocks])
 
+    trees = tuple(trees) if trees is not None else (None,) * len(counts)
+    for index, (count, tree) in enumerate(zip(counts, trees, strict=True)):
+        if tree is not None and len(tree.masks) != count:
+            raise ValueError(f"sequence {index} has {count} query tokens, its tree has {len(tree.masks)}")
+
     def integers(values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=device)
 
@@ -126,8 +141,11 @@ def plan_attention(
             prefix_lengths=integers(query_positions_start),
             table_starts=integers(accumulate(map(len, tables), initial=0)),
             block_ids=integers(chain.from_iterable(tables)),
+            tree_masks=integers(_tree_masks(counts, trees)) if any(trees) else None,
+            tree_depths=integers(_tree_depths(counts, trees)) if any(trees) else None,
         ),
         block_size_tokens=block_size_tokens,
+        trees=trees,
     )
 
 
@@ -140,6 +158,17 @@ def _slots(
         for count, prefix, table in zip(counts, prefixes, tables, strict=True)
         for position in range(prefix, prefix + count)
     ]
+
+
+def _tree_masks(counts: Sequence[int], trees: Sequence[TreeRun | None]) -> list[int]:
+    """As int64, where bit 63 is the sign."""
+    masks = chain.from_iterable(tree.masks if tree else [0] * count for count, tree in zip(counts, trees, strict=True))
+    return [mask - (mask >> 63 << 64) for mask in masks]
+
+
+def _tree_depths(counts: Sequence[int], trees: Sequence[TreeRun | None]) -> list[int]:
+    parts = (tree.depths if tree else [0] * count for count, tree in zip(counts, trees, strict=True))
+    return list(chain.from_iterable(parts))
 
 
 def _decode_groups(

@@ -54,30 +54,35 @@ def _decode(
 def _attend_run(
     query: torch.Tensor, kv_layer: torch.Tensor, run: QueryRun, scale: float, sliding_window: int | None
 ) -> torch.Tensor:
-    """Consecutive tokens of one sequence: [T, H, D] -> [T, H, D]."""
+    """Several tokens of one sequence: [T, H, D] -> [T, H, D]."""
     num_tokens, num_heads, head_dim = query.shape
     pages = _gather(kv_layer, run.block_table_N[None])[0, :, :, : run.length]
     key, value = pages.to(query.dtype).unbind(0)  # [HKV, S, D]
     group_size = num_heads // key.shape[0]
-    is_plain_causal = run.prefix_length == 0 and sliding_window is None
+    is_plain_causal = run.prefix_length == 0 and sliding_window is None and run.tree is None
     output = scaled_dot_product_attention(
         query.view(num_tokens, -1, group_size, head_dim).permute(1, 2, 0, 3),  # [HKV, G, T, D]
         key[:, None].expand(-1, group_size, -1, -1),
         value[:, None].expand(-1, group_size, -1, -1),
-        attn_mask=None if is_plain_causal else _causal_mask(run, sliding_window, query.device),
+        attn_mask=None if is_plain_causal else _visible_keys(run, sliding_window, query.device),
         is_causal=is_plain_causal,
         scale=scale,
     )
     return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
 
-def _causal_mask(run: QueryRun, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+def _visible_keys(run: QueryRun, sliding_window: int | None, device: torch.device) -> torch.Tensor:
     """[T, S] bool: which keys each query token of the run sees. A window counts the token itself."""
     key_positions = torch.arange(run.length, device=device)
-    query_positions = torch.arange(run.prefix_length, run.length, device=device)[:, None]
-    is_visible = key_positions <= query_positions
+    is_visible = key_positions <= key_positions[run.prefix_length :, None]
+    if run.tree is not None:
+        tokens = range(len(run.tree.masks))
+        is_visible[:, run.prefix_length :] = torch.tensor(
+            [[bool(mask >> token & 1) for token in tokens] for mask in run.tree.masks], device=device
+        )
+        key_positions[run.prefix_length :] = run.prefix_length + torch.tensor(run.tree.depths, device=device)
     if sliding_window is not None:
-        is_visible &= key_positions > query_positions - sliding_window
+        is_visible &= key_positions > key_positions[run.prefix_length :, None] - sliding_window
     return is_visible
 
 
