@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 
 from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
+from eagleray.kernels.kv_ops import api as kv_ops
+from eagleray.kernels.kv_ops import native as native_kv_ops
 from eagleray.kernels.linear import native as native_linear
 from eagleray.kernels.linear import onednn
 from eagleray.kernels.linear.api import PrepareLinear
@@ -25,6 +27,9 @@ from eagleray.kernels.norm_rope.head_norms import HeadNorms
 from eagleray.kernels.paged_attention import api as paged_attention
 from eagleray.kernels.paged_attention import native as native_paged_attention
 from eagleray.kernels.paged_attention.plan import AttentionPlan
+from eagleray.kernels.sampling import api as sampling
+from eagleray.kernels.sampling import native as native_sampling
+from eagleray.kernels.sampling.batch import SamplingBatch
 
 KernelChoice = Literal["auto", "native", "torch"]
 
@@ -41,6 +46,8 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
     silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
     prepare_linear: PrepareLinear
+    sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
+    copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
 
 
 TORCH_KERNELS: Final = Kernels(
@@ -50,6 +57,8 @@ TORCH_KERNELS: Final = Kernels(
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
     prepare_linear=TorchLinear,
+    sample_tokens=sampling.sample_tokens,
+    copy_blocks=kv_ops.copy_blocks,
 )
 
 
@@ -89,6 +98,8 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype) -> Kernels:
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
         prepare_linear=prepare_linear,
+        sample_tokens=partial(native_sampling.sample_tokens, library),
+        copy_blocks=partial(native_kv_ops.copy_blocks, library),
     )
 
 

@@ -105,7 +105,7 @@ def build_executor(
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
     return LocalExecutor(
-        ModelRunner(decoder, kv, host_kv, device),
+        ModelRunner(decoder, kv, host_kv, device, kernels),
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,

@@ -13,7 +13,7 @@ from eagleray.engine.execution.batch import PromptLogprobRows, build_batch, prom
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.sampler import sample_runs, score_tokens
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
-from eagleray.kernels.kv_ops.api import copy_blocks
+from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
 
 _SCORED_ROWS: Final = 64  # prompt positions whose logits exist at one time: bounds their memory
@@ -22,11 +22,12 @@ _SCORED_ROWS: Final = 64  # prompt positions whose logits exist at one time: bou
 class ModelRunner:
     """Computes steps on one model and its KV pools, in the calling thread. Not thread-safe."""
 
-    def __init__(self, model: Decoder, kv: KVTensors, host_kv: KVTensors | None, device: str) -> None:
+    def __init__(self, model: Decoder, kv: KVTensors, host_kv: KVTensors | None, device: str, kernels: Kernels) -> None:
         self._model = model
         self._kv = kv
         self._host_kv = host_kv
         self._device = device
+        self._kernels = kernels
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -50,8 +51,8 @@ class ModelRunner:
             raise ValueError("a plan that swaps needs host blocks: engine.num_host_blocks is 0")
         for group in self._kv.layout.groups:
             device_pool, host_pool = self._kv.group(group.name), self._host_kv.group(group.name)
-            copy_blocks(device_pool, host_pool, _pairs(plan.swap_out))
-            copy_blocks(host_pool, device_pool, _pairs(plan.swap_in))
+            self._kernels.copy_blocks(device_pool, host_pool, _pairs(plan.swap_out))
+            self._kernels.copy_blocks(host_pool, device_pool, _pairs(plan.swap_in))
 
     def _sample(
         self, hidden: Tensor, runs: Sequence[ScheduledRun], run_starts: Sequence[int]
@@ -62,7 +63,8 @@ class ModelRunner:
         if not sampling:
             return {}
         last_rows = torch.tensor([row for _, row in sampling], device=self._device)
-        return sample_runs(self._model.compute_logits(hidden[last_rows]), [run for run, _ in sampling])
+        logits = self._model.compute_logits(hidden[last_rows])
+        return sample_runs(logits, [run for run, _ in sampling], self._kernels.sample_tokens)
 
     def _score_prompt(self, hidden: Tensor, wanted: PromptLogprobRows) -> list[TokenLogprobs]:
         scored: list[TokenLogprobs] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -11,15 +11,18 @@ from torch import Tensor
 from eagleray.core.messages import TokenLogprobs
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.scheduling.plan import SampledToken, ScheduledRun
-from eagleray.kernels.sampling.api import compute_logprobs, sample_tokens
+from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
 _FORBIDDEN: Final = float("-inf")
 _FORBIDDING_BIAS: Final = -100.0  # OpenAI: "values like -100 or 100 should result in a ban or exclusive selection"
 
 
-def sample_runs(logits: Tensor, runs: Sequence[ScheduledRun]) -> dict[str, SampledToken]:
-    """Choose the next token of each run that samples. ``logits`` are float32 [len(runs), V]; results by request id."""
+def sample_runs(
+    logits: Tensor, runs: Sequence[ScheduledRun], sample_tokens: Callable[[Tensor, SamplingBatch], Tensor]
+) -> dict[str, SampledToken]:
+    """Choose the next token of each run that samples. ``logits`` are float32 [len(runs), V]; results by request id.
+    ``sample_tokens`` is that of the kernels that were selected."""
     token_ids = sample_tokens(logits, build_sampling_batch(runs, logits.shape[1], str(logits.device)))
     rows = [row for row, run in enumerate(runs) if run.spec.sampling.logprobs is not None]
     logprobs: dict[int, TokenLogprobs] = {}

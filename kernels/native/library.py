@@ -28,8 +28,11 @@ _ARGUMENTS: Final = {
         *[_ADDRESS] * 6,
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
     ),
+    "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
+    "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 6, _LONG, _INT),
+    "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
 }
-_RESULTS: Final = {"panel_columns": _LONG, "rotate_and_store": _INT, "paged_attention": _INT}
+_RESULTS: Final = {"panel_columns": _LONG, "rotate_and_store": _INT, "paged_attention": _INT, "sample_rows": _INT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,9 @@ class NativeLibrary:
     silu_and_multiply: Callable[..., None]
     rotate_and_store: Callable[..., int]
     paged_attention: Callable[..., int]
+    argmax_rows: Callable[..., None]
+    sample_rows: Callable[..., int]
+    copy_blocks: Callable[..., None]
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:

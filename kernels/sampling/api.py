@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eagleray.kernels.sampling.batch import Logprobs, SamplingBatch
-from eagleray.kernels.sampling.reference import add_bias, apply_penalties, ranking_keys, sample_random
+from eagleray.kernels.sampling.reference import adjust, ranking_keys, sample_random
 
 
 def sample_tokens(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -22,12 +22,7 @@ def sample_tokens(logits: Tensor, batch: SamplingBatch) -> Tensor:
     Returns:
         int64 [R]. Among equal scores the lowest token id. A row with every token forbidden gives token 0.
     """
-    if batch.bias is not None or batch.penalties is not None:
-        logits = logits.clone()
-    if batch.bias is not None:
-        add_bias(logits, batch.bias)
-    if batch.penalties is not None:
-        apply_penalties(logits, batch.penalties)
+    logits = adjust(logits, batch)
     random = batch.random
     if random is not None and len(random.rows) == len(logits):
         return sample_random(logits, random)

@@ -7,10 +7,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, TopKTopP
+from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 from eagleray.kernels.sampling.noise import gumbel_noise
 
 _FORBIDDEN: Final = float("-inf")
+
+
+def adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """``logits`` with bias and penalties: themselves if there are none, else a copy."""
+    if batch.bias is not None or batch.penalties is not None:
+        logits = logits.clone()
+    if batch.bias is not None:
+        add_bias(logits, batch.bias)
+    if batch.penalties is not None:
+        apply_penalties(logits, batch.penalties)
+    return logits
 
 
 def add_bias(logits: Tensor, bias: LogitBias) -> None:
@@ -37,14 +48,21 @@ def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
 def sample_random(logits: Tensor, random: RandomRows) -> Tensor:
     """Next tokens int64 [S] of the rows with a temperature: exact draws from the truncated distribution, because
     ``argmax(log p + gumbel)`` has distribution p (the Gumbel-max trick)."""
+    scores = truncated_scores(logits, random)
+    scores += gumbel_noise(random.seed, random.choice, random.position, scores.shape[1])
+    return scores.argmax(dim=-1)
+
+
+def truncated_scores(logits: Tensor, random: RandomRows) -> Tensor:
+    """float32 [S, V]: logarithms of probabilities up to a constant, the largest 0, and minus infinity where a token is
+    cut off."""
     scores = logits[random.rows]
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / random.temperature[:, None]  # at most 0: cannot overflow
     if random.top_k_top_p is not None:
         keep_top_k_top_p(scores, random.top_k_top_p)
     if random.min_p is not None:
         keep_min_p(scores, random.min_p)
-    scores += gumbel_noise(random.seed, random.choice, random.position, scores.shape[1])
-    return scores.argmax(dim=-1)
+    return scores
 
 
 def keep_top_k_top_p(scores: Tensor, truncation: TopKTopP) -> None:

@@ -1,0 +1,167 @@
+/* The next token of a row: greedy, or by Gumbel noise that is a function of (seed, choice, position, token).
+ *
+ * Noise costs two logarithms, and nearly all of them are for tokens that have no chance. From the upper bits of its
+ * uniform number a token's noise is bounded at the cost of a conversion; only those whose bound reaches the best score
+ * so far get their noise computed, some tens in a row of any length. The result is that of the reference, which
+ * computes all of them.
+ */
+#include "vectors.h"
+
+enum {
+    BLOCK = 256,            /* tokens that are looked at together; their bounds fit into the first-level cache */
+    MANY_TOKENS = 1 << 15,  /* from where on a second thread saves more than it costs */
+};
+
+/* ---- noise: see kernels/sampling/noise.py, which it equals bit for bit */
+
+static const uint64_t STRIDE = 0x9E3779B97F4A7C15;
+
+/* The finaliser of splitmix64. */
+INLINE uint64_t mix(uint64_t value) {
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
+    return value ^ (value >> 31);
+}
+
+static uint64_t row_key(int64_t seed, int64_t choice, int64_t position) {
+    uint64_t key = mix((uint64_t)seed + STRIDE);
+    key = mix((key ^ (uint64_t)choice) + STRIDE);
+    return mix(mix((key ^ (uint64_t)position) + STRIDE) + STRIDE);
+}
+
+INLINE uint64_t token_bits(uint64_t key, int64_t token) { return mix(key + (uint64_t)(token + 1) * STRIDE); }
+
+#if defined(__x86_64__)
+#define REGISTER "x"
+#elif defined(__aarch64__)
+#define REGISTER "w"
+#else
+#define REGISTER "m"
+#endif
+
+/* The same value, which the compiler cannot see through: else it would fuse a product with the sum that follows, and
+ * the result would depend on the CPU.
+ */
+INLINE double product(double a, double b) {
+    double value = a * b;
+    __asm__("" : "+" REGISTER(value));
+    return value;
+}
+
+/* The steps of noise.py's logarithm. */
+static double fixed_log(double x) {
+    int64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int64_t exponent = (bits - 0x3FE6A09E667F3BCD) >> 52; /* of x / sqrt(1/2) */
+    bits -= (int64_t)((uint64_t)exponent << 52);
+    double mantissa;
+    memcpy(&mantissa, &bits, sizeof mantissa);
+    double s = (mantissa - 1.0) / (mantissa + 1.0), square = product(s, s);
+    double series = 2.0 / 11;
+    for (int divisor = 9; divisor > 0; divisor -= 2) series = product(series, square) + 2.0 / divisor;
+    return product((double)exponent, 0.6931471805599453) + product(s, series);
+}
+
+static float gumbel(uint64_t bits) {
+    double uniform = ((double)(int64_t)(bits >> 12) + 0.5) * 0x1p-52;
+    return (float)-fixed_log(-fixed_log(uniform));
+}
+
+/* No less than gumbel(bits). As -log(u) >= 1 - u, the noise is at most -log(1 - u); and log2(v) is at least the line
+ * through its values at powers of two, which is what the bits of a float are when read as an integer.
+ */
+INLINE float gumbel_bound(uint64_t bits) {
+    float above = (float)(int32_t)(~bits >> 33); /* (1 - u) * 2^31, rounded down */
+    int32_t line;                                /* 2^23 * (log2(above) + 127) */
+    memcpy(&line, &above, sizeof line);
+    const float ln2 = 0.693147181f, rounding = 1e-3f;
+    return (127 + 31) * ln2 + rounding - ln2 * 0x1p-23f * (float)line;
+}
+
+/* ---- rows */
+
+struct candidate {
+    float score;
+    int64_t token;
+};
+
+INLINE float row_maximum(const float *logits, int64_t size) {
+    vector maxima = broadcast(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vector value = load_vector(logits + i, FLOAT32);
+        maxima = choose(value > maxima, value, maxima);
+    }
+    float maximum = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) maximum = maxima[lane] > maximum ? maxima[lane] : maximum;
+    for (; i < size; i++) maximum = logits[i] > maximum ? logits[i] : maximum;
+    return maximum;
+}
+
+/* The lowest token whose logit is the row's maximum; 0 when all are forbidden, or no numbers. */
+static struct candidate best_logit(const float *logits, int64_t size) {
+    float maximum = row_maximum(logits, size);
+    for (int64_t first = 0; first < size && maximum > -INFINITY; first += BLOCK) {
+        int64_t count = smaller(BLOCK, size - first);
+        int is_here = 0;
+        for (int64_t i = 0; i < count; i++) is_here |= logits[first + i] == maximum;
+        if (!is_here) continue;
+        while (logits[first] != maximum) first++;
+        return (struct candidate){maximum, first};
+    }
+    return (struct candidate){maximum, 0};
+}
+
+/* Scores of a block without their noise, and bounds of them with it; returns whether a bound reaches the best. */
+INLINE int bound_scores(const float *logits, int64_t count, float maximum, float temperature, uint64_t key,
+                        int64_t first, float best, float *scores, float *bounds) {
+    int in_reach = 0;
+    for (int64_t i = 0; i < count; i++) {
+        scores[i] = (logits[i] - maximum) / temperature;
+        bounds[i] = scores[i] + gumbel_bound(token_bits(key, first + i));
+        in_reach |= bounds[i] >= best;
+    }
+    return in_reach;
+}
+
+/* argmax of (logit - maximum) / temperature + noise, the lowest token among equals. */
+static int64_t sample_row(const float *logits, int64_t size, float temperature, uint64_t key) {
+    struct candidate top = best_logit(logits, size);
+    if (isinf(top.score)) return top.token; /* everything is forbidden, or something has no rival */
+    struct candidate best = {gumbel(token_bits(key, top.token)), top.token};
+    float scores[BLOCK], bounds[BLOCK];
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        int64_t count = smaller(BLOCK, size - first);
+        if (!bound_scores(logits + first, count, top.score, temperature, key, first, best.score, scores, bounds))
+            continue;
+        for (int64_t i = 0; i < count; i++) {
+            if (!(bounds[i] >= best.score)) continue;
+            float score = scores[i] + gumbel(token_bits(key, first + i));
+            if (score > best.score || (score == best.score && first + i < best.token))
+                best = (struct candidate){score, first + i};
+        }
+    }
+    return best.token;
+}
+
+/* out[rows]: the best token of each row of logits [rows, size], rows stride apart. */
+void argmax_rows(const float *logits, int64_t stride, int64_t *out, int64_t rows, int64_t size, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && rows * size >= MANY_TOKENS)
+    for (int64_t row = 0; row < rows; row++) out[row] = best_logit(logits + row * stride, size).token;
+}
+
+/* out[n]: a draw from row rows[n] of logits [num_rows, size]. Returns 0, or -1 without having drawn anything if a row
+ * is none of logits.
+ */
+int sample_rows(const float *logits, int64_t stride, int64_t num_rows, int64_t size, const int64_t *rows,
+                const float *temperature, const int64_t *seed, const int64_t *choice, const int64_t *position,
+                int64_t *out, int64_t num_drawn, int num_threads) {
+    for (int64_t n = 0; n < num_drawn; n++)
+        if (rows[n] < 0 || rows[n] >= num_rows) return -1;
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_drawn * size >= MANY_TOKENS)
+    for (int64_t n = 0; n < num_drawn; n++) {
+        uint64_t key = row_key(seed[n], choice[n], position[n]);
+        out[n] = sample_row(logits + rows[n] * stride, size, temperature[n], key);
+    }
+    return 0;
+}
