@@ -1,0 +1,369 @@
+/* Linear layers with weights in panels: bfloat16, int8 with int8 activations (W8A8), and int8 or int4 weights that are
+ * turned into bfloat16 on the way to the inner loop. Every integer up to 8 bits is exact in bfloat16; scales are applied
+ * to sums, in float32.
+ *
+ * What a row gets does not depend on the other rows or on the number of threads, bit for bit.
+ */
+#include <stdlib.h>
+
+#include "panels.h"
+
+enum {
+    TILE_PAIR = 2 * ROWS,       /* rows of one block of panels.h */
+    PAIR_COLUMNS = 2 * COLUMNS, /* and columns */
+    DEPTH_CHUNKS = 8,           /* two panels over these fit into the first-level cache, beside activations and sums */
+    MAX_GROUP_CHUNKS = 16,      /* with one scale */
+    BLOCK_ROWS = 256,           /* that pass by a pair of panels; a multiple of TILE_PAIR */
+    BLOCK_BYTES = 1 << 20,      /* or fewer: half of a usual second-level cache */
+    TASK_PAIRS = 4,             /* that one thread takes at a time, so that it has use for what it prefetches */
+};
+
+/* What panels hold. */
+enum weights { WEIGHTS_BFLOAT16 = 0, WEIGHTS_INT8 = 1, WEIGHTS_INT4 = 2, WEIGHTS_W8A8 = 3 };
+
+struct product {
+    const void *x; /* [rows, in_features], rows x_stride elements apart */
+    int64_t x_stride;
+    int x_element;
+    const uint32_t *panels; /* [2 * pairs][words][COLUMNS] */
+    int weights;            /* enum weights */
+    const float *scales;    /* [groups][2 * pairs * COLUMNS]; none for bfloat16 */
+    int64_t group_chunks;   /* of one scale; 0: one scale for all of in_features */
+    const float *bias;      /* [out_features] or none */
+    const void *residual;   /* [rows, out_features] or none, of out's element type */
+    void *out;              /* [rows, out_features] */
+    int out_element;
+    int64_t rows, in_features, out_features;
+    /* Derived. */
+    int64_t words, chunks, pairs, row_bytes, block_rows; /* words of a panel's column; bytes of a packed row */
+    int in_place; /* x is read as it is */
+    char *packed;                            /* activations of a block of rows */
+    float *row_scales;                       /* of these; W8A8 */
+};
+
+/* ---- Activations ---- */
+
+INLINE char *packed_tile(const struct product *job, int64_t tile) { return job->packed + tile * ROWS * job->row_bytes; }
+
+/* The largest magnitude of a row; NaN if the row has an infinity or NaN. */
+INLINE float largest_magnitude(const void *x, int64_t size, const int element) {
+    float lanes[LANES], highest = 0.0f;
+    vector best = {0}, poison = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        vector value = load_some(element_at(x, i, element), size - i, element);
+        vector magnitude = choose(value < 0.0f, -value, value);
+        best = choose(magnitude > best, magnitude, best);
+        poison += value * 0.0f;
+    }
+    store_vector(lanes, best, FLOAT32);
+    for (int lane = 0; lane < LANES; lane++) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    store_vector(lanes, poison, FLOAT32);
+    for (int lane = 0; lane < LANES; lane++) highest += lanes[lane];
+    return highest;
+}
+
+/* One chunk of a row, converted; zero beyond in_features. */
+INLINE void pack_chunk(const struct product *job, const void *x, int64_t chunk, char *target, const int element,
+                       const int numbers) {
+    const int packed_element = numbers == FLOATS ? FLOAT32 : BFLOAT16;
+    int64_t first = chunk * chunk_features(numbers), count = job->in_features - first;
+    if (numbers == PAIRS && element == BFLOAT16 && count >= 32) {
+        memcpy(target, element_at(x, first, element), 64);
+        return;
+    }
+    for (int64_t i = 0; i < chunk_features(numbers); i += LANES) {
+        vector value = i < count ? load_some(element_at(x, first + i, element), count - i, element) : (vector){0};
+        store_vector((void *)element_at(target, i, packed_element), value, packed_element);
+    }
+}
+
+/* The same as int8, in steps of `scale`. */
+INLINE void quantize_chunk(const struct product *job, const void *x, int64_t chunk, float scale, char *target,
+                           const int element) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    for (int64_t i = 0; i < 64; i += LANES) {
+        int64_t first = chunk * 64 + i, count = job->in_features - first;
+        vector value = {0};
+        if (count > 0 && scale > 0.0f) value = load_some(element_at(x, first, element), count, element) / scale;
+        bytes quantized = __builtin_convertvector(value + to_integer - to_integer, bytes) ^ (int8_t)ACTIVATION_OFFSET;
+        memcpy(target + i, &quantized, sizeof quantized);
+    }
+}
+
+/* ROWS rows from `row` of a block on, chunk by chunk: written front to back. */
+INLINE void pack_tile(const struct product *job, int64_t first_row, int64_t row, int64_t num_rows, const int element,
+                      const int numbers) {
+    int64_t rows = smaller(ROWS, num_rows - row);
+    char *target = packed_tile(job, row / ROWS);
+    const void *x = element_at(job->x, (first_row + row) * job->x_stride, element);
+    for (int64_t i = 0; numbers == QUADS && i < rows; i++) {
+        float largest = largest_magnitude(element_at(x, i * job->x_stride, element), job->in_features, element);
+        job->row_scales[row + i] = largest / 127.0f;
+    }
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++)
+        for (int64_t i = 0; i < rows; i++, target += chunk_bytes(numbers)) {
+            const void *source = element_at(x, i * job->x_stride, element);
+            if (numbers == QUADS)
+                quantize_chunk(job, source, chunk, job->row_scales[row + i], target, element);
+            else
+                pack_chunk(job, source, chunk, target, element, numbers);
+        }
+}
+
+/* ---- Weights ---- */
+
+/* Two integers of at most 8 bits in float32, whose lower halves are zero, as a pair of bfloat16. */
+INLINE bit_vector pair_of(vector low, vector high) { return (bit_vector)high | (bit_vector)low >> 16; }
+
+/* Words of four int8 each to twice as many pairs of bfloat16. The bytes 0 and 1 of a word become the low bits of a
+ * float32 of 2^23 and more, offset by 128 to have no sign, which then is subtracted: no shifts, of which a CPU does
+ * one at a time.
+ */
+static void widen_int8(const uint32_t *source, int64_t words, uint32_t *target) {
+    const uint32_t magic = 0x4b000000; /* 2^23 */
+    for (int64_t word = 0; word < words; word++)
+        for (int part = 0; part < COLUMNS; part += LANES) {
+            bit_vector quads = load_words(source + word * COLUMNS + part);
+            for (int i = 0; i < 2; i++, quads >>= 16) {
+                vector low = (vector)((quads & 0xff) ^ (magic | 0x80)) - 8388736.0f;
+                vector high = (vector)((quads & 0xff00) ^ (magic | 0x8000)) * 0x1p-8f - 32896.0f;
+                store_words(target + (2 * word + i) * COLUMNS + part, pair_of(low, high));
+            }
+        }
+}
+
+/* Words of eight int4 each to four times as many pairs. Pair i of a word is nibble i of its lower and of its upper half;
+ * a nibble stands for itself less 8.
+ */
+static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) {
+#if defined(__AVX512BW__)
+    typedef uint16_t halves __attribute__((vector_size(64)));
+    halves table;
+    for (int i = 0; i < 32; i++) table[i] = to_bfloat16((float)(i % 16 - 8)); /* the fifth bit of an index is ignored */
+    for (int64_t word = 0; word < words; word++) {
+        halves nibbles = (halves)load_words(source + word * COLUMNS);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            store_words(target + (4 * word + i) * COLUMNS, (bit_vector)__builtin_shuffle(table, nibbles >> 4 * i));
+    }
+#else
+    for (int64_t word = 0; word < words; word++)
+        for (int part = 0; part < COLUMNS; part += LANES) {
+            mask_vector nibbles = (mask_vector)load_words(source + word * COLUMNS + part);
+            for (int i = 0; i < 4; i++)
+                store_words(target + (4 * word + i) * COLUMNS + part,
+                            pair_of(__builtin_convertvector((nibbles >> 4 * i & 15) - 8, vector),
+                                    __builtin_convertvector((nibbles >> (16 + 4 * i) & 15) - 8, vector)));
+        }
+#endif
+}
+
+INLINE int widens(const int weights) { return weights == WEIGHTS_INT8 || weights == WEIGHTS_INT4; }
+
+/* Words of a panel's column that become CHUNK_WORDS. */
+INLINE int64_t chunk_words(const int weights) {
+    return CHUNK_WORDS / (weights == WEIGHTS_INT8 ? 2 : weights == WEIGHTS_INT4 ? 4 : 1);
+}
+
+INLINE const uint32_t *panel_at(const struct product *job, int64_t panel, int64_t chunk, const int weights) {
+    return job->panels + (panel * job->words + chunk * chunk_words(weights)) * COLUMNS;
+}
+
+INLINE const uint32_t *widen(const uint32_t *panel, int64_t chunks, uint32_t *target, const int weights) {
+    if (weights == WEIGHTS_INT8)
+        widen_int8(panel, chunks * chunk_words(weights), target);
+    else
+        widen_int4(panel, chunks * chunk_words(weights), target);
+    return target;
+}
+
+/* ---- Products ---- */
+
+/* c = or += partial * scales, for rows [.][PAIR_COLUMNS]. */
+INLINE void add_scaled(float *c, const float *partial, const float *scales, int rows, int accumulates) {
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < PAIR_COLUMNS; column += LANES) {
+            int at = row * PAIR_COLUMNS + column;
+            vector sum = accumulates ? load_vector(c + at, FLOAT32) : (vector){0};
+            sum += load_vector(partial + at, FLOAT32) * load_vector(scales + column, FLOAT32);
+            store_vector(c + at, sum, FLOAT32);
+        }
+}
+
+/* Scales, bias and residual, and the only rounding. */
+INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
+                       const int numbers, const int element) {
+    int64_t count = smaller(PAIR_COLUMNS, job->out_features - first), at = row * job->out_features + first;
+    float values[PAIR_COLUMNS];
+    for (int64_t i = 0; i < PAIR_COLUMNS; i += LANES) {
+        vector sum = load_vector(sums + i, FLOAT32);
+        if (numbers == QUADS) sum = __builtin_convertvector((mask_vector)sum, vector);
+        if (job->scales && !job->group_chunks) sum *= load_vector(job->scales + first + i, FLOAT32) * row_scale;
+        if (job->bias && i < count) sum += load_some(job->bias + first + i, count - i, FLOAT32);
+        if (job->residual && i < count)
+            sum += load_some(element_at(job->residual, at + i, element), count - i, element);
+        store_vector(values + i, sum, FLOAT32);
+    }
+    store_columns((void *)element_at(job->out, at, element), values, count, element);
+}
+
+INLINE void finish_rows(const struct product *job, int64_t first_row, int64_t row, int64_t rows, int64_t pair,
+                        const float *sums, const int numbers) {
+    for (int64_t i = 0; i < rows; i++, row++, sums += PAIR_COLUMNS) {
+        float row_scale = numbers == QUADS ? job->row_scales[row] : 1.0f;
+        if (job->out_element == BFLOAT16)
+            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, numbers, BFLOAT16);
+        else
+            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, numbers, FLOAT32);
+    }
+}
+
+/* Part `part` of `parts` of what a pair of panels has at some chunks, into the second-level cache. */
+INLINE void prefetch_panels(const struct product *job, int64_t pair, int64_t chunk, int64_t chunks, int64_t part,
+                            int64_t parts, const int weights) {
+    int64_t lines = smaller(chunks, job->chunks - chunk) * chunk_words(weights);
+    const uint32_t *panel = panel_at(job, 2 * pair, chunk, weights);
+    for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++) {
+        __builtin_prefetch(panel + line * COLUMNS, 0, 2);
+        __builtin_prefetch(panel + (job->words + line) * COLUMNS, 0, 2);
+    }
+}
+
+INLINE struct block block_of(const struct product *job, int64_t first_row, int64_t row, int64_t num_rows, int64_t chunk,
+                             const int numbers) {
+    int upper = (int)smaller(ROWS, num_rows - row), lower = (int)smaller(ROWS, num_rows - row - upper);
+    struct block block = {.rows = {upper, lower}};
+    if (job->in_place) {
+        block.a_row = job->x_stride * element_bytes(BFLOAT16);
+        block.a_chunk[0] = block.a_chunk[1] = chunk_bytes(numbers);
+        block.a[0] = (const char *)job->x + (first_row + row) * block.a_row;
+        block.a[1] = block.a[0] + ROWS * block.a_row;
+    } else {
+        block.a_row = chunk_bytes(numbers);
+        for (int i = 0; i < 2; i++) {
+            block.a_chunk[i] = block.rows[i] * block.a_row;
+            block.a[i] = packed_tile(job, row / ROWS + i);
+        }
+    }
+    for (int i = 0; i < 2; i++) block.a[i] += chunk * block.a_chunk[i];
+    return block;
+}
+
+/* All rows of a block by one pair of panels, over some chunks. */
+INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t num_rows, int64_t pair, int64_t chunk,
+                          int64_t chunks, const uint32_t *const panels[2], float *sums, const int weights,
+                          const int numbers) {
+    float partial[TILE_PAIR * PAIR_COLUMNS] __attribute__((aligned(64)));
+    const float *scales = job->scales + (job->group_chunks ? chunk / job->group_chunks * job->pairs + pair : 0) * PAIR_COLUMNS;
+    int64_t next_pair = chunk + chunks < job->chunks ? pair : pair + 1, next_chunk = next_pair > pair ? 0 : chunk + chunks;
+    int configured_rows = 0;
+    for (int64_t row = 0; row < num_rows; row += TILE_PAIR, sums += TILE_PAIR * PAIR_COLUMNS) {
+        struct block block = block_of(job, first_row, row, num_rows, chunk, numbers);
+        int rows = block.rows[0] + block.rows[1];
+        for (int i = 0; i < 2; i++) block.b[i] = panels[i];
+        block.chunks = chunks;
+        block.c = (uint32_t *)(job->group_chunks ? partial : sums);
+        block.accumulates = !job->group_chunks && chunk > 0;
+        if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
+        configured_rows = rows;
+        if (num_rows > TILE_PAIR && next_pair < job->pairs)
+            prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, ceil_divide(num_rows, TILE_PAIR), weights);
+        multiply_block(&block, numbers);
+        if (job->group_chunks) add_scaled(sums, partial, scales, rows, chunk > 0);
+        if (chunk + chunks == job->chunks) finish_rows(job, first_row, row, rows, pair, sums, numbers);
+    }
+}
+
+/* One block of rows by one pair of panels. */
+INLINE void compute_pair(const struct product *job, int64_t first_row, int64_t num_rows, int64_t pair,
+                         const int weights, const int numbers) {
+    float sums[BLOCK_ROWS * PAIR_COLUMNS] __attribute__((aligned(64)));
+    uint32_t widened[2][MAX_GROUP_CHUNKS * PANEL_CHUNK] __attribute__((aligned(64)));
+    const uint32_t *panels[2];
+    /* A few rows read the weights once in any case, best front to back. */
+    int64_t depth = widens(weights) || num_rows > TILE_PAIR ? DEPTH_CHUNKS : job->chunks;
+    if (job->group_chunks) depth = job->group_chunks;
+    for (int64_t chunk = 0; chunk < job->chunks; chunk += depth) {
+        int64_t chunks = smaller(depth, job->chunks - chunk);
+        for (int i = 0; i < 2; i++) {
+            panels[i] = panel_at(job, 2 * pair + i, chunk, weights);
+            if (widens(weights)) panels[i] = widen(panels[i], chunks, widened[i], weights);
+        }
+        multiply_rows(job, first_row, num_rows, pair, chunk, chunks, panels, sums, weights, numbers);
+    }
+}
+
+INLINE void compute_product(const struct product *job, const int weights, const int numbers, int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        for (int64_t first_row = 0; first_row < job->rows; first_row += job->block_rows) {
+            int64_t num_rows = smaller(job->block_rows, job->rows - first_row);
+            if (!job->in_place) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < num_rows; row += ROWS)
+                    if (job->x_element == BFLOAT16)
+                        pack_tile(job, first_row, row, num_rows, BFLOAT16, numbers);
+                    else
+                        pack_tile(job, first_row, row, num_rows, FLOAT32, numbers);
+            }
+#pragma omp for schedule(dynamic, TASK_PAIRS)
+            for (int64_t pair = 0; pair < job->pairs; pair++)
+                compute_pair(job, first_row, num_rows, pair, weights, numbers);
+        }
+        if (numbers != FLOATS) release_tiles();
+    }
+}
+
+INLINE void compute_numbers(const struct product *job, const int numbers, int num_threads) {
+    if (job->weights == WEIGHTS_BFLOAT16)
+        compute_product(job, WEIGHTS_BFLOAT16, numbers, num_threads);
+    else if (job->weights == WEIGHTS_INT8)
+        compute_product(job, WEIGHTS_INT8, numbers, num_threads);
+    else
+        compute_product(job, WEIGHTS_INT4, numbers, num_threads);
+}
+
+/* out = x * weight' * scale + bias + residual; see struct product. `group` is the number of input features with one
+ * scale, a multiple of 32 up to 512, or 0. Returns 0, or -1 for want of memory.
+ */
+int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t *panels, int weights,
+                 const float *scales, int64_t group, const float *bias, const void *residual, void *out,
+                 int out_element, int64_t rows, int64_t words, int64_t in_features, int64_t out_features,
+                 int num_threads) {
+    int numbers = weights == WEIGHTS_W8A8 ? QUADS : x_element == BFLOAT16 ? BFLOAT16_ACTIVATIONS : FLOATS;
+    struct product job = {
+        .x = x,
+        .x_stride = x_stride,
+        .x_element = x_element,
+        .panels = panels,
+        .weights = weights,
+        .scales = scales,
+        .group_chunks = group / 32,
+        .bias = bias,
+        .residual = residual,
+        .out = out,
+        .out_element = out_element,
+        .rows = rows,
+        .in_features = in_features,
+        .out_features = out_features,
+        .words = words,
+        .chunks = ceil_divide(in_features, chunk_features(numbers)),
+        .pairs = ceil_divide(out_features, PAIR_COLUMNS),
+    };
+    job.in_place = numbers == PAIRS && in_features % 32 == 0;
+    job.row_bytes = job.chunks * chunk_bytes(numbers);
+    job.block_rows = larger(TILE_PAIR, smaller(BLOCK_ROWS, BLOCK_BYTES / job.row_bytes / TILE_PAIR * TILE_PAIR));
+    int64_t packed_rows = ceil_divide(smaller(job.block_rows, rows), TILE_PAIR) * TILE_PAIR;
+    job.packed = aligned_alloc(64, packed_rows * (job.row_bytes + 64));
+    if (!job.packed) return -1;
+    job.row_scales = (float *)(job.packed + packed_rows * job.row_bytes);
+    if (numbers == QUADS)
+        compute_product(&job, WEIGHTS_W8A8, QUADS, num_threads);
+    else if (numbers == PAIRS)
+        compute_numbers(&job, PAIRS, num_threads);
+    else
+        compute_numbers(&job, FLOATS, num_threads);
+    free(job.packed);
+    return 0;
+}
