@@ -36,6 +36,12 @@ class ModelConfigSection(_Frozen):
         "auto",
         description="auto: the checkpoint's; on a CPU float32, so that batching changes no answer, up to near-ties",
     )
+    packed_weights_bytes: int = Field(
+        32 * 2**30,
+        ge=0,
+        description="disk below the user's cache folder for weights in the form that computes, mapped by all workers of "
+        "a host and by the next start; 0: each worker packs for itself",
+    )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 
     @property

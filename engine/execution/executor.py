@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from eagleray.core.clock import SystemClock
 from eagleray.core.config import EngineConfig, ModelConfigSection
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
@@ -21,10 +22,12 @@ from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.native.build import NativeUnavailable
-from eagleray.kernels.select import Kernels, select_kernels
+from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.packed_weights import PackedWeightFiles
 from eagleray.models.registry import load_model_config
+from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
@@ -98,7 +101,9 @@ def build_executor(
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = _select_kernels(engine, dtype, device, num_threads)
-    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels)
+    identity = compute_model_identity(model.folder, model.revision)
+    packed_files = _packed_weight_files(model, identity)
+    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
@@ -109,10 +114,21 @@ def build_executor(
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,
-        model_identity=compute_model_identity(model.folder, model.revision),
+        model_identity=identity,
         max_model_tokens=max_model_tokens,
         num_threads=num_threads,
     )
+
+
+def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
+    """Below the user's cache folder; None if there shall be none."""
+    if not model.packed_weights_bytes:
+        return None
+    # The identity of a large checkpoint comes from samples: one that was changed in place tells by its files' times.
+    stats = [path.stat() for path in weight_files(model.folder)]
+    times = " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
+    folder = user_cache_folder() / "packed_weights"
+    return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
 def _select_kernels(engine: EngineConfig, dtype: str, device: str, num_threads: int | None) -> Kernels:
