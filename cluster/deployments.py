@@ -1,4 +1,7 @@
-"""The Serve deployments: what runs in a replica. Everything they compose is plain Python that needs no Ray."""
+"""The Serve deployments: what runs in a replica. Everything they compose is plain Python that needs no Ray.
+
+This file is imported by the driver and in every replica, so nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 from ray import serve
@@ -14,33 +17,27 @@ from ray.serve.handle import DeploymentHandle
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
-from eagleray.cluster.background import BackgroundLoop
 from eagleray.cluster.exporters import build_tracer
 from eagleray.cluster.http_server import HttpServer
-from eagleray.cluster.progress import reporter
+from eagleray.cluster.progress import PROCESS_PHASE, ProgressReporter
 from eagleray.cluster.ray_adapter import replica_metadata
-from eagleray.core.clock import SystemClock, unix_time_s
-from eagleray.core.config import Config, PoolConfig
-from eagleray.core.request import RequestSpec
+from eagleray.core.clock import Clock, SystemClock, unix_time_s
+from eagleray.core.config import Config
 from eagleray.core.snapshot import Role
-from eagleray.decode_workers.worker import build_decode_worker
-from eagleray.engine.execution.executor import build_executor
-from eagleray.kv_transfer.transports.select import make_transports
-from eagleray.prefill_workers.worker import build_prefill_worker
+from eagleray.core.start_phases import StartPhases
 from eagleray.router.coordinator import Coordinator
 from eagleray.router.metrics import IngressMetrics
 from eagleray.router.policies.registry import make_policy
-from eagleray.router.prefix_index.factory import build_index
-from eagleray.router.prefix_index.publisher import IndexPublisher
+from eagleray.router.prefix_index.factory import INDEX_NAMESPACE, build_index
 from eagleray.text.chat_template import ChatTemplate
-from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.build import WorkerParts
 from eagleray.workers.pool import ConnectedWorkers
-from eagleray.workers.worker import Worker
+
+if TYPE_CHECKING:  # in the process of a worker only
+    from eagleray.cluster.worker_process import WorkerProcess
+    from eagleray.workers.worker import Worker
 
 DISCOVERY_INTERVAL_S: Final = 0.1
-INDEX_NAMESPACE: Final = "eagleray"
 
 logger = logging.getLogger("eagleray")
 
@@ -48,17 +45,20 @@ logger = logging.getLogger("eagleray")
 class WorkerReplica:
     """One worker of either pool. Serve sees its life; tokens, KV and control go over the worker's own connections."""
 
-    def __init__(self, role: str, config: dict[str, Any], board: Any | None = None) -> None:
+    def __init__(self, role: str, config: dict[str, Any], progress_address: str | None = None) -> None:
         self._config = Config.model_validate(config)
         self._role = Role(role)
         self._stopped = threading.Event()
-        self._publishing: BackgroundLoop | None = None
-        started_s = time.monotonic()
-        self._worker = self._build(board)
+        worker_id = serve.get_replica_context().replica_id.unique_id
+        clock = SystemClock()
+        progress = ProgressReporter(progress_address, f"{role} {worker_id}", clock)
+        phases = StartPhases(clock, lambda phase, duration_s: self._phase_ended(progress, phase, duration_s))
+        progress.phase_ended(PROCESS_PHASE, 0.0)
+        self._process = self._build(worker_id, clock, progress, phases)
         self._worker.start()
-        logger.info(
-            "%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address
-        )
+        phases.end("channel")
+        progress.close()
+        logger.info("%s ready in %.1f s at %s", worker_id, phases.total_s, self._worker.address)
 
     async def record_replica_metadata(self) -> dict[str, str]:
         """Tells every ingress where to connect. Asked for once by Serve, when the replica is ready."""
@@ -78,57 +78,28 @@ class WorkerReplica:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
         if not self._stopped.is_set():
             self._stopped.set()
-            await asyncio.to_thread(self._worker.drain, self._pool.drain_deadline_s)
-            if self._publishing is not None:
-                await asyncio.to_thread(self._publishing.stop)
-            await asyncio.to_thread(self._worker.stop)
+            pool = self._config.prefill if self._role is Role.PREFILL else self._config.decode
+            await asyncio.to_thread(self._process.stop, pool.drain_deadline_s)
 
     @property
-    def _pool(self) -> PoolConfig:
-        return self._config.prefill if self._role is Role.PREFILL else self._config.decode
+    def _worker(self) -> Worker:
+        return self._process.worker
 
-    def _build(self, board: Any | None) -> Worker:
-        config, pool, clock = self._config, self._pool, SystemClock()
-        worker_id = serve.get_replica_context().replica_id.unique_id
-        tokenizer = Tokenizer.from_folder(config.model.folder)
-        executor = build_executor(
-            config.model,
-            pool.engine,
-            num_threads=pool.num_threads,
-            shared_kv="shared_memory" in config.transfer.transports,
-            progress=reporter(board, f"{self._role.value} {worker_id}"),
-        )
+    def _build(self, worker_id: str, clock: Clock, progress: ProgressReporter, phases: StartPhases) -> WorkerProcess:
+        from eagleray.cluster.worker_process import WorkerPlace, build_worker_process  # torch: seconds
 
-        def new_text_stream(spec: RequestSpec) -> OutputText:
-            return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
-
-        epoch = time.time_ns() // 1_000_000
-        parts = WorkerParts(
+        phases.end("import")
+        place = WorkerPlace(
+            role=self._role,
             worker_id=worker_id,
-            epoch=epoch,
-            executor=executor,
-            engine=pool.engine,
-            transfer=config.transfer,
-            new_text_stream=new_text_stream,
-            clock=clock,
+            epoch=time.time_ns() // 1_000_000,
             host=ray.util.get_node_ip_address(),
-            cache_listener=self._start_publisher(worker_id, epoch),
         )
-        if self._role is Role.PREFILL:
-            return build_prefill_worker(parts)
-        return build_decode_worker(parts, make_transports(config.transfer.transports, {worker_id: executor.kv}))
+        return build_worker_process(self._config, place, clock, progress, phases)
 
-    def _start_publisher(self, worker_id: str, epoch: int) -> IndexPublisher | None:
-        """None without a server: then every ingress keeps an index, and hears of the cache over the direct channel."""
-        config, clock = self._config.index, SystemClock()
-        if config.backend == "memory":
-            return None
-        index = build_index(config, INDEX_NAMESPACE, clock)
-        publisher = IndexPublisher(
-            index, worker_id, epoch, clock, lease_s=config.lease_s, refresh_s=config.entry_ttl_s / 2
-        )
-        self._publishing = BackgroundLoop("index-publisher", publisher.run, index.aclose)
-        return publisher
+    def _phase_ended(self, progress: ProgressReporter, phase: str, duration_s: float) -> None:
+        progress.phase_ended(phase, duration_s)
+        logger.info("start, %s: %.2f s", phase, duration_s)
 
 
 class IngressReplica:

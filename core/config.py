@@ -39,8 +39,8 @@ class ModelConfigSection(_Frozen):
     packed_weights_bytes: int = Field(
         32 * 2**30,
         ge=0,
-        description="disk below the user's cache folder for weights in the form that computes, mapped by all workers of "
-        "a host and by the next start; 0: each worker packs for itself",
+        description="disk below the user's cache folder for weights in the form that computes, which all workers of a "
+        "host and the next start map; 0: each worker packs for itself",
     )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 

@@ -46,7 +46,7 @@ class Linear(nn.Module):
         return self._product(x, residual)
 
     def adopt(self, product: LinearProduct) -> None:
-        """Compute by ``product`` from now on. The weights here, if they are not shared, were never touched or go: no more
+        """Compute by ``product`` from now on. The weight here goes, unless another layer has it too: no more
         ``weight_parts``."""
         self._product = product
         if not self.shares_weight:

@@ -1,4 +1,4 @@
-"""Weights from safetensors into a decoder: mapped where they can be used as they are, else packed one layer at a time."""
+"""Weights from safetensors into a decoder: mapped where they serve as they are, else packed one layer at a time."""
 
 from __future__ import annotations
 

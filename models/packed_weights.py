@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -217,4 +219,5 @@ def _tensor_in(view: memoryview, entry: _Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    data: npt.NDArray[np.uint8] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return data.data

@@ -88,6 +88,7 @@ def build_executor(
     num_threads: int | None = None,
     shared_kv: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    end_phase: Callable[[str], None] = lambda name: None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
@@ -95,20 +96,24 @@ def build_executor(
         num_threads: torch threads for computing; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
         progress: called after each tensor with (tensors loaded, tensors in all).
+        end_phase: called with the name of each part of the work when it is done.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = _select_kernels(engine, dtype, device, num_threads)
+    end_phase("kernels")
     identity = compute_model_identity(model.folder, model.revision)
     packed_files = _packed_weight_files(model, identity)
     decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
+    end_phase("weights")
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
+    end_phase("KV pool")
     return LocalExecutor(
         ModelRunner(decoder, kv, host_kv, device, kernels),
         kv,

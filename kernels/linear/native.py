@@ -88,4 +88,4 @@ def prepare_linear(library: NativeLibrary, weight: torch.Tensor, bias: torch.Ten
 def _is_exact_in_bfloat16(weight: torch.Tensor) -> bool:
     if weight.dtype is torch.bfloat16:
         return True
-    return all(torch.equal(rows.bfloat16().to(rows.dtype), rows) for rows in weight.split(_ROWS_AT_ONCE))
+    return all(torch.equal(rows.bfloat16().to(rows.dtype), rows) for rows in torch.split(weight, _ROWS_AT_ONCE))
