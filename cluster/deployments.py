@@ -1,6 +1,7 @@
 """The Serve deployments: what runs in a replica. Everything they compose is plain Python that needs no Ray.
 
-This file is imported by the driver and in every replica, so nothing here imports torch.
+This file is imported by the driver and by every replica. So it imports as little as possible: what a worker or an
+ingress needs, torch above all, is imported where one begins.
 """
 
 from __future__ import annotations
@@ -15,29 +16,17 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from eagleray.api.app import create_app
-from eagleray.api.context import ApiSettings
-from eagleray.cluster.exporters import build_tracer
-from eagleray.cluster.http_server import HttpServer
 from eagleray.cluster.progress import PROCESS_PHASE, ProgressReporter
-from eagleray.cluster.ray_adapter import replica_metadata
-from eagleray.core.clock import Clock, SystemClock, unix_time_s
+from eagleray.core.clock import Clock, SystemClock
 from eagleray.core.config import Config
 from eagleray.core.snapshot import Role
 from eagleray.core.start_phases import StartPhases
-from eagleray.router.coordinator import Coordinator
-from eagleray.router.metrics import IngressMetrics
-from eagleray.router.policies.registry import make_policy
-from eagleray.router.prefix_index.factory import INDEX_NAMESPACE, build_index
-from eagleray.text.chat_template import ChatTemplate
-from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.pool import ConnectedWorkers
 
-if TYPE_CHECKING:  # in the process of a worker only
+if TYPE_CHECKING:
     from eagleray.cluster.worker_process import WorkerProcess
     from eagleray.workers.worker import Worker
 
-DISCOVERY_INTERVAL_S: Final = 0.1
+HOLD_INTERVAL_S: Final = 0.1
 
 logger = logging.getLogger("eagleray")
 
@@ -72,7 +61,7 @@ class WorkerReplica:
     async def hold(self, request_id: str, target: str | None = None) -> None:
         """Lasts as long as the worker serves the request, so that Serve sees the work when it scales and drains."""
         while self._worker.serves(request_id):
-            await asyncio.sleep(DISCOVERY_INTERVAL_S)
+            await asyncio.sleep(HOLD_INTERVAL_S)
 
     async def __del__(self) -> None:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
@@ -103,68 +92,25 @@ class WorkerReplica:
 
 
 class IngressReplica:
-    """The HTTP front and the router. Listens itself: a stream of tokens makes no hop through a Serve proxy, and a
-    client that hangs up is noticed at once. Several ingresses of one host share the port (SO_REUSEPORT)."""
+    """One ingress: the HTTP front and the router."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: dict[str, Any], decode: DeploymentHandle[Any], prefill: DeploymentHandle[Any] | None
     ) -> None:
-        self._config = Config.model_validate(config)
-        self._handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
-        clock, model = SystemClock(), self._config.model
+        from eagleray.cluster.ingress_process import IngressProcess  # no worker needs it
+
+        handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
         ingress_id = serve.get_replica_context().replica_id.unique_id
-        self._pool = ConnectedWorkers(ingress_id, self._config.router, clock)
-        in_memory = self._config.index.backend == "memory"
-        self._index = self._pool.caches.index if in_memory else build_index(self._config.index, INDEX_NAMESPACE, clock)
-        self._tracer = build_tracer(self._config.telemetry, model.name)
-        coordinator = Coordinator(
-            self._pool,
-            make_policy(self._config.router.policy),
-            self._index,
-            self._config.router,
-            clock,
-            IngressMetrics(model.name),
-            self._tracer,
-            on_placed=self._hold,
-        )
-        tokenizer = Tokenizer.from_folder(model.folder)
-        app = create_app(
-            coordinator,
-            tokenizer,
-            ChatTemplate.from_folder(model.folder, tokenizer),
-            ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s(), self._config.http.api_key),
-        )
-        self._server = HttpServer(app, self._config.http.host, self._config.http.port)
-        self._discovering = asyncio.create_task(self._discover())
-        self._serving = self._server.start()
+        self._process = IngressProcess(Config.model_validate(config), ingress_id, handles)
 
     async def address(self) -> str:
         """http://host:port that it listens on."""
-        return self._server.address
+        return self._process.address
 
     def check_health(self) -> None:
-        for task in (self._discovering, self._serving):
-            if task.done():
-                raise RuntimeError(f"the ingress has stopped: {task.exception()!r}")
+        """Serve replaces the replica when this raises."""
+        self._process.check_health()
 
     async def __del__(self) -> None:
         """Answers under way end first, and need the workers until then."""
-        await self._server.aclose()
-        self._discovering.cancel()
-        await asyncio.gather(self._discovering, return_exceptions=True)
-        await self._pool.aclose()
-        await self._index.aclose()
-        await asyncio.to_thread(self._tracer.close)
-
-    def _hold(self, worker_id: str, request_id: str) -> None:
-        """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""
-        client = self._pool.workers().get(worker_id)
-        if client is not None:  # else it was lost in this very moment
-            self._handles[client.welcome.role].hold.remote(request_id, target=worker_id)
-
-    async def _discover(self) -> None:
-        """Follow the replicas that Serve says are running."""
-        while True:
-            metadata = [entry for handle in self._handles.values() for entry in replica_metadata(handle)]
-            self._pool.set_addresses({entry["address"] for entry in metadata if "address" in entry})
-            await asyncio.sleep(DISCOVERY_INTERVAL_S)
+        await self._process.aclose()

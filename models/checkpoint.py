@@ -46,7 +46,7 @@ class Checkpoint:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def check(self, shapes: Mapping[str, torch.Size], *, is_head_tied: bool) -> None:
-        """Raises ``ConfigError`` unless these tensors are here, no others that count, and in a dtype that we can use."""
+        """Raises ``ConfigError`` unless these tensors are here, no others that count, all in a dtype that we know."""
         for name, tensor in self._tensors.items():
             if name.endswith(_DERIVED_SUFFIX) or (name == LM_HEAD and is_head_tied):
                 continue
