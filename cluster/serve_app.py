@@ -19,10 +19,12 @@ from eagleray.cluster.progress import ProgressListener
 from eagleray.cluster.ray_adapter import TargetedRouter
 from eagleray.cluster.start_report import StartReport
 from eagleray.core.clock import Clock
-from eagleray.core.config import Config, Environment, PoolConfig, with_environment
+from eagleray.core.config import Config, Environment, PoolConfig, with_environment, with_kv_memory
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_memory import available_host_bytes
+from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
 
 APPLICATION: Final = "eagleray"
@@ -77,8 +79,11 @@ class LocalService:
         self._redis: SupervisedRedis | None = None
         self._report = StartReport(clock, on_progress)
         self._on_progress = on_progress
-        check_checkpoint(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
+        # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
+        plan = plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
+        on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
         try:
+            config = with_kv_memory(config, plan.prefill_kv_bytes, plan.decode_kv_bytes)
             self.config = self._with_index(with_environment(config, environment), environment)
             self._start_ray()
             self._deploy()

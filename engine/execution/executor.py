@@ -13,12 +13,14 @@ from typing import Final
 import torch
 
 from eagleray.core.clock import SystemClock
-from eagleray.core.config import EngineConfig, ModelConfigSection
+from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
+from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.native.build import NativeUnavailable
@@ -109,7 +111,7 @@ def build_executor(
     decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
     end_phase("weights")
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
-    num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
+    num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config))
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
@@ -123,6 +125,15 @@ def build_executor(
         max_model_tokens=max_model_tokens,
         num_threads=num_threads,
     )
+
+
+def _kv_memory_bytes(model: ModelConfigSection, engine: EngineConfig, config: ModelConfig) -> int:
+    """As configured, or planned as for a service of this one worker."""
+    if engine.kv_memory_bytes is not None:
+        return engine.kv_memory_bytes
+    pool = PoolConfig(replicas=1, engine=engine)
+    alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool)
+    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
 
 
 def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
