@@ -210,5 +210,5 @@ def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
         executor._runner.run(StepPlan(runs=tuple(runs)))
     executor.close()
     bound = activation_bytes(load_model_config(tmp_path), engine, "float32")
-    assert tracker.peak_bytes > bound / 10  # it saw what there is
+    assert tracker.peak_bytes > 2**22  # it saw what there is
     assert tracker.peak_bytes <= bound
