@@ -29,10 +29,10 @@ class Provenance:
     python: str
 
 
-def provenance() -> Provenance:
+def provenance(program: str = "replay.py") -> Provenance:
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "benchmarks/replay.py", *sys.argv[1:]]),
+        command=shlex.join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
         git_commit=_git_commit(),
         cpu=_cpu_model(),
         num_cores=os.cpu_count() or 1,

@@ -9,7 +9,7 @@ from typing import Final
 from eagleray.cli.finding import Finding, Level
 from eagleray.cli.terminal import format_bytes
 from eagleray.core.config import Config
-from eagleray.engine.execution.kv_memory import available_host_bytes
+from eagleray.engine.execution.host_memory import available_host_bytes
 
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 _USEFUL_FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd")

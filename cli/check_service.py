@@ -8,11 +8,11 @@ from typing import Final
 from eagleray.cli.finding import Finding, Level
 from eagleray.cli.local_service import require_free_port
 from eagleray.cli.terminal import format_bytes
-from eagleray.core.config import Config, Environment, PoolConfig
+from eagleray.core.config import Config, Environment
 from eagleray.core.errors import ConfigError
-from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
 from eagleray.engine.checkpoint import check_checkpoint
-from eagleray.engine.execution.kv_memory import available_host_bytes
+from eagleray.engine.execution.host_memory import available_host_bytes
+from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.weight_files import weight_files
 from eagleray.router.prefix_index.scripts import why_too_old
@@ -39,28 +39,20 @@ def _check_model(config: Config) -> list[Finding]:
     text = (
         f"{config.model.name}: {model.model_type}, {model.num_layers} layers, {format_bytes(weight_bytes)} of weights"
     )
-    return [Finding(Level.OK, "model", text), _check_room(config, model, weight_bytes)]
+    return [Finding(Level.OK, "model", text), _check_room(config, model)]
 
 
-def _check_room(config: Config, model: ModelConfig, weight_bytes: int) -> Finding:
+def _check_room(config: Config, model: ModelConfig) -> Finding:
     dtype = model.resolve_dtype(config.model.dtype, "cpu")  # where workers compute today
-    weights = weight_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[model.dtype]
-    pools = [pool for pool in (config.prefill, config.decode) if pool.replicas]
-    needed = sum(pool.replicas * (weights + _kv_bytes(pool, model, dtype)) for pool in pools)
     available = available_host_bytes()
-    num_workers = sum(pool.replicas for pool in pools)
-    text = f"{num_workers} workers take {format_bytes(needed)} for weights and KV in {dtype}"
-    if available is not None and needed > available:
-        way_out = "fewer replicas, a smaller engine.kv_memory_bytes, or --dtype bfloat16"
-        return Finding(Level.MISSING, "room", f"{text}; {format_bytes(available)} are available", way_out)
+    try:
+        plan = plan_memory(config, model, available)
+    except ConfigError as error:
+        way_out = "fewer replicas, smaller engine.kv_memory_bytes, another --memory, or --dtype bfloat16"
+        return Finding(Level.MISSING, "room", str(error), way_out)
+    num_workers = config.prefill.replicas + config.decode.replicas
+    text = f"{num_workers} workers and Ray take up to {format_bytes(plan.total_bytes)}, computing in {dtype}"
     return Finding(Level.OK, "room", text)
-
-
-def _kv_bytes(pool: PoolConfig, model: ModelConfig, dtype: str) -> int:
-    engine = pool.engine
-    block_bytes = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype),)).block_bytes
-    num_blocks = engine.num_blocks or engine.kv_memory_bytes // block_bytes
-    return (num_blocks + engine.num_host_blocks) * block_bytes
 
 
 def _check_index(config: Config, environment: Environment) -> Finding:

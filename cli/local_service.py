@@ -18,6 +18,7 @@ from eagleray.cli.client import ApiClient
 from eagleray.core.clock import Clock
 from eagleray.core.config import Config, HTTPConfig, prepare_ray_environment, read_environment
 from eagleray.core.errors import ConfigError, EagleRayError
+from eagleray.core.start_phases import StartPhases
 from eagleray.engine.checkpoint import check_checkpoint
 
 READY_DEADLINE_S: Final = 60.0
@@ -62,17 +63,20 @@ def local_service(
     signals = StopSignals()
     signals.install()
     prepare_ray_environment()
+    phases = StartPhases(clock, lambda phase, duration_s: on_progress(f"{phase}: {duration_s:.2f} s"))
     with _log(log_level):
-        on_progress("loading Ray")
         from eagleray.cluster.serve_app import LocalService  # takes seconds: not for those who only mistyped
 
+        phases.end("imports")
         try:
-            service = LocalService(config, read_environment(), on_progress)
+            service = LocalService(config, read_environment(), on_progress, clock)
         except SystemExit:  # what Ray makes of SIGTERM while it starts
             raise KeyboardInterrupt from None
     try:
         signals.install()
+        phases = StartPhases(clock, lambda phase, duration_s: on_progress(f"{phase}: {duration_s:.2f} s"))
         wait_until_ready(service.address, config, clock)
+        phases.end("workers joined")
         yield service.address
     finally:
         signals.begin_stop()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from eagleray.core.config import Config, load_config
@@ -32,6 +32,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("service")
     group.add_argument("--prefill", dest="prefill.replicas", type=int, metavar="N", help="prefill workers; 0: none")
     group.add_argument("--decode", dest="decode.replicas", type=int, metavar="N", help="decode workers")
+    group.add_argument(
+        "--memory", dest="memory.budget_bytes", metavar="SIZE", help="all that it may take, for example 6GiB"
+    )
     group.add_argument("--host", dest="http.host", metavar="HOST", help="address to listen on")
     add_port_argument(group)
     group.add_argument(
@@ -126,4 +129,6 @@ def _describe_field(key: str, field: FieldInfo) -> str:
 
 
 def _plain(default: object) -> object:
+    if isinstance(default, ByteSize):
+        return int(default)
     return list(default) if isinstance(default, tuple) else default

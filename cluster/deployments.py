@@ -1,4 +1,8 @@
-"""The Serve deployments: what runs in a replica. Everything they compose is plain Python that needs no Ray."""
+"""The Serve deployments: what runs in a replica. Everything they compose is plain Python that needs no Ray.
+
+This file is imported by the driver and by every replica. So it imports as little as possible: what a worker or an
+ingress needs, torch above all, is imported where one begins.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +10,23 @@ import asyncio
 import logging
 import threading
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from eagleray.api.app import create_app
-from eagleray.api.context import ApiSettings
-from eagleray.cluster.background import BackgroundLoop
-from eagleray.cluster.exporters import build_tracer
-from eagleray.cluster.http_server import HttpServer
-from eagleray.cluster.progress import reporter
-from eagleray.cluster.ray_adapter import replica_metadata
-from eagleray.core.clock import SystemClock, unix_time_s
-from eagleray.core.config import Config, PoolConfig
-from eagleray.core.request import RequestSpec
+from eagleray.cluster.progress import PROCESS_PHASE, ProgressReporter
+from eagleray.core.clock import Clock, SystemClock
+from eagleray.core.config import Config
 from eagleray.core.snapshot import Role
-from eagleray.decode_workers.worker import build_decode_worker
-from eagleray.engine.execution.executor import build_executor
-from eagleray.kv_transfer.transports.select import make_transports
-from eagleray.prefill_workers.worker import build_prefill_worker
-from eagleray.router.coordinator import Coordinator
-from eagleray.router.metrics import IngressMetrics
-from eagleray.router.policies.registry import make_policy
-from eagleray.router.prefix_index.factory import build_index
-from eagleray.router.prefix_index.publisher import IndexPublisher
-from eagleray.text.chat_template import ChatTemplate
-from eagleray.text.output import OutputText
-from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.build import WorkerParts
-from eagleray.workers.pool import ConnectedWorkers
-from eagleray.workers.worker import Worker
+from eagleray.core.start_phases import StartPhases
 
-DISCOVERY_INTERVAL_S: Final = 0.1
-INDEX_NAMESPACE: Final = "eagleray"
+if TYPE_CHECKING:
+    from eagleray.cluster.worker_process import WorkerProcess
+    from eagleray.workers.worker import Worker
+
+HOLD_INTERVAL_S: Final = 0.1
 
 logger = logging.getLogger("eagleray")
 
@@ -48,17 +34,20 @@ logger = logging.getLogger("eagleray")
 class WorkerReplica:
     """One worker of either pool. Serve sees its life; tokens, KV and control go over the worker's own connections."""
 
-    def __init__(self, role: str, config: dict[str, Any], board: Any | None = None) -> None:
+    def __init__(self, role: str, config: dict[str, Any], progress_address: str | None = None) -> None:
         self._config = Config.model_validate(config)
         self._role = Role(role)
         self._stopped = threading.Event()
-        self._publishing: BackgroundLoop | None = None
-        started_s = time.monotonic()
-        self._worker = self._build(board)
+        worker_id = serve.get_replica_context().replica_id.unique_id
+        clock = SystemClock()
+        progress = ProgressReporter(progress_address, f"{role} {worker_id}", clock)
+        phases = StartPhases(clock, lambda phase, duration_s: self._phase_ended(progress, phase, duration_s))
+        progress.phase_ended(PROCESS_PHASE, 0.0)
+        self._process = self._build(worker_id, clock, progress, phases)
         self._worker.start()
-        logger.info(
-            "%s ready in %.1f s at %s", self._worker.worker_id, time.monotonic() - started_s, self._worker.address
-        )
+        phases.end("channel")
+        progress.close()
+        logger.info("%s ready in %.1f s at %s", worker_id, phases.total_s, self._worker.address)
 
     async def record_replica_metadata(self) -> dict[str, str]:
         """Tells every ingress where to connect. Asked for once by Serve, when the replica is ready."""
@@ -72,128 +61,56 @@ class WorkerReplica:
     async def hold(self, request_id: str, target: str | None = None) -> None:
         """Lasts as long as the worker serves the request, so that Serve sees the work when it scales and drains."""
         while self._worker.serves(request_id):
-            await asyncio.sleep(DISCOVERY_INTERVAL_S)
+            await asyncio.sleep(HOLD_INTERVAL_S)
 
     async def __del__(self) -> None:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
         if not self._stopped.is_set():
             self._stopped.set()
-            await asyncio.to_thread(self._worker.drain, self._pool.drain_deadline_s)
-            if self._publishing is not None:
-                await asyncio.to_thread(self._publishing.stop)
-            await asyncio.to_thread(self._worker.stop)
+            pool = self._config.prefill if self._role is Role.PREFILL else self._config.decode
+            await asyncio.to_thread(self._process.stop, pool.drain_deadline_s)
 
     @property
-    def _pool(self) -> PoolConfig:
-        return self._config.prefill if self._role is Role.PREFILL else self._config.decode
+    def _worker(self) -> Worker:
+        return self._process.worker
 
-    def _build(self, board: Any | None) -> Worker:
-        config, pool, clock = self._config, self._pool, SystemClock()
-        worker_id = serve.get_replica_context().replica_id.unique_id
-        tokenizer = Tokenizer.from_folder(config.model.folder)
-        executor = build_executor(
-            config.model,
-            pool.engine,
-            num_threads=pool.num_threads,
-            shared_kv="shared_memory" in config.transfer.transports,
-            progress=reporter(board, f"{self._role.value} {worker_id}"),
-        )
+    def _build(self, worker_id: str, clock: Clock, progress: ProgressReporter, phases: StartPhases) -> WorkerProcess:
+        from eagleray.cluster.worker_process import WorkerPlace, build_worker_process  # torch: seconds
 
-        def new_text_stream(spec: RequestSpec) -> OutputText:
-            return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
-
-        epoch = time.time_ns() // 1_000_000
-        parts = WorkerParts(
+        phases.end("import")
+        place = WorkerPlace(
+            role=self._role,
             worker_id=worker_id,
-            epoch=epoch,
-            executor=executor,
-            engine=pool.engine,
-            transfer=config.transfer,
-            new_text_stream=new_text_stream,
-            clock=clock,
+            epoch=time.time_ns() // 1_000_000,
             host=ray.util.get_node_ip_address(),
-            cache_listener=self._start_publisher(worker_id, epoch),
         )
-        if self._role is Role.PREFILL:
-            return build_prefill_worker(parts)
-        return build_decode_worker(parts, make_transports(config.transfer.transports, {worker_id: executor.kv}))
+        return build_worker_process(self._config, place, clock, progress, phases)
 
-    def _start_publisher(self, worker_id: str, epoch: int) -> IndexPublisher | None:
-        """None without a server: then every ingress keeps an index, and hears of the cache over the direct channel."""
-        config, clock = self._config.index, SystemClock()
-        if config.backend == "memory":
-            return None
-        index = build_index(config, INDEX_NAMESPACE, clock)
-        publisher = IndexPublisher(
-            index, worker_id, epoch, clock, lease_s=config.lease_s, refresh_s=config.entry_ttl_s / 2
-        )
-        self._publishing = BackgroundLoop("index-publisher", publisher.run, index.aclose)
-        return publisher
+    def _phase_ended(self, progress: ProgressReporter, phase: str, duration_s: float) -> None:
+        progress.phase_ended(phase, duration_s)
+        logger.info("start, %s: %.2f s", phase, duration_s)
 
 
 class IngressReplica:
-    """The HTTP front and the router. Listens itself: a stream of tokens makes no hop through a Serve proxy, and a
-    client that hangs up is noticed at once. Several ingresses of one host share the port (SO_REUSEPORT)."""
+    """One ingress: the HTTP front and the router."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: dict[str, Any], decode: DeploymentHandle[Any], prefill: DeploymentHandle[Any] | None
     ) -> None:
-        self._config = Config.model_validate(config)
-        self._handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
-        clock, model = SystemClock(), self._config.model
+        from eagleray.cluster.ingress_process import IngressProcess  # no worker needs it
+
+        handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}
         ingress_id = serve.get_replica_context().replica_id.unique_id
-        self._pool = ConnectedWorkers(ingress_id, self._config.router, clock)
-        in_memory = self._config.index.backend == "memory"
-        self._index = self._pool.caches.index if in_memory else build_index(self._config.index, INDEX_NAMESPACE, clock)
-        self._tracer = build_tracer(self._config.telemetry, model.name)
-        coordinator = Coordinator(
-            self._pool,
-            make_policy(self._config.router.policy),
-            self._index,
-            self._config.router,
-            clock,
-            IngressMetrics(model.name),
-            self._tracer,
-            on_placed=self._hold,
-        )
-        tokenizer = Tokenizer.from_folder(model.folder)
-        app = create_app(
-            coordinator,
-            tokenizer,
-            ChatTemplate.from_folder(model.folder, tokenizer),
-            ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s(), self._config.http.api_key),
-        )
-        self._server = HttpServer(app, self._config.http.host, self._config.http.port)
-        self._discovering = asyncio.create_task(self._discover())
-        self._serving = self._server.start()
+        self._process = IngressProcess(Config.model_validate(config), ingress_id, handles)
 
     async def address(self) -> str:
         """http://host:port that it listens on."""
-        return self._server.address
+        return self._process.address
 
     def check_health(self) -> None:
-        for task in (self._discovering, self._serving):
-            if task.done():
-                raise RuntimeError(f"the ingress has stopped: {task.exception()!r}")
+        """Serve replaces the replica when this raises."""
+        self._process.check_health()
 
     async def __del__(self) -> None:
         """Answers under way end first, and need the workers until then."""
-        await self._server.aclose()
-        self._discovering.cancel()
-        await asyncio.gather(self._discovering, return_exceptions=True)
-        await self._pool.aclose()
-        await self._index.aclose()
-        await asyncio.to_thread(self._tracer.close)
-
-    def _hold(self, worker_id: str, request_id: str) -> None:
-        """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""
-        client = self._pool.workers().get(worker_id)
-        if client is not None:  # else it was lost in this very moment
-            self._handles[client.welcome.role].hold.remote(request_id, target=worker_id)
-
-    async def _discover(self) -> None:
-        """Follow the replicas that Serve says are running."""
-        while True:
-            metadata = [entry for handle in self._handles.values() for entry in replica_metadata(handle)]
-            self._pool.set_addresses({entry["address"] for entry in metadata if "address" in entry})
-            await asyncio.sleep(DISCOVERY_INTERVAL_S)
+        await self._process.aclose()

@@ -1,43 +1,103 @@
-"""How far the workers are with loading: told by each replica, shown by whoever waits for them."""
+"""How far the workers are with starting: told by each replica over a socket, heard by who waits for them.
+
+A datagram socket of this host, not an actor: that would be one more process to start, while the others do.
+"""
 
 from __future__ import annotations
 
-import time
+import contextlib
+import socket
+import tempfile
+import threading
 from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
-import ray
+import msgspec
 
+from eagleray.core.clock import Clock
+
+PROCESS_PHASE: Final = "process"  # until a replica runs: it cannot measure that itself, and says 0
 REPORT_INTERVAL_S: Final = 0.2
+STOP_DEADLINE_S: Final = 5.0
+_POLL_S: Final = 0.2
+_MAX_NOTE_BYTES: Final = 4096
 
 
-class ProgressBoard:
-    """A Ray actor's state: the newest word of each worker. Lives only while a service starts."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[str, tuple[int, int]] = {}
-
-    def note(self, worker: str, loaded: int, total: int) -> None:
-        self._loaded[worker] = (loaded, total)
-
-    def lines(self) -> list[str]:
-        return [f"{worker}: {loaded} of {total} tensors loaded" for worker, (loaded, total) in self._loaded.items()]
+class PhaseEnded(msgspec.Struct, frozen=True, tag="phase"):
+    worker: str
+    phase: str
+    duration_s: float
 
 
-def new_board() -> Any:
-    """A handle that can be given to replicas."""
-    return ray.remote(ProgressBoard).options(num_cpus=0).remote()
+class TensorsLoaded(msgspec.Struct, frozen=True, tag="tensors"):
+    worker: str
+    loaded: int
+    total: int
 
 
-def reporter(board: Any | None, worker: str) -> Callable[[int, int], None]:
-    """What a loader calls with (tensors loaded, tensors in all); without a board nobody listens."""
-    last_s = 0.0
+Note = PhaseEnded | TensorsLoaded
 
-    def report(loaded: int, total: int) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if board is not None and (loaded == total or now_s - last_s >= REPORT_INTERVAL_S):
-            last_s = now_s
-            board.note.remote(worker, loaded, total)  # nobody waits for it
 
-    return report
+class ProgressListener:
+    """Hears the notes of all workers of this host until it is closed; ``on_note`` runs on its thread."""
+
+    def __init__(self, on_note: Callable[[Note], None]) -> None:
+        self._on_note = on_note
+        self._folder = tempfile.TemporaryDirectory(prefix="eagleray-")
+        self.address = str(Path(self._folder.name) / "progress")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.address)
+        self._socket.settimeout(_POLL_S)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="progress", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """What was sent before is heard first."""
+        self._closing.set()
+        self._thread.join(STOP_DEADLINE_S)
+        self._socket.close()
+        self._folder.cleanup()
+
+    def _listen(self) -> None:
+        decoder = msgspec.msgpack.Decoder(Note)
+        while True:
+            try:
+                data = self._socket.recv(_MAX_NOTE_BYTES)
+            except TimeoutError:
+                if self._closing.is_set():
+                    return
+                continue
+            except OSError:
+                return
+            with contextlib.suppress(msgspec.DecodeError):
+                self._on_note(decoder.decode(data))
+
+
+class ProgressReporter:
+    """What one worker tells. Nobody waits for it, and nothing happens when nobody listens any more."""
+
+    def __init__(self, address: str | None, worker: str, clock: Clock) -> None:
+        self._address, self._worker, self._clock = address, worker, clock
+        self._last_s = float("-inf")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def phase_ended(self, phase: str, duration_s: float) -> None:
+        self._send(PhaseEnded(self._worker, phase, duration_s))
+
+    def tensors_loaded(self, loaded: int, total: int) -> None:
+        """To be called after every tensor; says it every ``REPORT_INTERVAL_S``."""
+        now_s = self._clock.now_s()
+        if now_s - self._last_s >= REPORT_INTERVAL_S:
+            self._last_s = now_s
+            self._send(TensorsLoaded(self._worker, loaded, total))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, note: Note) -> None:
+        if self._address is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(msgspec.msgpack.encode(note), self._address)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import ray
 from ray import serve
@@ -16,12 +15,16 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application, Deployment
 
 from eagleray.cluster.deployments import IngressReplica, WorkerReplica
-from eagleray.cluster.progress import new_board
+from eagleray.cluster.progress import ProgressListener
 from eagleray.cluster.ray_adapter import TargetedRouter
-from eagleray.core.config import Config, Environment, PoolConfig, with_environment
+from eagleray.cluster.start_report import StartReport
+from eagleray.core.clock import Clock
+from eagleray.core.config import Config, Environment, PoolConfig, with_environment, with_kv_memory
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_memory import available_host_bytes
+from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
 
 APPLICATION: Final = "eagleray"
@@ -31,21 +34,19 @@ HEALTH_CHECK_TIMEOUT_S: Final = 10.0
 READY_DEADLINE_S: Final = 600.0
 SUPERVISION_INTERVAL_S: Final = 0.5
 SUPERVISOR_STOP_DEADLINE_S: Final = 5.0
-PROGRESS_INTERVAL_S: Final = 0.5
-PROGRESS_DEADLINE_S: Final = 10.0
 
 OnProgress = Callable[[str], None]
 Result = TypeVar("Result")
 
 
-def build_application(config: Config, board: Any | None = None) -> Application:
+def build_application(config: Config, progress_address: str | None = None) -> Application:
     """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory.
-    ``board`` hears how far the workers are with loading."""
+    ``progress_address`` is of a ``ProgressListener`` on this host."""
     values = config.model_dump(mode="json")
-    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, board)
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, progress_address)
     prefill = None
     if config.prefill.replicas:
-        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, board)
+        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, progress_address)
     as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
@@ -73,12 +74,16 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
 class LocalService:
     """Ray, Serve, the prefix index's server and the application on this machine, until ``stop``."""
 
-    def __init__(self, config: Config, environment: Environment, on_progress: OnProgress) -> None:
+    def __init__(self, config: Config, environment: Environment, on_progress: OnProgress, clock: Clock) -> None:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
+        self._report = StartReport(clock, on_progress)
         self._on_progress = on_progress
-        check_checkpoint(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
+        # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
+        plan = plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
+        on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
         try:
+            config = with_kv_memory(config, plan.prefill_kv_bytes, plan.decode_kv_bytes)
             self.config = self._with_index(with_environment(config, environment), environment)
             self._start_ray()
             self._deploy()
@@ -121,6 +126,7 @@ class LocalService:
             return config.model_copy(update={"index": index.model_copy(update={"backend": "memory"})})
         self._on_progress(f"starting the prefix index ({binary.name})")
         self._redis = SupervisedRedis(binary)
+        self._report.phases.end("Redis")
         return config.model_copy(update={"index": index.model_copy(update={"url": self._redis.url})})
 
     def _start_ray(self) -> None:
@@ -136,17 +142,16 @@ class LocalService:
             log_to_driver=False,
             configure_logging=False,
         )
+        self._report.phases.end("Ray")
         serve.start(proxy_location="Disabled")
+        self._report.phases.end("Serve")
 
     def _deploy(self) -> None:
         pools = f"{self.config.prefill.replicas} prefill and {self.config.decode.replicas} decode workers"
         self._on_progress(f"starting {pools}, loading {self.config.model.name}")
-        board = new_board()
-        running = threading.Event()
-        watcher = threading.Thread(target=self._show_loading, args=(board, running), name="progress", daemon=True)
-        watcher.start()
+        listener = ProgressListener(self._report.heard)
         try:
-            application = build_application(self.config, board)
+            application = build_application(self.config, listener.address)
             ingress = within(
                 READY_DEADLINE_S, "serve-run", lambda: serve.run(application, name=APPLICATION, route_prefix=None)
             )
@@ -157,20 +162,9 @@ class LocalService:
             cause = _cause_in(self._deployment_failure() or str(error))
             raise EagleRayError(f"the application did not start: {cause}") from None
         finally:
-            running.set()
-            watcher.join(PROGRESS_DEADLINE_S)
-            ray.kill(board)
+            listener.close()
         self._address = str(ingress.address.remote().result(timeout_s=READY_DEADLINE_S))
-
-    def _show_loading(self, board: Any, running: threading.Event) -> None:
-        """Pass on each new word of the workers until the application runs."""
-        shown: set[str] = set()
-        while not running.wait(PROGRESS_INTERVAL_S):
-            with contextlib.suppress(TimeoutError):  # a busy machine; the next round asks again
-                for line in ray.get(board.lines.remote(), timeout=PROGRESS_DEADLINE_S):
-                    if line not in shown:
-                        shown.add(line)
-                        self._on_progress(line)
+        self._report.phases.end("application")
 
     def _deployment_failure(self) -> str | None:
         """What Serve says of the first deployment that is not well."""

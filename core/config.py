@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from eagleray.core.errors import ConfigError
 
@@ -36,6 +36,12 @@ class ModelConfigSection(_Frozen):
         "auto",
         description="auto: the checkpoint's; on a CPU float32, so that batching changes no answer, up to near-ties",
     )
+    packed_weights_bytes: ByteSize = Field(
+        ByteSize(32 * 2**30),
+        ge=0,
+        description="disk below the user's cache folder for weights in the form that computes, which all workers of a "
+        "host and the next start map; 0: each worker packs for itself",
+    )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 
     @property
@@ -52,7 +58,9 @@ class EngineConfig(_Frozen):
 
     block_size_tokens: int = Field(16, ge=1, le=1024, description="tokens per KV block")
     num_blocks: int | None = Field(None, ge=2, description="KV blocks per worker; default: kv_memory_bytes / block")
-    kv_memory_bytes: int = Field(256 * 2**20, ge=1, description="KV pool of one worker, when num_blocks is not given")
+    kv_memory_bytes: ByteSize | None = Field(
+        None, ge=1, description="KV pool of one worker, when num_blocks is not given; default: its share of the memory"
+    )
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step: the chunk of chunked prefill")
@@ -139,10 +147,21 @@ class TelemetryConfig(_Frozen):
     service_name: str = Field("eagleray", description="service.name of the spans")
 
 
+class MemoryConfig(_Frozen):
+    """What a service on one machine may take."""
+
+    budget_bytes: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="all processes of `eagleray serve` together, weights and KV included; none: half of what is free",
+    )
+
+
 class Config(_Frozen):
     """Everything. With ``prefill.replicas: 0`` the decode workers do both (aggregated serving)."""
 
     model: ModelConfigSection = ModelConfigSection()
+    memory: MemoryConfig = MemoryConfig()
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     router: RouterConfig = RouterConfig()
@@ -225,6 +244,21 @@ def with_environment(config: Config, environment: Environment) -> Config:
     index = index.model_copy(update={"url": index.url or environment.redis_url})
     telemetry = telemetry.model_copy(update={"otlp_endpoint": telemetry.otlp_endpoint or environment.otlp_endpoint})
     return config.model_copy(update={"index": index, "telemetry": telemetry})
+
+
+def with_kv_memory(config: Config, prefill_bytes: int, decode_bytes: int) -> Config:
+    """``config`` with the size of each pool's KV memory, of one worker, where it has none."""
+
+    def sized(pool: PoolConfig, num_bytes: int) -> PoolConfig:
+        engine = pool.engine
+        if engine.num_blocks is not None or engine.kv_memory_bytes is not None:
+            return pool
+        engine = engine.model_copy(update={"kv_memory_bytes": ByteSize(num_bytes)})
+        return pool.model_copy(update={"engine": engine})
+
+    return config.model_copy(
+        update={"prefill": sized(config.prefill, prefill_bytes), "decode": sized(config.decode, decode_bytes)}
+    )
 
 
 def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> None:

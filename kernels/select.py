@@ -17,8 +17,7 @@ from eagleray.kernels.kv_ops import api as kv_ops
 from eagleray.kernels.kv_ops import native as native_kv_ops
 from eagleray.kernels.linear import native as native_linear
 from eagleray.kernels.linear import onednn
-from eagleray.kernels.linear.api import PrepareLinear
-from eagleray.kernels.linear.reference import TorchLinear
+from eagleray.kernels.linear.api import LinearFormat
 from eagleray.kernels.native.build import NativeUnavailable, supported_levels
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, load_library
 from eagleray.kernels.norm_rope import api as norm_rope
@@ -45,7 +44,7 @@ class Kernels:
     ]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
     silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
-    prepare_linear: PrepareLinear
+    linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
 
@@ -56,7 +55,7 @@ TORCH_KERNELS: Final = Kernels(
     rotate_and_store=norm_rope.rotate_and_store,
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
-    prepare_linear=TorchLinear,
+    linear_format=None,
     sample_tokens=sampling.sample_tokens,
     copy_blocks=kv_ops.copy_blocks,
 )
@@ -80,7 +79,7 @@ def select_kernels(
     try:
         if device != "cpu" or dtype not in ELEMENTS:
             raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
-        library = load_library(supported_levels()[0], cache_folder or user_cache_folder(), num_threads)
+        library = load_library(supported_levels()[0], cache_folder or user_cache_folder() / "kernels", num_threads)
     except NativeUnavailable as error:
         if choice == "native":
             raise
@@ -90,28 +89,28 @@ def select_kernels(
 
 def native_kernels(library: NativeLibrary, dtype: torch.dtype) -> Kernels:
     """All operations by ``library``, and linear layers by whatever is fastest in ``dtype``."""
-    linear_name, prepare_linear = _linear(library, dtype)
+    linear_name, linear_format = _linear(library, dtype)
     return Kernels(
         description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
         rms_norm=partial(native_norm_rope.rms_norm, library),
         rotate_and_store=partial(native_norm_rope.rotate_and_store, library),
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
-        prepare_linear=prepare_linear,
+        linear_format=linear_format,
         sample_tokens=partial(native_sampling.sample_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),
     )
 
 
-def _linear(library: NativeLibrary, dtype: torch.dtype) -> tuple[str, PrepareLinear]:
+def _linear(library: NativeLibrary, dtype: torch.dtype) -> tuple[str, LinearFormat | None]:
     if dtype is torch.float32:
-        return "native", partial(native_linear.prepare_linear, library)
+        return "native", native_linear.NativeLinearFormat(library)
     if onednn.is_available(dtype):
-        return "oneDNN, packed", onednn.prepare_linear
-    return "torch", TorchLinear
+        return "oneDNN, packed", onednn.OneDNNLinearFormat(dtype)
+    return "torch", None
 
 
 def user_cache_folder() -> Path:
     """Where the XDG Base Directory Specification wants such files."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "eagleray" / "kernels"
+    return (Path(base) if base else Path.home() / ".cache") / "eagleray"

@@ -64,7 +64,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self._kernels = kernels
+        self._dtype = dtype
+        # A loader may put another dtype here: the checkpoint's own, mapped from its file.
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
         )
@@ -81,12 +82,6 @@ class Decoder(nn.Module):
             weight=self.embedding if config.tie_word_embeddings else None,
         )
         self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
-
-    def prepare(self) -> None:
-        """To be called when the weights are filled: linear layers bring theirs into the form that computes fastest."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepare(self._kernels.prepare_linear)
 
     def layer_group(self, dtype: str) -> LayerGroup:
         """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
@@ -107,7 +102,7 @@ class Decoder(nn.Module):
         Returns:
             [T, hidden], after the final norm.
         """
-        hidden = embedding(input_ids_T, self.embedding)
+        hidden = embedding(input_ids_T, self.embedding).to(self._dtype)
         cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
         for layer, kv_layer in zip(self.layers, kv.unbind(1), strict=True):
             hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from eagleray.kernels.linear.api import LinearProduct, PrepareLinear
+from eagleray.kernels.linear.api import LinearProduct
 from eagleray.kernels.linear.reference import TorchLinear
 
 
 class Linear(nn.Module):
     """``x @ weight.T + bias`` for one projection, or for several that read the same input, fused into one product.
 
-    Weights are left uninitialised: a loader fills them through ``weight_parts`` and ``bias_parts``, then calls
-    ``prepare``.
+    Weights are left uninitialised: a loader fills them through ``weight_parts`` and ``bias_parts``, or brings a product
+    that has them in a form of its own (``adopt``).
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features = tuple(out_features)
-        self._shares_weight = weight is not None
+        self.shares_weight = weight is not None
         num_rows = sum(out_features)
         if weight is None:
             weight = nn.Parameter(torch.empty(num_rows, in_features, dtype=dtype, device=device), requires_grad=False)
@@ -45,13 +45,11 @@ class Linear(nn.Module):
         """[..., in_features] -> [..., sum(out_features)], ``residual`` of that shape added."""
         return self._product(x, residual)
 
-    def prepare(self, prepare_linear: PrepareLinear) -> None:
-        """Bring the weights, filled by now, into the form that computes fastest. If that is a copy, the original goes:
-        no more ``weight_parts``."""
-        if prepare_linear is TorchLinear:
-            return
-        self._product = prepare_linear(self.weight, self.bias)
-        if not self._shares_weight:
+    def adopt(self, product: LinearProduct) -> None:
+        """Compute by ``product`` from now on. The weight here goes, unless another layer has it too: no more
+        ``weight_parts``."""
+        self._product = product
+        if not self.shares_weight:
             self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def weight_parts(self) -> tuple[torch.Tensor, ...]:

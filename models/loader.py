@@ -1,24 +1,26 @@
-"""Weights from safetensors into a decoder, one tensor at a time: no second copy of the model in memory."""
+"""Weights from safetensors into a decoder: mapped where they serve as they are, else packed one layer at a time."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from eagleray.core.errors import ConfigError
+from eagleray.kernels.linear.api import LinearFormat, PackedLinear
 from eagleray.kernels.select import TORCH_KERNELS, Kernels
+from eagleray.models.checkpoint import Checkpoint
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
-from eagleray.models.weight_files import weight_files
-from eagleray.models.weight_names import EMBEDDING, LM_HEAD, checkpoint_views
+from eagleray.models.packed_weights import PackedWeightFiles, PackedWeightsUnavailable
+from eagleray.models.weight_names import EMBEDDING, checkpoint_views, linear_names, norm_views
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-_DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"  # old checkpoints store what follows from the configuration
+_logger: Final = logging.getLogger(__name__)
+
+OnTensors = Callable[[int, int], None]
 
 
 def load_model(
@@ -26,74 +28,101 @@ def load_model(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnTensors | None = None,
     kernels: Kernels = TORCH_KERNELS,
+    packed_files: PackedWeightFiles | None = None,
 ) -> Decoder:
-    """Build the decoder and fill it from ``model.safetensors`` or from the files of ``model.safetensors.index.json``.
+    """Build the decoder with the weights of ``model.safetensors``, or of the files of its index.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint. Its files stay mapped, so they must not change while the decoder is in use.
         config: from ``registry.load_model_config``.
         dtype: to compute in; float32, bfloat16 and float16 tensors are converted on the way.
         device: where the weights go.
         progress: called after each tensor with (tensors loaded, tensors in all).
         kernels: to compute with, for this dtype and device.
+        packed_files: where packed weights are kept for the next start and shared with other processes; None: this
+            process packs for itself.
 
     Raises:
         ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
     """
-    decoder = Decoder(config, dtype, device, kernels)
+    checkpoint = Checkpoint(folder)
+    decoder = Decoder(config, dtype, device, kernels)  # its memory is not touched until it is filled
     views = checkpoint_views(decoder)
-    loaded: set[str] = set()
-    for path, name, read in _stored_tensors(folder):
-        if name == LM_HEAD and config.tie_word_embeddings:
-            continue  # compared with the embedding below, which may come in a later file
-        if name.endswith(_DERIVED_SUFFIX):
-            continue
-        _fill(views, path, name, read())
-        loaded.add(name)
-        if progress is not None:
-            progress(len(loaded), len(views))
-    missing = [name for name in views if name not in loaded]
-    if missing:
-        count = f"{len(missing)} tensors, the first of them {missing[0]}" if len(missing) > 1 else missing[0]
-        raise ConfigError("model.path", str(folder), f"the checkpoint lacks {count}; fetch it again, whole")
+    checkpoint.check({name: view.shape for name, view in views.items()}, is_head_tied=config.tie_word_embeddings)
     if config.tie_word_embeddings:
-        _require_tied(folder, decoder.embedding)
-    decoder.prepare()
+        checkpoint.check_tied_head()
+    loaded = _Counter(len(views), progress)
+    if kernels.linear_format is None:
+        _fill(views, checkpoint, loaded)
+        return decoder
+    _fill(norm_views(decoder), checkpoint, loaded)
+    decoder.embedding = nn.Parameter(checkpoint[EMBEDDING], requires_grad=False)
+    loaded.add(1)
+    _bind_linears(decoder, checkpoint, kernels.linear_format, packed_files, loaded)
     return decoder
 
 
-def _fill(views: dict[str, torch.Tensor], path: Path, name: str, tensor: torch.Tensor) -> None:
-    view = views.get(name)
-    if view is None:
-        raise ConfigError(
-            "model.path", str(path), f"tensor {name} has no place in the model that config.json describes"
-        )
-    if tensor.shape != view.shape:
-        shapes = f"{list(tensor.shape)}, config.json implies {list(view.shape)}"
-        raise ConfigError("model.path", str(path), f"tensor {name} has shape {shapes}; the two do not belong together")
-    if tensor.dtype not in _DTYPES:
-        raise ConfigError(
-            "model.path", str(path), f"tensor {name} is {tensor.dtype}; quantised weights are not supported"
-        )
-    view.copy_(tensor)
+class _Counter:
+    """Tells how many tensors have been loaded; those of a linear layer when it is packed."""
+
+    def __init__(self, total: int, report: OnTensors | None) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def complete(self) -> None:
+        if self._done < self._total:
+            self.add(self._total)
+
+    def add(self, count: int) -> None:
+        self._done = min(self._done + count, self._total)
+        if self._report is not None:
+            self._report(self._done, self._total)
 
 
-def _require_tied(folder: Path, embedding: torch.Tensor) -> None:
-    """Some checkpoints store a tied head as well. If it differs, tying would change the result."""
-    for path, name, read in _stored_tensors(folder):
-        if name == LM_HEAD and not torch.equal(read().to(embedding), embedding):
-            way_out = f"set it to false: {path.name} holds a {LM_HEAD} that differs from {EMBEDDING}"
-            raise ConfigError("config.json: tie_word_embeddings", True, way_out)
+def _fill(views: dict[str, torch.Tensor], checkpoint: Checkpoint, loaded: _Counter) -> None:
+    for name, view in views.items():
+        view.copy_(checkpoint[name])
+        loaded.add(1)
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Callable[[], torch.Tensor]]]:
-    """(file, tensor name, reader) of every tensor; the reader is valid until the next one is asked for."""
-    for path in weight_files(folder):
+def _bind_linears(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    linear_format: LinearFormat,
+    files: PackedWeightFiles | None,
+    loaded: _Counter,
+) -> None:
+    """Give every linear layer its product: from a file that others map too if possible, else of this process alone."""
+    linears = {names.name: names.linear for names in linear_names(decoder)}
+    for name, packed in _packed(decoder, checkpoint, linear_format, files, loaded):
+        linears[name].adopt(linear_format.bind(packed))
+    loaded.complete()
+
+
+def _packed(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    linear_format: LinearFormat,
+    files: PackedWeightFiles | None,
+    loaded: _Counter,
+) -> Iterator[tuple[str, PackedLinear]]:
+    def pack() -> Iterator[tuple[str, PackedLinear]]:
+        return _pack_all(decoder, checkpoint, linear_format, loaded)
+
+    if files is not None and linear_format.layout is not None:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dictionary
-                    yield path, name, partial(file.get_tensor, name)
-        except SafetensorError as error:
-            raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
+            return iter(files.get(linear_format.layout, pack).items())
+        except PackedWeightsUnavailable as error:
+            _logger.warning("packed weights are this process's own: %s", error)
+    return pack()
+
+
+def _pack_all(
+    decoder: Decoder, checkpoint: Checkpoint, linear_format: LinearFormat, loaded: _Counter
+) -> Iterator[tuple[str, PackedLinear]]:
+    """One layer after the other, so that nothing but the packed form is ever whole in memory."""
+    for names in linear_names(decoder):
+        bias = checkpoint.concatenated(names.biases) if names.biases else None
+        yield names.name, linear_format.pack(checkpoint.concatenated(names.weights), bias)
+        loaded.add(len(names.weights) + len(names.biases))

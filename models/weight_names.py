@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
@@ -14,15 +16,12 @@ from eagleray.models.norm import RMSNorm
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
 
-# Under "model.layers.{i}.": checkpoint name, our module, which of its fused projections.
+# Under "model.layers.{i}.": our module, and the checkpoint's names of its fused projections in their order.
 _LAYER_LINEARS: Final = (
-    ("self_attn.q_proj", "attention.qkv", 0),
-    ("self_attn.k_proj", "attention.qkv", 1),
-    ("self_attn.v_proj", "attention.qkv", 2),
-    ("self_attn.o_proj", "attention.output", 0),
-    ("mlp.gate_proj", "mlp.gate_up", 0),
-    ("mlp.up_proj", "mlp.gate_up", 1),
-    ("mlp.down_proj", "mlp.down", 0),
+    ("attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("attention.output", ("self_attn.o_proj",)),
+    ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.down", ("mlp.down_proj",)),
 )
 _LAYER_NORMS: Final = (
     ("input_layernorm", "attention_norm"),
@@ -34,23 +33,48 @@ _HEAD_NORMS: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LinearNames:
+    """One linear layer, and the tensors of the checkpoint that it consists of: one per fused projection."""
+
+    name: str  # of the layer, unique in the decoder
+    linear: Linear
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]  # none without bias
+
+
+def linear_names(decoder: Decoder) -> Iterator[LinearNames]:
+    """Every linear layer of the decoder. A tied head consists of the embedding."""
+    for index, layer in enumerate(decoder.layers):
+        for module, projections in _LAYER_LINEARS:
+            linear: Linear = attrgetter(module)(layer)
+            names = [f"model.layers.{index}.{projection}" for projection in projections]
+            weights = tuple(f"{name}.weight" for name in names)
+            biases = () if linear.bias is None else tuple(f"{name}.bias" for name in names)
+            yield LinearNames(f"layers.{index}.{module}", linear, weights, biases)
+    head = EMBEDDING if decoder.config.tie_word_embeddings else LM_HEAD
+    yield LinearNames("lm_head", decoder.lm_head, (head,), ())
+
+
+def norm_views(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """A writable view of every norm's weight, by checkpoint name."""
+    views = {"model.norm.weight": decoder.norm.weight.data}
+    names = _LAYER_NORMS + (_HEAD_NORMS if decoder.config.qk_norm else ())
+    for index, layer in enumerate(decoder.layers):
+        for name, module in names:
+            norm: RMSNorm = attrgetter(module)(layer)
+            views[f"model.layers.{index}.{name}.weight"] = norm.weight.data
+    return views
+
+
 def checkpoint_views(decoder: Decoder) -> dict[str, torch.Tensor]:
     """A writable view of the decoder's memory for every tensor that its checkpoint must have, by checkpoint name.
 
     The views cover every parameter exactly once. Tied word embeddings have no ``lm_head.weight``.
     """
-    views = {EMBEDDING: decoder.embedding.data, "model.norm.weight": decoder.norm.weight.data}
-    if not decoder.config.tie_word_embeddings:
-        views[LM_HEAD] = decoder.lm_head.weight.data
-    norms = _LAYER_NORMS + (_HEAD_NORMS if decoder.config.qk_norm else ())
-    for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}."
-        for name, module in norms:
-            norm: RMSNorm = attrgetter(module)(layer)
-            views[f"{prefix}{name}.weight"] = norm.weight.data
-        for name, module, part in _LAYER_LINEARS:
-            linear: Linear = attrgetter(module)(layer)
-            views[f"{prefix}{name}.weight"] = linear.weight_parts()[part].detach()
-            if linear.bias is not None:
-                views[f"{prefix}{name}.bias"] = linear.bias_parts()[part].detach()
+    views = {EMBEDDING: decoder.embedding.data, **norm_views(decoder)}
+    for names in linear_names(decoder):
+        if not names.linear.shares_weight:
+            views |= zip(names.weights, (part.detach() for part in names.linear.weight_parts()), strict=True)
+        views |= zip(names.biases, (part.detach() for part in names.linear.bias_parts()), strict=True)
     return views

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from eagleray.core.config import Config
@@ -77,7 +77,8 @@ def _type_name(annotation: Any) -> str:
             return " or ".join(map(_type_name, arguments))
         case origin if origin is tuple:
             return f"list of {_type_name(arguments[0])}"
-    return {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}[annotation]
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    return {**names, ByteSize: "size such as `6GiB`"}[annotation]
 
 
 if __name__ == "__main__":

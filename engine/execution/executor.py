@@ -12,19 +12,24 @@ from typing import Final
 
 import torch
 
-from eagleray.core.config import EngineConfig, ModelConfigSection
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
+from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.native.build import NativeUnavailable
-from eagleray.kernels.select import Kernels, select_kernels
+from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.packed_weights import PackedWeightFiles
 from eagleray.models.registry import load_model_config
+from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
@@ -85,6 +90,7 @@ def build_executor(
     num_threads: int | None = None,
     shared_kv: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    end_phase: Callable[[str], None] = lambda name: None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
@@ -92,27 +98,53 @@ def build_executor(
         num_threads: torch threads for computing; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
         progress: called after each tensor with (tensors loaded, tensors in all).
+        end_phase: called with the name of each part of the work when it is done.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = _select_kernels(engine, dtype, device, num_threads)
-    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels)
+    end_phase("kernels")
+    identity = compute_model_identity(model.folder, model.revision)
+    packed_files = _packed_weight_files(model, identity)
+    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
+    end_phase("weights")
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
-    num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
+    num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config))
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
+    end_phase("KV pool")
     return LocalExecutor(
         ModelRunner(decoder, kv, host_kv, device, kernels),
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,
-        model_identity=compute_model_identity(model.folder, model.revision),
+        model_identity=identity,
         max_model_tokens=max_model_tokens,
         num_threads=num_threads,
     )
+
+
+def _kv_memory_bytes(model: ModelConfigSection, engine: EngineConfig, config: ModelConfig) -> int:
+    """As configured, or planned as for a service of this one worker."""
+    if engine.kv_memory_bytes is not None:
+        return engine.kv_memory_bytes
+    pool = PoolConfig(replicas=1, engine=engine)
+    alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool)
+    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
+
+
+def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
+    """Below the user's cache folder; None if there shall be none."""
+    if not model.packed_weights_bytes:
+        return None
+    # The identity of a large checkpoint comes from samples: one that was changed in place tells by its files' times.
+    stats = [path.stat() for path in weight_files(model.folder)]
+    times = " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
+    folder = user_cache_folder() / "packed_weights"
+    return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
 def _select_kernels(engine: EngineConfig, dtype: str, device: str, num_threads: int | None) -> Kernels:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from pathlib import Path
 from typing import Final
 
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import SharedMemoryRef, local_host_id
+from eagleray.engine.execution.host_memory import available_host_bytes
 
 HEADER_BYTES: Final = 4096  # one page before the blocks: holds the cookie, and keeps them aligned
 COOKIE_BYTES: Final = 16
@@ -97,34 +97,9 @@ def check_fits(num_bytes: int, available_bytes: int | None) -> None:
         )
 
 
-def available_host_bytes() -> int | None:
-    """Memory that can be had without swapping, by the kernel's estimate and the container's limit; None if unknown."""
-    bounds = [bound for bound in (_machine_available_bytes(), _container_available_bytes()) if bound is not None]
-    return min(bounds, default=None)
-
-
 def _create_memory_file(num_bytes: int) -> int:
     if not hasattr(os, "memfd_create"):
         raise ConfigError("transfer.transports", "shared_memory", "needs Linux; leave it out and use tcp")
     fd = os.memfd_create("eagleray-kv", os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
-
-
-def _machine_available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((count * 1024 for count in kibibytes), None)
-
-
-def _container_available_bytes() -> int | None:
-    control_group = Path("/sys/fs/cgroup")
-    try:
-        limit = (control_group / "memory.max").read_text(encoding="ascii").strip()
-        used = (control_group / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return None if limit == "max" else max(0, int(limit) - int(used))

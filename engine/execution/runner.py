@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,12 +10,11 @@ from torch import Tensor
 from eagleray.core.messages import TokenLogprobs
 from eagleray.engine.execution.batch import PromptLogprobRows, build_batch, prompt_logprob_rows
 from eagleray.engine.execution.kv_tensors import KVTensors
+from eagleray.engine.execution.memory_plan import SCORED_ROWS
 from eagleray.engine.execution.sampler import sample_runs, score_tokens
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
 from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
-
-_SCORED_ROWS: Final = 64  # prompt positions whose logits exist at one time: bounds their memory
 
 
 class ModelRunner:
@@ -68,9 +66,9 @@ class ModelRunner:
 
     def _score_prompt(self, hidden: Tensor, wanted: PromptLogprobRows) -> list[TokenLogprobs]:
         scored: list[TokenLogprobs] = []
-        for start in range(0, len(wanted.rows), _SCORED_ROWS):
-            rows = wanted.rows[start : start + _SCORED_ROWS]
-            token_ids = torch.tensor(wanted.next_token_ids[start : start + _SCORED_ROWS], device=self._device)
+        for start in range(0, len(wanted.rows), SCORED_ROWS):
+            rows = wanted.rows[start : start + SCORED_ROWS]
+            token_ids = torch.tensor(wanted.next_token_ids[start : start + SCORED_ROWS], device=self._device)
             logits = self._model.compute_logits(hidden[rows.start : rows.stop])
             scored += score_tokens(logits, token_ids, [wanted.num_top] * len(rows))
         return scored

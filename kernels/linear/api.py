@@ -1,7 +1,13 @@
-"""Linear layers: weights are prepared once, in whatever form multiplies fastest, and then applied at every step."""
+"""Linear layers: weights are packed once, into whatever form multiplies fastest, and then applied at every step.
+
+Packing and computing are two steps, so that what was packed can be kept in a file: the next start skips the packing,
+and all processes of a host compute from one copy.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,8 +20,24 @@ class LinearProduct(Protocol):
         """[..., in_features] -> [..., out_features], in the dtype of ``x``; ``residual`` is of the result's shape."""
 
 
-class PrepareLinear(Protocol):
-    """Makes the product of a weight [out_features, in_features] and a bias [out_features] or none. It may keep the
-    tensors, or a copy in another layout."""
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight, and its bias, in the form that a product computes from."""
 
-    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearProduct: ...
+    tensors: Mapping[str, torch.Tensor]  # contiguous; what they mean is the format's own
+    out_features: int
+
+
+class LinearFormat(Protocol):
+    """One way to pack weights, and the product that computes from them."""
+
+    @property
+    def layout(self) -> str | None:
+        """Names the bytes of packed tensors: equal names, interchangeable bytes. None: they mean something in this
+        process only."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """Of a weight [out_features, in_features] and a bias [out_features] or none, in any floating-point dtype."""
+
+    def bind(self, packed: PackedLinear) -> LinearProduct:
+        """The product of packed tensors, which are only read: of ``pack``, or from a file with the same layout."""

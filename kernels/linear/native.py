@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
+from eagleray.kernels.linear.api import PackedLinear
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
+
+_PANELS_AT_ONCE: Final = 64
+_ROWS_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class NativeLinear:
-    """Implements ``LinearProduct`` with its own copy of the weight; see ``prepare_linear``."""
+    """Implements ``LinearProduct`` with panels that it only reads; see ``NativeLinearFormat``."""
 
     library: NativeLibrary
     packed: torch.Tensor  # [panels, in_features, columns of a panel]; float32, or bfloat16 where that is exact
@@ -46,12 +51,41 @@ class NativeLinear:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class NativeLinearFormat:
+    """Implements ``LinearFormat``: panels of output features, in bfloat16 if that changes no value of the weight."""
+
+    library: NativeLibrary
+
+    @property
+    def layout(self) -> str:
+        return f"panels of {self.library.panel_columns()}, {self.library.build}"
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """See ``LinearFormat.pack``."""
+        out_features, in_features = weight.shape
+        dtype = torch.bfloat16 if _is_exact_in_bfloat16(weight) else torch.float32
+        columns = self.library.panel_columns()
+        panels = torch.empty(-(-out_features // columns), in_features, columns, dtype=dtype)
+        for first in range(0, len(panels), _PANELS_AT_ONCE):  # a float32 copy of a large weight never exists whole
+            rows = weight[first * columns : (first + _PANELS_AT_ONCE) * columns].float().contiguous()
+            self.library.pack_weight(rows.data_ptr(), len(rows), in_features, ELEMENTS[dtype], panels[first].data_ptr())
+        tensors = {"panels": panels} if bias is None else {"panels": panels, "bias": bias.float().contiguous()}
+        return PackedLinear(tensors, out_features)
+
+    def bind(self, packed: PackedLinear) -> NativeLinear:
+        """See ``LinearFormat.bind``."""
+        tensors = packed.tensors
+        return NativeLinear(self.library, tensors["panels"], tensors.get("bias"), packed.out_features)
+
+
 def prepare_linear(library: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
-    """Pack a float32 ``weight`` [out_features, in_features], into bfloat16 if that changes none of its values."""
-    out_features, in_features = weight.shape
-    weight = weight.contiguous()
-    dtype = torch.bfloat16 if torch.equal(weight.to(torch.bfloat16).float(), weight) else torch.float32
-    columns = library.panel_columns()
-    packed = torch.empty(-(-out_features // columns), in_features, columns, dtype=dtype)
-    library.pack_weight(weight.data_ptr(), out_features, in_features, ELEMENTS[dtype], packed.data_ptr())
-    return NativeLinear(library, packed, None if bias is None else bias.contiguous(), out_features)
+    """Pack a ``weight`` [out_features, in_features] for this process and bind it."""
+    linear_format = NativeLinearFormat(library)
+    return linear_format.bind(linear_format.pack(weight, bias))
+
+
+def _is_exact_in_bfloat16(weight: torch.Tensor) -> bool:
+    if weight.dtype is torch.bfloat16:
+        return True
+    return all(torch.equal(rows.bfloat16().to(rows.dtype), rows) for rows in torch.split(weight, _ROWS_AT_ONCE))

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from eagleray.kernels.linear.api import PackedLinear
+
 _PROBE_SHAPE = (64, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class OneDNNLinear:
-    """Implements ``LinearProduct``; see ``prepare_linear``."""
+    """Implements ``LinearProduct``; see ``OneDNNLinearFormat``."""
 
     packed: torch.Tensor  # opaque to torch
     bias: torch.Tensor | None
@@ -21,9 +23,31 @@ class OneDNNLinear:
         return product if residual is None else product.add_(residual)
 
 
+@dataclass(frozen=True, slots=True)
+class OneDNNLinearFormat:
+    """Implements ``LinearFormat`` in the dtype of computing. What oneDNN packs cannot leave the process."""
+
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> None:
+        return None
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """See ``LinearFormat.pack``."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
+        tensors = {"weight": packed} if bias is None else {"weight": packed, "bias": bias.to(self.dtype)}
+        return PackedLinear(tensors, len(weight))
+
+    def bind(self, packed: PackedLinear) -> OneDNNLinear:
+        """See ``LinearFormat.bind``."""
+        return OneDNNLinear(packed.tensors["weight"], packed.tensors.get("bias"))
+
+
 def prepare_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> OneDNNLinear:
-    """Pack ``weight`` [out_features, in_features]."""
-    return OneDNNLinear(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+    """Pack ``weight`` [out_features, in_features] to compute in its own dtype, and bind it."""
+    linear_format = OneDNNLinearFormat(weight.dtype)
+    return linear_format.bind(linear_format.pack(weight, bias))
 
 
 def is_available(dtype: torch.dtype) -> bool:

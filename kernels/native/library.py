@@ -41,6 +41,7 @@ class NativeLibrary:
 
     level: str
     num_threads: int
+    build: str  # names the sources and options that it was compiled from
     panel_columns: Callable[..., int]
     pack_weight: Callable[..., None]
     linear: Callable[..., None]
@@ -61,7 +62,7 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
     except OSError as error:
         raise NativeUnavailable(f"cannot load {path}: {error}") from None
     functions = {name: _bind(library, name, arguments) for name, arguments in _ARGUMENTS.items()}
-    return NativeLibrary(level, num_threads, **functions)
+    return NativeLibrary(level, num_threads, path.stem, **functions)
 
 
 def _bind(library: ctypes.CDLL, name: str, arguments: Sequence[type[Any]]) -> Callable[..., Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from eagleray.core.clock import Clock
 from eagleray.core.config import IndexConfig
 from eagleray.router.prefix_index.memory import MemoryPrefixIndex
 from eagleray.router.prefix_index.redis import RedisPrefixIndex
+
+INDEX_NAMESPACE: Final = "eagleray"  # of services
 
 
 def build_index(config: IndexConfig, namespace: str, clock: Clock) -> MemoryPrefixIndex | RedisPrefixIndex:

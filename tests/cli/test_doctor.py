@@ -149,7 +149,7 @@ def test_pools_that_do_not_fit_into_memory_are_told_before_they_fail() -> None:
     values = {"decode": {"engine": {"kv_memory_bytes": 2**50}}, "index": {"backend": "memory"}}
     room = by_name(check_service(parse_config(values), Environment()))["room"]
     assert room.level is Level.MISSING
-    assert "2048.0 TiB" in room.text
+    assert "the least that would do is 2048.1TiB" in room.text
 
 
 def test_an_index_that_does_not_answer_is_a_warning_without_its_password() -> None:

@@ -60,6 +60,8 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
         (["serve", "--decode", "0"], "decode.replicas must be at least 1"),
         (["serve", "/nowhere.yaml"], "config='/nowhere.yaml': cannot be read"),
         (["serve", "--model", "/nowhere"], "model.path='/nowhere': there is no such folder"),
+        (["serve", "--memory", "1GiB"], "memory.budget_bytes='1GiB': the least that would do is "),
+        (["serve", "--memory", "six"], "memory.budget_bytes='six': could not parse"),
         (["generate", "--temperature", "-1", "hi"], "temperature=-1.0: must be between 0 and 100"),
         (["status", "--url", "localhost"], "--url='localhost': write it as http://host:port"),
         (["status", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9; start one with"),

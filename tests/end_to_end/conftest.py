@@ -11,6 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from eagleray.core.clock import SystemClock
 from eagleray.core.config import Environment, parse_config, prepare_ray_environment
 
 MODEL = "eagleray-demo"
@@ -77,7 +78,7 @@ def service() -> Iterator[Service]:
             "http": {"port": 0},
         }
     )
-    local = LocalService(config, Environment(), on_progress=lambda text: None)
+    local = LocalService(config, Environment(), on_progress=lambda text: None, clock=SystemClock())
     try:
         service = Service(local)
         service.wait_until(lambda: len(service.workers()) == 4, "four workers connected")

@@ -15,6 +15,7 @@ SCRIPT_DEADLINE_S = 240
 SCRIPT = """
 import asyncio, functools, json, sys, time
 
+from eagleray.core.clock import SystemClock
 from eagleray.core.config import Environment, parse_config, prepare_ray_environment
 
 prepare_ray_environment()
@@ -85,7 +86,7 @@ def wait_until(holds):
     return holds()
 
 
-local = LocalService(config, Environment(), on_progress=lambda text: None)
+local = LocalService(config, Environment(), on_progress=lambda text: None, clock=SystemClock())
 try:
     url = local.address
     wait_until(lambda: len(decode_workers(url)) == 2)

@@ -31,7 +31,7 @@ def only_compiler(monkeypatch: pytest.MonkeyPatch, compiler: Path | None) -> Non
 def test_without_a_compiler_torch_serves_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     only_compiler(monkeypatch, None)
     kernels = select_kernels("auto", torch.float32, "cpu", 1, tmp_path)
-    assert kernels.prepare_linear is TORCH_KERNELS.prepare_linear
+    assert kernels.linear_format is None
     assert kernels.description.startswith("torch (no C compiler")
     with pytest.raises(NativeUnavailable, match="no C compiler"):
         select_kernels("native", torch.float32, "cpu", 1, tmp_path)
@@ -79,6 +79,6 @@ def test_torch_can_be_chosen(tmp_path: Path) -> None:
 
 def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert select.user_cache_folder() == tmp_path / "eagleray" / "kernels"
+    assert select.user_cache_folder() == tmp_path / "eagleray"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray" / "kernels"
+    assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray"

@@ -1,0 +1,249 @@
+"""Start a service, time its phases, let it answer, and look at the memory of every process that it has.
+
+    python benchmarks/startup.py --repeats 3 -- --prefill 1 --decode 1
+    python benchmarks/startup.py --random-qwen3 -- --dtype bfloat16 --json startup.json
+
+What follows ``--`` goes to ``eagleray serve``. With ``--random-qwen3`` a checkpoint of the shape of Qwen3-0.6B, with
+a smaller vocabulary and random weights, is made first and served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import torch
+from provenance import Provenance, provenance
+from report import Section, to_markdown
+from safetensors.torch import save_file
+
+READY_DEADLINE_S: Final = 300.0
+STOP_DEADLINE_S: Final = 60.0
+ANSWER_DEADLINE_S: Final = 240.0
+NUM_REQUESTS: Final = 16  # at once: fills the steps of the workers
+_PHASE: Final = re.compile(r"^ *[\d.]+ s  ([\w ]+): ([\d.]+) s$")
+_WORKER: Final = re.compile(r"^ *[\d.]+ s  (prefill|decode) \w+: (process .*)$")
+_READY: Final = re.compile(r"^ *([\d.]+) s  ready: (\S+) at (\S+)$")
+_ROLLUP_KEYS: Final = ("Rss", "Pss", "Private_Clean", "Private_Dirty")
+
+QWEN3: Final = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 32000, "hidden_size": 1024,
+    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+    "tie_word_embeddings": True, "attention_bias": False, "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Bytes, of one process. What it shares with others counts whole in resident, in parts in proportional."""
+
+    name: str
+    resident_bytes: int
+    proportional_bytes: int
+    unique_bytes: int
+    packed_bytes: int  # resident, of packed weights
+    kv_bytes: int  # resident, of the KV pool
+
+
+@dataclass(frozen=True)
+class Start:
+    phases_s: dict[str, float]  # as printed; of workers the longest
+    ready_s: float  # from the command to the line that says so
+    idle: list[ProcessMemory]
+    used: list[ProcessMemory]  # after it has answered
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="eagleray-startup-") as folder:
+        serve = [*options.serve]
+        if options.random_qwen3:
+            write_random_qwen3(Path(folder))
+            serve += ["--model", folder]
+        starts = [measure_start(serve) for _ in range(options.repeats)]
+    origin = provenance("startup.py")
+    if options.json:
+        content = {"origin": asdict(origin), "starts": [asdict(start) for start in starts]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(render(origin, starts))
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="starts, one after the other")
+    parser.add_argument("--random-qwen3", action="store_true", help="serve random weights of Qwen3-0.6B's shape")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("serve", nargs="*", help="options of eagleray serve, after --")
+    return parser.parse_args(arguments)
+
+
+def write_random_qwen3(folder: Path) -> None:
+    """A bfloat16 checkpoint with the demo model's tokenizer, whose ids all fit."""
+    from eagleray.core.config import DEMO_MODEL_PATH
+    from eagleray.models.random_weights import random_model
+    from eagleray.models.registry import load_model_config
+    from eagleray.models.weight_names import checkpoint_views
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO_MODEL_PATH / name).read_bytes())
+    (folder / "config.json").write_text(json.dumps(QWEN3), encoding="utf-8")
+    views = checkpoint_views(random_model(load_model_config(folder), seed=0, dtype=torch.bfloat16))
+    save_file({name: view.clone() for name, view in views.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def measure_start(serve: Sequence[str]) -> Start:
+    """Start, look, ask, look again, stop."""
+    start_s = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", *serve],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        lines, address, model = _wait_until_ready(process)
+        ready_s = time.monotonic() - start_s
+        idle = list(memory_below(process.pid))
+        _ask(address, model)
+        return Start(phases_of(lines), ready_s, idle, list(memory_below(process.pid)))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=STOP_DEADLINE_S)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes]) -> tuple[list[str], str, str]:
+    """Everything printed until then, the address, and the model's name."""
+    assert process.stdout is not None
+    printed, until_s = "", time.monotonic() + READY_DEADLINE_S
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while selector.select(until_s - time.monotonic()):
+            part = os.read(process.stdout.fileno(), 65536).decode()
+            if not part:
+                break
+            printed += part
+            for line in printed.splitlines():
+                if found := _READY.match(line):
+                    return printed.splitlines(), found[3], found[2]
+    raise SystemExit(f"the service was not ready in time:\n{printed}")
+
+
+def _ask(address: str, model: str) -> None:
+    def ask(number: int) -> None:
+        words = " ".join(f"word{number}-{index}" for index in range(100))
+        body = {"model": model, "prompt": words, "max_tokens": 32, "temperature": 0.8, "seed": number}
+        httpx.post(f"{address}/v1/completions", json=body, timeout=ANSWER_DEADLINE_S).raise_for_status()
+
+    with ThreadPoolExecutor(NUM_REQUESTS) as threads:
+        list(threads.map(ask, range(NUM_REQUESTS)))
+
+
+def phases_of(lines: Sequence[str]) -> dict[str, float]:
+    """Phase -> seconds. Workers start at the same time: of each of their phases the longest."""
+    phases: dict[str, float] = {}
+    for line in lines:
+        if found := _WORKER.match(line):
+            for part in found[2].split(", "):
+                name, duration = part.removesuffix(" s").rsplit(" ", 1)
+                phases[f"worker: {name}"] = max(phases.get(f"worker: {name}", 0.0), float(duration))
+        elif found := _PHASE.match(line):
+            phases[found[1]] = float(found[2])
+    return phases
+
+
+def memory_below(pid: int) -> Iterator[ProcessMemory]:
+    """Of a process and all that descend from it, the largest first."""
+    found = [memory for below in _descendants(pid) if (memory := _memory_of(below)) is not None]
+    yield from sorted(found, key=lambda memory: -memory.resident_bytes)
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    pids = [pid]
+    for parent in pids:
+        pids += children.get(parent, [])
+    return pids
+
+
+def _memory_of(pid: int) -> ProcessMemory | None:
+    """None when it has ended."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        arguments = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
+        rollup = (folder / "smaps_rollup").read_text(encoding="ascii")
+        smaps = (folder / "smaps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE)}
+    resident, proportional, *unique = (fields.get(name, 0) for name in _ROLLUP_KEYS)
+    packed, kv = _resident_of(smaps, ".packed"), _resident_of(smaps, "memfd:eagleray-kv")
+    return ProcessMemory(_short_name(arguments), resident, proportional, sum(unique), packed, kv)
+
+
+def _short_name(arguments: Sequence[str]) -> str:
+    """Ray's own name of a replica, or the program or script that runs."""
+    scripts = [word for word in arguments[:3] if not word.startswith("-")]
+    return next((word for word in arguments if "ray::" in word), Path(scripts[-1]).name if scripts else "")
+
+
+def _resident_of(smaps: str, mark: str) -> int:
+    """Of the mappings whose name has ``mark`` in it."""
+    total, is_meant = 0, False
+    for line in smaps.splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            is_meant = mark in line
+        elif is_meant and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def render(origin: Provenance, starts: Sequence[Start]) -> str:
+    """Medians of the phases, and the memory of the last start."""
+    names = list(starts[-1].phases_s)
+    rows = [(name, _seconds([start.phases_s.get(name, 0.0) for start in starts])) for name in names]
+    rows.append(("ready, from the command on", _seconds([start.ready_s for start in starts])))
+    title = f"{origin.command}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}"
+    header = ("process", "resident", "proportional", "unique", "packed weights", "KV touched", "beyond weights and KV")
+    tables = [Section(("phase, median of starts", f"s ({len(starts)} starts)"), rows)]
+    for when, memories in (("when ready", starts[-1].idle), ("after answers", starts[-1].used)):
+        tables.append(Section((f"{header[0]}, MiB {when}", *header[1:]), [_row(memory) for memory in memories]))
+    return f"{title}\n\n{to_markdown(tables)}"
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _row(memory: ProcessMemory) -> tuple[str, ...]:
+    rest = memory.resident_bytes - memory.packed_bytes - memory.kv_bytes
+    sizes = (memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.packed_bytes)
+    return (memory.name, *(f"{size / 2**20:.0f}" for size in (*sizes, memory.kv_bytes, rest)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

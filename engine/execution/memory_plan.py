@@ -1,0 +1,155 @@
+"""What a service needs in memory, counted before anything is started: from the budget follow the KV pools. No torch.
+
+The bounds below are checked against measured peaks by tests and by ``benchmarks/startup.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from eagleray.core.config import Config, EngineConfig, PoolConfig
+from eagleray.core.errors import ConfigError
+from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
+from eagleray.models.model_config import ModelConfig
+
+# Resident, measured: Python, Ray and torch in a worker; all other processes of a service, the index's server included.
+WORKER_RUNTIME_BYTES: Final = 350 * 2**20
+SERVICE_RUNTIME_BYTES: Final = 900 * 2**20
+SCORED_ROWS: Final = 64  # rows of logits that exist at one time for prompt log-probabilities
+_LOGIT_COPIES: Final = 12  # float32 [rows, vocabulary] at one time, with penalties and log-probabilities
+_SHARE_OF_FREE_MEMORY: Final = 0.5  # that a service without a budget takes
+_SMALL_TENSORS_BYTES: Final = 8 * 2**20  # positions, block tables, results: what grows with nothing large
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. The pools are of one worker each."""
+
+    weights_bytes: int  # all copies
+    prefill_kv_bytes: int
+    decode_kv_bytes: int
+    total_bytes: int
+
+
+def plan_memory(
+    config: Config, model: ModelConfig, available_bytes: int | None, runtime_bytes: int = SERVICE_RUNTIME_BYTES
+) -> MemoryPlan:
+    """The KV pools that fit: into ``memory.budget_bytes``, or else into half of ``available_bytes``.
+
+    Pools that the configuration sizes itself stay as they are. ``available_bytes`` of None (unknown) limits nothing but
+    pools of a service without a budget, which then get what their requests can use. ``runtime_bytes`` is what the
+    processes take that are no workers.
+
+    Raises ``ConfigError`` naming the least that would do.
+    """
+    needs = [WorkerNeeds.of(config, pool, model) for pool in (config.prefill, config.decode)]
+    counts = (config.prefill.replicas, config.decode.replicas)
+    weights_bytes = needs[1].weights_bytes * (1 if needs[1].shares_weights else sum(counts))
+    fixed_bytes = runtime_bytes + weights_bytes
+    fixed_bytes += sum(count * need.private_bytes for count, need in zip(counts, needs, strict=True))
+    least_bytes = fixed_bytes + sum(count * need.least_kv_bytes for count, need in zip(counts, needs, strict=True))
+    _check(config, least_bytes, weights_bytes, available_bytes)
+    num_elastic = sum(count for count, need in zip(counts, needs, strict=True) if need.given_kv_bytes is None)
+    spare_bytes = (_budget_bytes(config, least_bytes, available_bytes) or 2**62) - least_bytes
+    extra_bytes = spare_bytes // num_elastic if num_elastic else 0
+    prefill, decode = (need.kv_bytes(extra_bytes) for need in needs)
+    return MemoryPlan(weights_bytes, prefill, decode, fixed_bytes + counts[0] * prefill + counts[1] * decode)
+
+
+def _budget_bytes(config: Config, least_bytes: int, available_bytes: int | None) -> int | None:
+    if config.memory.budget_bytes is not None:
+        return config.memory.budget_bytes
+    return None if available_bytes is None else max(least_bytes, int(available_bytes * _SHARE_OF_FREE_MEMORY))
+
+
+def _check(config: Config, least_bytes: int, weights_bytes: int, available_bytes: int | None) -> None:
+    budget_bytes = config.memory.budget_bytes
+    parts = (
+        f"weights {format_size(weights_bytes)}, {config.prefill.replicas + config.decode.replicas} workers, "
+        "and the smallest KV pools"
+    )
+    if budget_bytes is not None and budget_bytes < least_bytes:
+        way_out = f"the least that would do is {format_size(least_bytes)} ({parts}); raise it, or start fewer workers"
+        raise ConfigError("memory.budget_bytes", format_size(budget_bytes), way_out)
+    if available_bytes is not None and max(least_bytes, budget_bytes or 0) > available_bytes:
+        way_out = f"only {format_size(available_bytes)} are free, and the least that would do is "
+        way_out += f"{format_size(least_bytes)} ({parts}); free some, start fewer workers, or take smaller pools"
+        raise ConfigError("memory.budget_bytes", budget_bytes and format_size(budget_bytes), way_out)
+
+
+@dataclass(frozen=True)
+class WorkerNeeds:
+    """Bytes that one worker needs."""
+
+    weights_bytes: int
+    shares_weights: bool  # with the other workers of the host
+    private_bytes: int  # runtime, activations, host blocks
+    least_kv_bytes: int
+    most_kv_bytes: int  # more than all its requests can use, if each is as long as can be
+    given_kv_bytes: int | None  # the configuration says it itself
+
+    @classmethod
+    def of(cls, config: Config, pool: PoolConfig, model: ModelConfig) -> WorkerNeeds:
+        """Of a worker of ``pool``. Raises ``ConfigError`` for a length that the model does not have."""
+        engine = pool.engine
+        dtype = model.resolve_dtype(config.model.dtype, "cpu")
+        layout = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype),))
+        given_bytes: int | None = engine.kv_memory_bytes
+        if engine.num_blocks is not None:
+            given_bytes = engine.num_blocks * layout.block_bytes
+        longest_tokens = model.resolve_max_model_tokens(config.model.max_model_tokens)
+        least_tokens = longest_tokens
+        if config.model.max_model_tokens is None:  # then the pool may limit it
+            least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
+        private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
+        return cls(
+            weights_bytes=weight_bytes(model, dtype),
+            shares_weights=engine.kernels != "torch" and config.model.packed_weights_bytes > 0 and dtype == "float32",
+            private_bytes=private_bytes + activation_bytes(model, engine, dtype),
+            least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
+            most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),
+            given_kv_bytes=given_bytes,
+        )
+
+    def kv_bytes(self, extra_bytes: int) -> int:
+        """The pool with ``extra_bytes`` beyond the least."""
+        if self.given_kv_bytes is not None:
+            return self.given_kv_bytes
+        return max(self.least_kv_bytes, min(self.least_kv_bytes + extra_bytes, self.most_kv_bytes))
+
+
+def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
+    """Of a pool that holds a sequence of so many tokens, and a block to spare."""
+    return (-(-num_tokens // layout.block_size_tokens) + 1) * layout.block_bytes
+
+
+def weight_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them."""
+    hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
+    attention = hidden * model.head_dim * (heads + model.num_heads)
+    linears = model.num_layers * (attention + 3 * hidden * model.intermediate_size) + hidden * model.vocab_size
+    stored = DTYPE_BYTES[model.dtype]
+    computed = DTYPE_BYTES["bfloat16"] if model.dtype == "bfloat16" else DTYPE_BYTES[dtype]
+    return linears * computed + hidden * model.vocab_size * stored
+
+
+def activation_bytes(model: ModelConfig, engine: EngineConfig, dtype: str) -> int:
+    """Bound of what one step allocates with the native kernels: in a layer, or for logits and their samples."""
+    hidden, head_dim = model.hidden_size, model.head_dim
+    attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
+    mlp = 3 * model.intermediate_size
+    token_bytes = DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
+    rows = max(engine.max_num_seqs, SCORED_ROWS)
+    logits_bytes = _LOGIT_COPIES * 4 * rows * model.vocab_size
+    hidden_bytes = DTYPE_BYTES[dtype] * hidden * engine.max_num_batched_tokens
+    step_bytes = max(token_bytes * engine.max_num_batched_tokens, hidden_bytes + logits_bytes)
+    return step_bytes + _SMALL_TENSORS_BYTES
+
+
+def format_size(num_bytes: int) -> str:
+    """In the unit that people write: 5.7GiB, 512MiB; rounded up, so that a least is enough when it is typed in."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if num_bytes >= unit:
+            return f"{-(-num_bytes * 10 // unit) / 10:.1f}".removesuffix(".0") + name
+    return f"{num_bytes}B"

@@ -1,0 +1,223 @@
+"""Packed weights in files that every process of the host maps: one copy in memory, and no packing at the next start.
+
+A file is the tensors, each aligned, then an index, then a footer. It is written under a temporary name and renamed when
+it is whole. Every tensor and the index carry a fingerprint, because a machine that loses power may keep the new name
+and lose the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from eagleray.core.clock import Clock
+from eagleray.kernels.linear.api import PackedLinear
+
+_MAGIC: Final = b"eagleray packed weights 1\n"
+_FOOTER_BYTES: Final = 8 + 8 + len(_MAGIC)  # length of the index, its fingerprint, magic
+_ALIGNMENT_BYTES: Final = 4096
+_SUFFIX: Final = ".packed"
+_PARTIAL_SUFFIX: Final = ".partial"
+_SPARED_DISK_BYTES: Final = 2**30  # of a disk that others use too
+_PACKING_DEADLINE_S: Final = 300.0  # of another process
+_POLL_INTERVAL_S: Final = 0.05
+
+_logger: Final = logging.getLogger(__name__)
+
+Pack = Callable[[], Iterable[tuple[str, PackedLinear]]]
+
+
+class PackedWeightsUnavailable(Exception):
+    """Packed weights cannot be kept in a file, for the reason in the message."""
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    fingerprint: int
+
+
+class _Linear(msgspec.Struct, frozen=True):
+    name: str
+    out_features: int
+    tensors: dict[str, _Tensor]
+
+
+class PackedWeightFiles:
+    """The files of one folder, of which those used longest ago go when there are more than ``limit_bytes`` in all.
+
+    Args:
+        folder: made when it is needed.
+        model: names the content that is packed: equal names, equal weights.
+        limit_bytes: of disk.
+        clock: for the wait while another process packs the same.
+    """
+
+    def __init__(self, folder: Path, model: str, limit_bytes: int, clock: Clock) -> None:
+        self._folder = folder
+        self._model = model
+        self._limit_bytes = limit_bytes
+        self._clock = clock
+
+    def get(self, layout: str, pack: Pack) -> Mapping[str, PackedLinear]:
+        """The packed linear layers by name, mapped read-only. ``pack`` is called when no file has them yet; when
+        several processes ask at once, in one of them.
+
+        Raises ``PackedWeightsUnavailable``: no room, or a folder that cannot be used.
+        """
+        key = blake2b(f"{self._model}\n{layout}".encode(), digest_size=16).hexdigest()
+        path = self._folder / f"{key}{_SUFFIX}"
+        try:
+            found = _map_if_whole(path)
+            if found is None:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._write(path, pack)
+                found = _map_if_whole(path)
+            os.utime(path)  # what was used last goes last
+        except OSError as error:
+            raise PackedWeightsUnavailable(f"{self._folder}: {error.strerror or error}") from None
+        if found is None:
+            raise PackedWeightsUnavailable(f"{path} was written and cannot be read back")
+        return found
+
+    def _write(self, path: Path, pack: Pack) -> None:
+        """Returns when the file is there, whoever wrote it."""
+        partial = path.with_suffix(_PARTIAL_SUFFIX)
+        with _locked(partial, self._clock) as file:
+            if _map_if_whole(path) is not None:  # another process wrote it while we waited
+                partial.unlink()
+                return
+            try:
+                self._write_whole(file, pack)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        _logger.info("packed weights written to %s (%d bytes)", path, path.stat().st_size)
+        self._evict(keep=path)
+
+    def _write_whole(self, file: BinaryIO, pack: Pack) -> None:
+        file.truncate(0)
+        room_bytes = min(self._limit_bytes, shutil.disk_usage(self._folder).free - _SPARED_DISK_BYTES)
+        index: list[_Linear] = []
+        for name, packed in pack():
+            tensors = {}
+            for part, tensor in packed.tensors.items():
+                file.seek(-file.tell() % _ALIGNMENT_BYTES, os.SEEK_CUR)
+                offset, data = file.tell(), _bytes_of(tensor)
+                if offset + len(data) > room_bytes:
+                    raise PackedWeightsUnavailable(
+                        f"{self._folder} has room for {max(room_bytes, 0)} bytes of them "
+                        "(model.packed_weights_bytes, or what the disk has left)"
+                    )
+                file.write(data)
+                fingerprint = xxhash.xxh3_64_intdigest(data)
+                tensors[part] = _Tensor(offset, str(tensor.dtype), tuple(tensor.shape), fingerprint)
+            index.append(_Linear(name, packed.out_features, tensors))
+        encoded = msgspec.msgpack.encode(index)
+        file.write(encoded + len(encoded).to_bytes(8, "little") + xxhash.xxh3_64_digest(encoded) + _MAGIC)
+        file.flush()
+
+    def _evict(self, keep: Path) -> None:
+        """Unlinks what was used longest ago. Who has mapped it keeps it."""
+        files = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        used_bytes = keep.stat().st_size
+        for path in files:
+            if path == keep:
+                continue
+            used_bytes += path.stat().st_size
+            if used_bytes > self._limit_bytes:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, clock: Clock) -> Iterator[BinaryIO]:
+    """The file, ours alone. The lock goes with the process, so one that died leaves nothing to wait for.
+
+    Raises ``PackedWeightsUnavailable`` when another process does not let go of it within ``_PACKING_DEADLINE_S``.
+    """
+    deadline_s, pause = clock.now_s() + _PACKING_DEADLINE_S, threading.Event()
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if clock.now_s() > deadline_s:
+                    raise PackedWeightsUnavailable(f"{path} is written by another process that does not end") from None
+            else:
+                if _is_same_file(path, file):
+                    yield file
+                    return
+                continue  # it was renamed or removed before we had the lock
+        pause.wait(_POLL_INTERVAL_S)
+
+
+def _is_same_file(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:
+    """None when there is no such file, or when it is not what was written."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < _FOOTER_BYTES:
+                return None
+            mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+    except FileNotFoundError:
+        return None
+    view = memoryview(mapping)
+    index = _read_index(view)
+    if index is None:
+        return None
+    packed = {}
+    for linear in index:
+        tensors = {name: _tensor_in(view, entry) for name, entry in linear.tensors.items()}
+        entries = zip(tensors.values(), linear.tensors.values(), strict=True)
+        # Reads the whole file. It is about to be needed in memory anyway.
+        if any(xxhash.xxh3_64_intdigest(_bytes_of(tensor)) != entry.fingerprint for tensor, entry in entries):
+            return None
+        packed[linear.name] = PackedLinear(tensors, linear.out_features)
+    return packed
+
+
+def _read_index(view: memoryview) -> list[_Linear] | None:
+    end = len(view) - _FOOTER_BYTES
+    footer = bytes(view[end:])
+    start = end - int.from_bytes(footer[:8], "little")
+    if not footer.endswith(_MAGIC) or start < 0 or xxhash.xxh3_64_digest(view[start:end]) != footer[8:16]:
+        return None
+    return msgspec.msgpack.decode(view[start:end], type=list[_Linear])
+
+
+def _tensor_in(view: memoryview, entry: _Tensor) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, entry.dtype.removeprefix("torch."))
+    count = torch.Size(entry.shape).numel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to, which is the intention
+        return torch.frombuffer(view, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    data: npt.NDArray[np.uint8] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return data.data

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eagleray.core.config import Config, EngineConfig, ModelConfigSection, parse_config, with_kv_memory
+from eagleray.core.errors import ConfigError
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.execution.memory_plan import (
+    SERVICE_RUNTIME_BYTES,
+    WORKER_RUNTIME_BYTES,
+    WorkerNeeds,
+    activation_bytes,
+    format_size,
+    plan_memory,
+    weight_bytes,
+)
+from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
+from eagleray.models.model_config import ModelConfig
+from eagleray.models.random_weights import save_random_checkpoint
+from eagleray.models.registry import load_model_config
+
+GIB = 2**30
+MODEL = ModelConfig(
+    model_type="qwen3",
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=4096,
+    sliding_window=(None,) * 28,
+    tie_word_embeddings=True,
+    qk_norm=True,
+    dtype="bfloat16",
+)
+
+
+def config(budget: int | str | None = None, **sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, **sections}
+    return parse_config({**values, "memory": {"budget_bytes": budget}})
+
+
+def refusal(config: Config, available_bytes: int | None = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        plan_memory(config, MODEL, available_bytes)
+    return str(error.value)
+
+
+def test_pools_share_what_the_budget_leaves_and_the_total_stays_within_it() -> None:
+    plan = plan_memory(config("6GiB"), MODEL, None)
+    assert plan.prefill_kv_bytes == plan.decode_kv_bytes > GIB
+    assert 6 * GIB - 2 <= plan.total_bytes <= 6 * GIB
+
+
+def test_weights_count_once_where_they_are_shared_and_once_per_worker_where_not() -> None:
+    shared = plan_memory(config("8GiB"), MODEL, None)
+    assert shared.weights_bytes == weight_bytes(MODEL, "float32")
+    for private in ({"packed_weights_bytes": 0}, {"dtype": "bfloat16"}):
+        assert plan_memory(config("8GiB", model=private), MODEL, None).weights_bytes == 2 * shared.weights_bytes
+
+
+def test_weights_take_two_bytes_where_the_checkpoint_or_the_computation_has_two() -> None:
+    parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 2 * 1024 * 32000
+    assert weight_bytes(MODEL, "float32") == weight_bytes(MODEL, "bfloat16") == 2 * parameters
+
+
+def test_a_budget_that_is_too_small_is_refused_and_the_least_that_is_named_is_enough() -> None:
+    message = refusal(config("1GiB"))
+    assert message.startswith("memory.budget_bytes='1GiB': the least that would do is")
+    named = re.search(r"least that would do is (\S+)", message)
+    assert named is not None
+    plan = plan_memory(config(named.group(1)), MODEL, None)
+    assert refusal(config(plan.total_bytes - 2**28))
+
+
+def test_a_budget_over_what_is_free_is_refused() -> None:
+    assert "only 4GiB are free" in refusal(config("6GiB"), 4 * GIB)
+
+
+def test_without_a_budget_half_of_what_is_free_is_taken_and_too_little_is_refused() -> None:
+    assert 10 * GIB - 2 <= plan_memory(config(), MODEL, 20 * GIB).total_bytes <= 10 * GIB
+    assert "only 1GiB are free" in refusal(config(), GIB)
+
+
+def test_a_service_that_needs_more_than_half_of_what_is_free_gets_its_smallest_pools() -> None:
+    need = WorkerNeeds.of(config(), config().decode, MODEL)
+    plan = plan_memory(config(), MODEL, 4 * GIB)
+    assert plan.decode_kv_bytes == need.least_kv_bytes
+    assert 2 * GIB < plan.total_bytes < 4 * GIB
+
+
+def test_no_pool_is_larger_than_its_requests_can_use() -> None:
+    plan = plan_memory(config(decode={"replicas": 1, "engine": {"max_num_seqs": 2}}), MODEL, None)
+    block_bytes = MODEL.kv_layer_group("float32").block_bytes(16)
+    assert plan.decode_kv_bytes == 2 * (4096 // 16 + 1) * block_bytes
+
+
+def test_pools_of_a_given_size_stay_and_are_counted() -> None:
+    sized = config("8GiB", decode={"replicas": 1, "engine": {"kv_memory_bytes": "1GiB"}})
+    plan = plan_memory(sized, MODEL, None)
+    assert plan.decode_kv_bytes == GIB
+    assert plan.prefill_kv_bytes > GIB
+    assert plan.total_bytes <= 8 * GIB
+    assert "least" in refusal(config("4GiB", decode={"replicas": 1, "engine": {"kv_memory_bytes": "3GiB"}}))
+    blocks = config("8GiB", decode={"replicas": 1, "engine": {"num_blocks": 10}})
+    assert plan_memory(blocks, MODEL, None).decode_kv_bytes == 10 * MODEL.kv_layer_group("float32").block_bytes(16)
+
+
+def test_the_length_that_a_user_asks_for_is_part_of_the_least() -> None:
+    short, long = (WorkerNeeds.of(config(model={"max_model_tokens": n}), config().decode, MODEL) for n in (512, 4096))
+    assert long.least_kv_bytes > 7 * short.least_kv_bytes
+    block_bytes = MODEL.kv_layer_group("float32").block_bytes(16)
+    assert long.least_kv_bytes == (4096 // 16 + 1) * block_bytes
+
+
+def test_every_part_of_the_fixed_need_is_counted_per_worker() -> None:
+    one = plan_memory(config(prefill={"replicas": 0}), MODEL, 2 * GIB + GIB // 2)
+    activations = activation_bytes(MODEL, EngineConfig(), "float32")
+    fixed_bytes = SERVICE_RUNTIME_BYTES + WORKER_RUNTIME_BYTES + activations + one.weights_bytes
+    assert one.total_bytes == fixed_bytes + one.decode_kv_bytes
+
+
+def test_the_planned_pools_enter_the_configuration_where_it_has_none() -> None:
+    sized = config(decode={"replicas": 1, "engine": {"num_blocks": 10}})
+    planned = with_kv_memory(sized, GIB, 2 * GIB)
+    assert planned.prefill.engine.kv_memory_bytes == GIB
+    assert planned.decode.engine.kv_memory_bytes is None
+    assert parse_config(planned.model_dump(mode="json")) == planned
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"), [(6 * GIB, "6GiB"), (6 * GIB + 1, "6.1GiB"), (2**20 * 350, "350MiB"), (100, "100B")]
+)
+def test_sizes_are_rounded_up_and_can_be_typed_in_again(num_bytes: int, shown: str) -> None:
+    assert format_size(num_bytes) == shown
+    typed = config(shown).memory.budget_bytes
+    assert typed is not None and typed >= num_bytes
+
+
+# ---- the bound of activations against what is really allocated
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 20000, "hidden_size": 256,
+    "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "torch_dtype": "float32", "hidden_act": "silu",
+}  # fmt: skip
+
+
+class PeakTracker(TorchDispatchMode):
+    """The most bytes at one time in storages that were made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {ref(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and ref(tensor) not in given:
+                self._live[ref(tensor)] = tensor.untyped_storage().nbytes()
+        self._live = {storage: num_bytes for storage, num_bytes in self._live.items() if not storage.expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
+        return result
+
+
+def ref(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+@pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
+def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
+    save_random_checkpoint(tmp_path, SMALL, seed=0)
+    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
+    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1, logprobs=5, repetition_penalty=1.1)
+    num_runs = 1 if shape == "one long prompt" else engine.max_num_seqs
+    num_tokens = engine.max_num_batched_tokens // num_runs
+    runs = [
+        ScheduledRun(
+            RequestSpec(
+                request_id=str(index),
+                token_ids=tuple(range(num_tokens)),
+                num_prompt_tokens=num_tokens,
+                sampling=sampling,
+                eos_token_ids=(2,),
+            ),
+            list(range(num_tokens)),
+            0,
+            num_tokens,
+            [index] if num_runs > 1 else list(range(32)),
+            samples=True,
+        )
+        for index in range(num_runs)
+    ]
+    with PeakTracker() as tracker:
+        executor._runner.run(StepPlan(runs=tuple(runs)))
+    executor.close()
+    bound = activation_bytes(load_model_config(tmp_path), engine, "float32")
+    assert tracker.peak_bytes > 2**22  # it saw what there is
+    assert tracker.peak_bytes <= bound
