@@ -45,16 +45,21 @@ def check_kernels(config: Config) -> Finding:
     """What workers compute with on the CPU. Compiles the native library, as the first worker would."""
     import torch  # takes seconds: not before it is needed
 
+    from eagleray.kernels.linear.quantization import QuantizationUnsupported
     from eagleray.kernels.native.build import NativeUnavailable
     from eagleray.kernels.select import select_kernels
 
     choice, num_threads = config.decode.engine.kernels, config.decode.num_threads
     dtype = torch.float32 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     try:
-        kernels = select_kernels("native" if choice == "auto" else choice, dtype, "cpu", num_threads)
+        kernels = select_kernels(
+            "native" if choice == "auto" else choice, dtype, "cpu", num_threads, quantization=config.model.quantization
+        )
     except NativeUnavailable as error:
         level = Level.WARN if choice == "auto" else Level.MISSING
         return Finding(level, "kernels", f"torch computes: {error}", "torch works too, at about half the speed")
+    except QuantizationUnsupported as error:
+        return Finding(Level.MISSING, "kernels", str(error), "leave model.quantization out, or change model.dtype")
     return Finding(Level.OK, "kernels", kernels.description)
 
 

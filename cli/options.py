@@ -23,6 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", dest="model.path", metavar="PATH", help="folder in Hugging Face format, or 'demo'")
     group.add_argument("--dtype", dest="model.dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--quantization", dest="model.quantization", metavar="FORMAT", help="w8a8, int8 or int4")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

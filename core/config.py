@@ -36,6 +36,11 @@ class ModelConfigSection(_Frozen):
         "auto",
         description="auto: the checkpoint's; on a CPU float32, so that batching changes no answer, up to near-ties",
     )
+    quantization: Literal["w8a8", "int8", "int4"] | None = Field(
+        None,
+        description="of linear layers, when a float checkpoint is loaded: w8a8 (weights and activations in 8 bits), "
+        "int8 or int4 (weights only); needs float32 or bfloat16 on a CPU",
+    )
     packed_weights_bytes: ByteSize = Field(
         ByteSize(32 * 2**30),
         ge=0,

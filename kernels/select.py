@@ -15,9 +15,11 @@ from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
 from eagleray.kernels.kv_ops import api as kv_ops
 from eagleray.kernels.kv_ops import native as native_kv_ops
-from eagleray.kernels.linear import native as native_linear
-from eagleray.kernels.linear import onednn
 from eagleray.kernels.linear.api import LinearFormat
+from eagleray.kernels.linear.native import NativeLinearFormat
+from eagleray.kernels.linear.panels import PanelLinearFormat
+from eagleray.kernels.linear.quantization import Quantization, QuantizationUnsupported
+from eagleray.kernels.linear.reference import TorchQuantizedFormat
 from eagleray.kernels.native.build import NativeUnavailable, supported_levels
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, load_library
 from eagleray.kernels.norm_rope import api as norm_rope
@@ -32,6 +34,10 @@ from eagleray.kernels.sampling.batch import SamplingBatch
 
 KernelChoice = Literal["auto", "native", "torch"]
 
+# Of the head, whatever the other layers have: it is a fourth of a small model's bytes, and what rounding it does to a
+# logit nothing after it evens out. So 8 bits, and its activations as they are.
+HEAD_QUANTIZATION: Final = "int8"
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -45,6 +51,7 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
     silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
     linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
+    head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
 
@@ -56,13 +63,19 @@ TORCH_KERNELS: Final = Kernels(
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
     linear_format=None,
+    head_format=None,
     sample_tokens=sampling.sample_tokens,
     copy_blocks=kv_ops.copy_blocks,
 )
 
 
 def select_kernels(
-    choice: KernelChoice, dtype: torch.dtype, device: str, num_threads: int, cache_folder: Path | None = None
+    choice: KernelChoice,
+    dtype: torch.dtype,
+    device: str,
+    num_threads: int,
+    cache_folder: Path | None = None,
+    quantization: Quantization | None = None,
 ) -> Kernels:
     """The best implementations for computing in ``dtype`` on ``device``, with a KV pool of the same dtype.
 
@@ -70,12 +83,16 @@ def select_kernels(
         choice: ``"auto"``: native where possible; ``"native"``: that or an error; ``"torch"``: the reference.
         num_threads: that one operation may use.
         cache_folder: of compiled libraries; None: the user's.
+        quantization: of linear layers; None: they compute in ``dtype``.
 
     Raises:
         NativeUnavailable: ``"native"`` was chosen and cannot be had, for the reason in the message.
+        QuantizationUnsupported: with this dtype or device.
     """
+    if quantization is not None and (device != "cpu" or dtype not in ELEMENTS):
+        raise QuantizationUnsupported(f"{quantization} needs float32 or bfloat16 on a CPU, not {dtype} on {device}")
     if choice == "torch":
-        return TORCH_KERNELS
+        return _torch_kernels("torch", quantization)
     try:
         if device != "cpu" or dtype not in ELEMENTS:
             raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
@@ -83,13 +100,20 @@ def select_kernels(
     except NativeUnavailable as error:
         if choice == "native":
             raise
-        return replace(TORCH_KERNELS, description=f"torch ({error})")
-    return native_kernels(library, dtype)
+        return _torch_kernels(f"torch ({error})", quantization)
+    return native_kernels(library, dtype, quantization)
 
 
-def native_kernels(library: NativeLibrary, dtype: torch.dtype) -> Kernels:
-    """All operations by ``library``, and linear layers by whatever is fastest in ``dtype``."""
-    linear_name, linear_format = _linear(library, dtype)
+def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Quantization | None = None) -> Kernels:
+    """All operations by ``library``."""
+    linear_format: LinearFormat
+    if quantization is not None:
+        linear_format = PanelLinearFormat(library, quantization)
+    elif dtype is torch.float32:
+        linear_format = NativeLinearFormat(library)
+    else:
+        linear_format = PanelLinearFormat(library, "bfloat16")
+    linear_name = quantization or str(dtype).removeprefix("torch.")
     return Kernels(
         description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
         rms_norm=partial(native_norm_rope.rms_norm, library),
@@ -97,17 +121,21 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype) -> Kernels:
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
         linear_format=linear_format,
+        head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
         sample_tokens=partial(native_sampling.sample_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),
     )
 
 
-def _linear(library: NativeLibrary, dtype: torch.dtype) -> tuple[str, LinearFormat | None]:
-    if dtype is torch.float32:
-        return "native", native_linear.NativeLinearFormat(library)
-    if onednn.is_available(dtype):
-        return "oneDNN, packed", onednn.OneDNNLinearFormat(dtype)
-    return "torch", None
+def _torch_kernels(description: str, quantization: Quantization | None) -> Kernels:
+    if quantization is None:
+        return replace(TORCH_KERNELS, description=description)
+    return replace(
+        TORCH_KERNELS,
+        description=f"{description}, linear layers: {quantization}",
+        linear_format=TorchQuantizedFormat(quantization),
+        head_format=TorchQuantizedFormat(HEAD_QUANTIZATION),
+    )
 
 
 def user_cache_folder() -> Path:

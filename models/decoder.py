@@ -112,5 +112,5 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits.float()
+        logits: torch.Tensor = self.lm_head(hidden, dtype=torch.float32)
+        return logits

@@ -41,9 +41,12 @@ class Linear(nn.Module):
 
         self._product: LinearProduct = TorchLinear(self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., in_features] -> [..., sum(out_features)], ``residual`` of that shape added."""
-        return self._product(x, residual)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """[..., in_features] -> [..., sum(out_features)], ``residual`` of that shape added; in ``dtype``, or that of
+        ``x``."""
+        return self._product(x, residual, dtype)
 
     def adopt(self, product: LinearProduct) -> None:
         """Compute by ``product`` from now on. The weight here goes, unless another layer has it too: no more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from eagleray.models.checkpoint import Checkpoint
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.packed_weights import PackedWeightFiles, PackedWeightsUnavailable
-from eagleray.models.weight_names import EMBEDDING, checkpoint_views, linear_names, norm_views
+from eagleray.models.weight_names import EMBEDDING, HEAD, checkpoint_views, linear_names, norm_views
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def load_model(
             process packs for itself.
 
     Raises:
+        QuantizationUnsupported: the kernels' formats cannot hold a weight of this shape.
         ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
     """
     checkpoint = Checkpoint(folder)
@@ -60,8 +62,26 @@ def load_model(
     _fill(norm_views(decoder), checkpoint, loaded)
     decoder.embedding = nn.Parameter(checkpoint[EMBEDDING], requires_grad=False)
     loaded.add(1)
-    _bind_linears(decoder, checkpoint, kernels.linear_format, packed_files, loaded)
+    formats = _Formats(kernels.linear_format, kernels.head_format or kernels.linear_format)
+    _bind_linears(decoder, checkpoint, formats, packed_files, loaded)
     return decoder
+
+
+@dataclass(frozen=True, slots=True)
+class _Formats:
+    """Of the layers, and of the one that makes logits."""
+
+    layers: LinearFormat
+    head: LinearFormat
+
+    def of(self, name: str) -> LinearFormat:
+        return self.head if name == HEAD else self.layers
+
+    @property
+    def layout(self) -> str | None:
+        if self.layers.layout is None or self.head.layout is None:
+            return None
+        return self.layers.layout if self.head == self.layers else f"{self.layers.layout}, head {self.head.layout}"
 
 
 class _Counter:
@@ -89,40 +109,40 @@ def _fill(views: dict[str, torch.Tensor], checkpoint: Checkpoint, loaded: _Count
 def _bind_linears(
     decoder: Decoder,
     checkpoint: Checkpoint,
-    linear_format: LinearFormat,
+    formats: _Formats,
     files: PackedWeightFiles | None,
     loaded: _Counter,
 ) -> None:
     """Give every linear layer its product: from a file that others map too if possible, else of this process alone."""
     linears = {names.name: names.linear for names in linear_names(decoder)}
-    for name, packed in _packed(decoder, checkpoint, linear_format, files, loaded):
-        linears[name].adopt(linear_format.bind(packed))
+    for name, packed in _packed(decoder, checkpoint, formats, files, loaded):
+        linears[name].adopt(formats.of(name).bind(packed))
     loaded.complete()
 
 
 def _packed(
     decoder: Decoder,
     checkpoint: Checkpoint,
-    linear_format: LinearFormat,
+    formats: _Formats,
     files: PackedWeightFiles | None,
     loaded: _Counter,
 ) -> Iterator[tuple[str, PackedLinear]]:
     def pack() -> Iterator[tuple[str, PackedLinear]]:
-        return _pack_all(decoder, checkpoint, linear_format, loaded)
+        return _pack_all(decoder, checkpoint, formats, loaded)
 
-    if files is not None and linear_format.layout is not None:
+    if files is not None and formats.layout is not None:
         try:
-            return iter(files.get(linear_format.layout, pack).items())
+            return iter(files.get(formats.layout, pack).items())
         except PackedWeightsUnavailable as error:
             _logger.warning("packed weights are this process's own: %s", error)
     return pack()
 
 
 def _pack_all(
-    decoder: Decoder, checkpoint: Checkpoint, linear_format: LinearFormat, loaded: _Counter
+    decoder: Decoder, checkpoint: Checkpoint, formats: _Formats, loaded: _Counter
 ) -> Iterator[tuple[str, PackedLinear]]:
     """One layer after the other, so that nothing but the packed form is ever whole in memory."""
     for names in linear_names(decoder):
         bias = checkpoint.concatenated(names.biases) if names.biases else None
-        yield names.name, linear_format.pack(checkpoint.concatenated(names.weights), bias)
+        yield names.name, formats.of(names.name).pack(checkpoint.concatenated(names.weights), bias)
         loaded.add(len(names.weights) + len(names.biases))

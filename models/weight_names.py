@@ -15,6 +15,7 @@ from eagleray.models.norm import RMSNorm
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
+HEAD: Final = "lm_head"  # the layer
 
 # Under "model.layers.{i}.": our module, and the checkpoint's names of its fused projections in their order.
 _LAYER_LINEARS: Final = (
@@ -53,7 +54,7 @@ def linear_names(decoder: Decoder) -> Iterator[LinearNames]:
             biases = () if linear.bias is None else tuple(f"{name}.bias" for name in names)
             yield LinearNames(f"layers.{index}.{module}", linear, weights, biases)
     head = EMBEDDING if decoder.config.tie_word_embeddings else LM_HEAD
-    yield LinearNames("lm_head", decoder.lm_head, (head,), ())
+    yield LinearNames(HEAD, decoder.lm_head, (head,), ())
 
 
 def norm_views(decoder: Decoder) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
 from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
 from eagleray.models.loader import load_model
@@ -104,11 +105,14 @@ def build_executor(
     """
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
-    kernels = _select_kernels(engine, dtype, device, num_threads)
+    kernels = _select_kernels(model, engine, dtype, device, num_threads)
     end_phase("kernels")
-    identity = compute_model_identity(model.folder, model.revision)
+    identity = compute_model_identity(model.folder, model.revision, model.quantization)
     packed_files = _packed_weight_files(model, identity)
-    decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
+    try:
+        decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
+    except QuantizationUnsupported as error:
+        raise ConfigError("model.quantization", model.quantization, f"{error}; choose another") from None
     end_phase("weights")
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config))
@@ -147,11 +151,18 @@ def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeig
     return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
-def _select_kernels(engine: EngineConfig, dtype: str, device: str, num_threads: int | None) -> Kernels:
+def _select_kernels(
+    model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str, num_threads: int | None
+) -> Kernels:
+    num_threads = num_threads or torch.get_num_threads()
     try:
-        kernels = select_kernels(engine.kernels, TORCH_DTYPES[dtype], device, num_threads or torch.get_num_threads())
+        kernels = select_kernels(
+            engine.kernels, TORCH_DTYPES[dtype], device, num_threads, quantization=model.quantization
+        )
     except NativeUnavailable as error:
         raise ConfigError("engine.kernels", engine.kernels, f"{error}; or set it to auto") from None
+    except QuantizationUnsupported as error:
+        raise ConfigError("model.quantization", model.quantization, f"{error}; or leave it out") from None
     _logger.info("kernels: %s", kernels.description)
     return kernels
 

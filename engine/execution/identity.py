@@ -13,11 +13,12 @@ _NUM_SAMPLES: Final = 1024  # of a larger file: enough to meet every matrix of a
 _SAMPLE_BYTES: Final = 16 * 2**10
 
 
-def compute_model_identity(folder: Path, revision: str = "") -> str:
+def compute_model_identity(folder: Path, revision: str = "", quantization: str | None = None) -> str:
     """Hash of ``config.json`` and of the weight files' names, sizes and bytes, as short hexadecimal text.
 
     Of a file larger than 64 MiB, its head and 1024 evenly spaced samples stand for the whole, so that start-up does not
     read a large checkpoint twice; ``revision`` is there to tell apart what differs only between the samples.
+    ``quantization`` of the weights at load changes what they compute, so it is part of the identity too.
     """
     hasher = hashlib.blake2b(digest_size=16, person=b"eagleray-model")
     files = [folder / "config.json", *sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))]
@@ -27,6 +28,8 @@ def compute_model_identity(folder: Path, revision: str = "") -> str:
         for part in _read_parts(path):
             hasher.update(part)
     _update_with_length(hasher, revision.encode())
+    if quantization is not None:
+        _update_with_length(hasher, quantization.encode())
     return hasher.hexdigest()
 
 

@@ -105,7 +105,7 @@ class WorkerNeeds:
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         return cls(
             weights_bytes=weight_bytes(model, dtype),
-            shares_weights=engine.kernels != "torch" and config.model.packed_weights_bytes > 0 and dtype == "float32",
+            shares_weights=engine.kernels != "torch" and config.model.packed_weights_bytes > 0 and dtype != "float16",
             private_bytes=private_bytes + activation_bytes(model, engine, dtype),
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),

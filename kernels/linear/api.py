@@ -16,8 +16,11 @@ import torch
 class LinearProduct(Protocol):
     """``x @ weight.T + bias + residual`` for one weight."""
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of ``x``; ``residual`` is of the result's shape."""
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in ``dtype`` or else that of ``x``; ``residual`` is of the shape and
+        dtype of the result."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,14 @@ class NativeLinear:
     bias: torch.Tensor | None  # float32 [out_features]
     out_features: int
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         in_features = self.packed.shape[1]
-        if x.dtype is not torch.float32 or x.shape[-1] != in_features:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes float32 [..., {in_features}]")
+        if x.dtype is not torch.float32 or dtype not in (None, x.dtype) or x.shape[-1] != in_features:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}; this layer takes float32 [..., {in_features}] and gives float32"
+            )
         rows = x.reshape(-1, in_features)
         if rows.stride(1) != 1:
             rows = rows.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -24,12 +25,29 @@ _FLAGS: Final = (
 _OPENMP: Final = "-fopenmp"
 _COMPILE_DEADLINE_S: Final = 120.0
 
-# What the compiler may use, by level; a level is what torch found the CPU and the operating system to support.
+_AVX512: Final = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512",
+)  # fmt: skip
+_AVX512_BF16: Final = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+TILE_LEVEL: Final = "amx"
+
+# What the compiler may use, by level, best first.
 LEVEL_FLAGS: Final = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    TILE_LEVEL: (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_bf16": _AVX512_BF16,
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
+# What of them the CPU must name, beyond what torch found it and the operating system to support.
+_CPU_FEATURES: Final = {
+    TILE_LEVEL: {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
+}
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+_SYS_ARCH_PRCTL: Final = 158  # of Linux on x86-64, as are the next two
+_ARCH_REQ_XCOMP_PERM: Final = 0x1023
+_XFEATURE_XTILEDATA: Final = 18
 
 
 class NativeUnavailable(Exception):
@@ -41,8 +59,30 @@ def supported_levels() -> tuple[str, ...]:
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return ("portable",)
     capability = torch.backends.cpu.get_cpu_capability()
-    first = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
-    return tuple(LEVEL_FLAGS)[first:]
+    levels = tuple(LEVEL_FLAGS)
+    levels = levels[{"AVX512": 0, "AVX2": levels.index("avx2")}.get(capability, -1) :]
+    features = _cpu_features()
+    return tuple(
+        level
+        for level in levels
+        if _CPU_FEATURES.get(level, set()) <= features and (level != TILE_LEVEL or request_tiles())
+    )
+
+
+def request_tiles() -> bool:
+    """Ask Linux for the state of AMX tiles, which it gives to processes that ask only; whether it was granted."""
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+
+
+def _cpu_features() -> set[str]:
+    """As Linux names them; none elsewhere."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def build_library(level: str, cache_folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from eagleray.kernels.native.build import NativeUnavailable, build_library
+from eagleray.kernels.native.build import TILE_LEVEL, NativeUnavailable, build_library, request_tiles
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vectors.h
 MAX_HEAD_DIM: Final = 256  # in attention.c
@@ -20,6 +20,11 @@ _ARGUMENTS: Final = {
     "panel_columns": (),
     "pack_weight": (_ADDRESS, _LONG, _LONG, _INT, _ADDRESS),
     "linear": (_ADDRESS, _LONG, _ADDRESS, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _INT),
+    "pack_panels": (_ADDRESS, _LONG, _LONG, _LONG, _ADDRESS, _INT),
+    "panel_linear": (
+        *(_ADDRESS, _LONG, _INT, _ADDRESS, _INT, _ADDRESS, _LONG),
+        *(_ADDRESS, _ADDRESS, _ADDRESS, _INT, _LONG, _LONG, _LONG, _LONG, _INT),
+    ),
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
@@ -32,7 +37,13 @@ _ARGUMENTS: Final = {
     "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 6, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
 }
-_RESULTS: Final = {"panel_columns": _LONG, "rotate_and_store": _INT, "paged_attention": _INT, "sample_rows": _INT}
+_RESULTS: Final = {
+    "panel_columns": _LONG,
+    "panel_linear": _INT,
+    "rotate_and_store": _INT,
+    "paged_attention": _INT,
+    "sample_rows": _INT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,8 @@ class NativeLibrary:
     panel_columns: Callable[..., int]
     pack_weight: Callable[..., None]
     linear: Callable[..., None]
+    pack_panels: Callable[..., None]
+    panel_linear: Callable[..., int]
     rms_norm: Callable[..., None]
     silu_and_multiply: Callable[..., None]
     rotate_and_store: Callable[..., int]
@@ -56,6 +69,8 @@ class NativeLibrary:
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
     """Compile if necessary and load. Raises ``NativeUnavailable``."""
+    if level == TILE_LEVEL and not request_tiles():
+        raise NativeUnavailable("the operating system does not grant the state of AMX tiles to this process")
     path = build_library(level, cache_folder)
     try:
         library = ctypes.CDLL(str(path))

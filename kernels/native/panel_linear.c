@@ -355,9 +355,8 @@ int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t 
     job.row_bytes = job.chunks * chunk_bytes(numbers);
     job.block_rows = larger(TILE_PAIR, smaller(BLOCK_ROWS, BLOCK_BYTES / job.row_bytes / TILE_PAIR * TILE_PAIR));
     int64_t packed_rows = ceil_divide(smaller(job.block_rows, rows), TILE_PAIR) * TILE_PAIR;
-    job.packed = aligned_alloc(64, packed_rows * (job.row_bytes + 64));
-    if (!job.packed) return -1;
-    job.row_scales = (float *)(job.packed + packed_rows * job.row_bytes);
+    if (!job.in_place && !(job.packed = aligned_alloc(64, packed_rows * (job.row_bytes + 64)))) return -1;
+    if (numbers == QUADS) job.row_scales = (float *)(job.packed + packed_rows * job.row_bytes);
     if (numbers == QUADS)
         compute_product(&job, WEIGHTS_W8A8, QUADS, num_threads);
     else if (numbers == PAIRS)

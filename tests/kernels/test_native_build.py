@@ -74,7 +74,7 @@ def test_what_the_library_cannot_compute_falls_to_torch(dtype: torch.dtype, devi
 
 
 def test_torch_can_be_chosen(tmp_path: Path) -> None:
-    assert select_kernels("torch", torch.float32, "cpu", 1, tmp_path) is TORCH_KERNELS
+    assert select_kernels("torch", torch.float32, "cpu", 1, tmp_path) == TORCH_KERNELS
 
 
 def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Linear layers by the native library, from weights in bfloat16 or quantised, with activations in bfloat16 or float32.
+
+Of one weight, a row gets the same bits whatever else is in the batch, and with any number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from eagleray.kernels.linear.api import PackedLinear
+from eagleray.kernels.linear.quantization import INT4_GROUP, QuantizedWeight, quantize_weight
+from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
+
+PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
+
+_CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
+_WORD_FEATURES: Final = {"bfloat16": 2, "int8": 4, "int4": 8, "w8a8": 4}  # input features in 32 bits
+_CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
+_COLUMNS: Final = 16  # output features of a panel; panels come in pairs
+_NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
+
+
+@dataclass(frozen=True, slots=True)
+class PanelLinear:
+    """Implements ``LinearProduct`` with panels that it only reads; see ``PanelLinearFormat``."""
+
+    library: NativeLibrary
+    weights: PanelWeights
+    panels: torch.Tensor  # int32 [panels, words of a column, columns]
+    scales: torch.Tensor | None  # float32 [groups, panels * columns]
+    bias: torch.Tensor | None  # float32 [out_features]
+    out_features: int
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        self._check_input(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype or x.dtype)
+        if residual is not None:
+            if residual.shape != out.shape or residual.dtype is not out.dtype:
+                raise ValueError(
+                    f"residual is {residual.dtype} {list(residual.shape)}, the product {out.dtype} {list(out.shape)}"
+                )
+            residual = residual.contiguous()
+        failed = self.library.panel_linear(
+            *(rows.data_ptr(), rows.stride(0), ELEMENTS[rows.dtype]),
+            *(self.panels.data_ptr(), _CODES[self.weights], address(self.scales), self._group()),
+            *(address(self.bias), address(residual), out.data_ptr(), ELEMENTS[out.dtype]),
+            *(len(rows), self.panels.shape[1], x.shape[-1], self.out_features, self.library.num_threads),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {len(rows)} rows of activations")
+        return out
+
+    def _group(self) -> int:
+        return INT4_GROUP if self.weights == "int4" else 0
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        padded = self.panels.shape[1] * _WORD_FEATURES[self.weights]
+        if x.dtype not in ELEMENTS or _padded(x.shape[-1], self.weights) != padded:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes float32 or bfloat16 [..., {padded}]")
+
+
+@dataclass(frozen=True, slots=True)
+class PanelLinearFormat:
+    """Implements ``LinearFormat``: panels of 16 output features, words of consecutive input features beside each other
+    (panels.h says how). The bytes are the same for every CPU.
+
+    Scales are a tensor of their own, one row per group of input features, so that zero points and an order of the input
+    features can join them.
+    """
+
+    library: NativeLibrary
+    weights: PanelWeights
+
+    @property
+    def layout(self) -> str:
+        return f"{self.weights}-panels-{_COLUMNS}"
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""
+        if self.weights == "bfloat16":
+            words, scales = _padded_columns(weight.bfloat16(), "bfloat16").view(torch.int32), None
+        else:
+            quantized = quantize_weight(weight, self.weights)
+            words, scales = _words(quantized, self.weights), quantized.scales
+        out_features, num_words = words.shape
+        num_panels = -(-out_features // (2 * _COLUMNS)) * 2
+        panels = torch.empty(num_panels, num_words, _COLUMNS, dtype=torch.int32)
+        self.library.pack_panels(
+            words.data_ptr(), out_features, num_words, num_panels, panels.data_ptr(), self.library.num_threads
+        )
+        tensors = {"panels": panels}
+        if scales is not None:
+            tensors["scales"] = torch.zeros(len(scales), num_panels * _COLUMNS)
+            tensors["scales"][:, :out_features] = scales
+        if bias is not None:
+            tensors["bias"] = bias.float().contiguous()
+        return PackedLinear(tensors, out_features)
+
+    def bind(self, packed: PackedLinear) -> PanelLinear:
+        """See ``LinearFormat.bind``."""
+        tensors = packed.tensors
+        return PanelLinear(
+            self.library,
+            self.weights,
+            tensors["panels"],
+            tensors.get("scales"),
+            tensors.get("bias"),
+            packed.out_features,
+        )
+
+
+def _padded(in_features: int, weights: PanelWeights) -> int:
+    chunk = _CHUNK_FEATURES[weights]
+    return -(-in_features // chunk) * chunk
+
+
+def _padded_columns(weight: torch.Tensor, weights: PanelWeights) -> torch.Tensor:
+    in_features = weight.shape[1]
+    return torch.nn.functional.pad(weight, (0, _padded(in_features, weights) - in_features)).contiguous()
+
+
+def _words(quantized: QuantizedWeight, weights: PanelWeights) -> torch.Tensor:
+    """int32 [out_features, words]."""
+    values = _padded_columns(quantized.values, weights)
+    if weights != "int4":
+        return values.view(torch.int32)
+    words = torch.zeros(len(values), values.shape[1] // 8, dtype=torch.int32)
+    for index, shift in enumerate(shift for pair in _NIBBLE_SHIFTS for shift in pair):
+        words |= (values[:, index::8] + 8).to(torch.int32) << shift
+    return words

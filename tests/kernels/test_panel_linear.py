@@ -1,0 +1,179 @@
+"""Linear layers over panels, bfloat16 and quantised, on every level of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+
+from eagleray.kernels.linear.api import LinearProduct
+from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
+from eagleray.kernels.linear.quantization import (
+    Quantization,
+    QuantizationUnsupported,
+    quantize_rows,
+    quantize_weight,
+)
+from eagleray.kernels.linear.reference import TorchLinear, TorchQuantizedFormat
+from eagleray.kernels.native.build import supported_levels
+from eagleray.kernels.native.library import NativeLibrary
+
+Load = Callable[..., NativeLibrary]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+WEIGHTS: tuple[PanelWeights, ...] = get_args(PanelWeights)
+DTYPES = (torch.float32, torch.bfloat16)
+HALF_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # of a number, when it is rounded
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def prepare(
+    library: NativeLibrary, weights: PanelWeights, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> LinearProduct:
+    linear_format = PanelLinearFormat(library, weights)
+    return linear_format.bind(linear_format.pack(weight, bias))
+
+
+def rounding_bound(
+    exact: torch.Tensor, sum_of_sizes: torch.Tensor, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Of a sum in float32, every product and addition of which may round once, and of its result in ``dtype``."""
+    sums = (2 * in_features + 4) * 2**-24 * sum_of_sizes
+    return sums + (exact.abs() + sums) * HALF_STEP[dtype]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 17, 33, 300])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (32, 64), (100, 257), (33, 640)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bfloat16_weights_equal_the_reference(
+    library: NativeLibrary, shape: tuple[int, int], num_rows: int, dtype: torch.dtype
+) -> None:
+    weight, bias = random(*shape).bfloat16(), random(shape[0])
+    x, residual = random(num_rows, shape[1]).to(dtype), random(num_rows, shape[0]).to(dtype)
+    exact = TorchLinear(weight.double(), bias.double())(x.double(), residual.double())
+    sizes = TorchLinear(weight.abs().double(), bias.abs().double())(x.abs().double(), residual.abs().double())
+    found = prepare(library, "bfloat16", weight, bias)(x, residual)
+    assert found.dtype is dtype
+    assert bool(((found - exact).abs() <= rounding_bound(exact, sizes, shape[1], dtype)).all())
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 40])
+@pytest.mark.parametrize("shape", [(70, 128), (33, 640), (32, 1152)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_quantised_weights_equal_their_reference(
+    library: NativeLibrary, quantization: Quantization, shape: tuple[int, int], num_rows: int, dtype: torch.dtype
+) -> None:
+    weight, bias = random(*shape), random(shape[0])
+    x, residual = random(num_rows, shape[1]).to(dtype), random(num_rows, shape[0]).to(dtype)
+    reference_format = TorchQuantizedFormat(quantization)
+    reference = reference_format.bind(reference_format.pack(weight, bias))
+    expected = reference(x.float(), residual.float(), torch.float32)
+    sizes = x.abs().float() @ reference.weight.dequantized().abs().T + bias.abs() + residual.abs().float()
+    found = prepare(library, quantization, weight, bias)(x, residual)
+    assert bool(((found - expected).abs() <= 2 * rounding_bound(expected, sizes, shape[1], dtype)).all())
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_quantised_weight_is_off_by_no_more_than_half_a_step(quantization: Quantization) -> None:
+    weight = random(50, 256)
+    quantized = quantize_weight(weight, quantization)
+    step = quantized.scales.T.repeat_interleave(256 // len(quantized.scales), 1)
+    assert bool(((quantized.dequantized() - weight).abs() <= step * (0.5 + 2**-20)).all())
+    assert quantized.values.abs().max() == {"int4": 7}.get(quantization, 127)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_reference_is_as_far_from_the_float_layer_as_its_steps_say(quantization: Quantization) -> None:
+    weight, x = random(50, 256), random(9, 256)
+    linear_format = TorchQuantizedFormat(quantization)
+    product = linear_format.bind(linear_format.pack(weight, None))
+    steps = product.weight.scales.T.repeat_interleave(256 // len(product.weight.scales), 1)
+    bound = x.abs() @ (steps / 2).T
+    if quantization == "w8a8":
+        scale = quantize_rows(x)[1].unsqueeze(-1)
+        bound = (x.abs() + scale / 2) @ (steps / 2).T + scale / 2 * weight.abs().sum(1)
+    assert bool(((product(x) - x @ weight.T).abs() <= bound * 1.001).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(
+    library: NativeLibrary, weights: PanelWeights, dtype: torch.dtype
+) -> None:
+    product, x = prepare(library, weights, random(130, 640)), random(300, 640).to(dtype)
+    whole = product(x)
+    for start, end in ((0, 1), (3, 9), (7, 24), (140, 190), (10, 290)):
+        assert torch.equal(product(x[start:end]), whole[start:end])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_number_of_threads_changes_nothing(load: Load, weights: PanelWeights) -> None:
+    weight, x = random(1000, 256), random(300, 256).bfloat16()
+    one, two = (prepare(load(num_threads=count), weights, weight)(x) for count in (1, 2))
+    assert torch.equal(one, two)
+
+
+def test_w8a8_gives_the_same_bits_on_every_level_with_fused_multiply_add(load: Load) -> None:
+    weight, bias, x = random(100, 700), random(100), random(40, 700)
+    levels = [level for level in supported_levels() if level != "portable"]
+    results = [prepare(load(level), "w8a8", weight, bias)(x) for level in levels]
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_packed_bytes_are_the_same_on_every_level(load: Load, weights: PanelWeights) -> None:
+    weight = random(100, 384)
+    packed = [PanelLinearFormat(load(level), weights).pack(weight, None).tensors for level in supported_levels()]
+    for tensors in packed[1:]:
+        assert all(torch.equal(tensors[name], packed[0][name]) for name in packed[0])
+
+
+def test_a_float32_result_is_not_rounded_to_the_dtype_of_x(load: Load) -> None:
+    product, x = prepare(load(), "bfloat16", random(40, 64)), random(5, 64).bfloat16()
+    wide = product(x, dtype=torch.float32)
+    assert torch.equal(wide.bfloat16(), product(x))
+    assert not torch.equal(wide, product(x).float())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_takes_rows_that_are_views_leading_dimensions_and_none(load: Load, weights: PanelWeights) -> None:
+    product, wide = prepare(load(), weights, random(40, 128)), random(6, 200).bfloat16()
+    assert torch.equal(product(wide[:, 3:131]), product(wide[:, 3:131].contiguous()))
+    assert torch.equal(product(random(2, 3, 128)), product(random(2, 3, 128).view(6, 128)).view(2, 3, 40))
+    assert product(wide[:0, :128]).shape == (0, 40)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden_by_int8_activations(library: NativeLibrary, value: float) -> None:
+    x = random(3, 128)
+    x[1, 5] = value
+    found = prepare(library, "w8a8", random(40, 128))(x)
+    assert bool(found[1].isnan().all())
+    assert bool(found[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_of_zeros_give_the_bias(library: NativeLibrary, weights: PanelWeights) -> None:
+    bias = random(40)
+    assert torch.equal(prepare(library, weights, random(40, 128), bias)(torch.zeros(3, 128)), bias.expand(3, 40))
+    assert torch.equal(prepare(library, weights, torch.zeros(40, 128), bias)(random(3, 128)), bias.expand(3, 40))
+
+
+def test_int4_refuses_input_features_that_its_groups_do_not_divide(load: Load) -> None:
+    with pytest.raises(QuantizationUnsupported, match="groups of 128 input features, a layer has 192"):
+        prepare(load(), "int4", random(8, 192))
+
+
+def test_other_shapes_and_types_are_refused(load: Load) -> None:
+    product = prepare(load(), "bfloat16", random(40, 64))
+    with pytest.raises(ValueError, match=r"bfloat16 \[..., 64\]"):
+        product(random(2, 65))
+    with pytest.raises(ValueError, match=r"bfloat16 \[..., 64\]"):
+        product(random(2, 64).half())
+    with pytest.raises(ValueError, match="residual"):
+        product(random(2, 64), random(2, 64))
