@@ -255,22 +255,24 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
                           int64_t chunks, const uint32_t *const panels[2], float *sums, const int weights,
                           const int numbers) {
     float partial[TILE_PAIR * PAIR_COLUMNS] __attribute__((aligned(64)));
-    const float *scales = job->scales + (job->group_chunks ? chunk / job->group_chunks * job->pairs + pair : 0) * PAIR_COLUMNS;
-    int64_t next_pair = chunk + chunks < job->chunks ? pair : pair + 1, next_chunk = next_pair > pair ? 0 : chunk + chunks;
+    const float *scales = NULL;
+    if (job->group_chunks) scales = job->scales + (chunk / job->group_chunks * job->pairs + pair) * PAIR_COLUMNS;
+    int64_t next_pair = chunk + chunks < job->chunks ? pair : pair + 1;
+    int64_t next_chunk = next_pair > pair ? 0 : chunk + chunks, parts = ceil_divide(num_rows, TILE_PAIR);
     int configured_rows = 0;
     for (int64_t row = 0; row < num_rows; row += TILE_PAIR, sums += TILE_PAIR * PAIR_COLUMNS) {
         struct block block = block_of(job, first_row, row, num_rows, chunk, numbers);
         int rows = block.rows[0] + block.rows[1];
         for (int i = 0; i < 2; i++) block.b[i] = panels[i];
         block.chunks = chunks;
-        block.c = (uint32_t *)(job->group_chunks ? partial : sums);
-        block.accumulates = !job->group_chunks && chunk > 0;
+        block.c = (uint32_t *)(scales ? partial : sums);
+        block.accumulates = !scales && chunk > 0;
         if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_pair < job->pairs)
-            prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, ceil_divide(num_rows, TILE_PAIR), weights);
+            prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, parts, weights);
         multiply_block(&block, numbers);
-        if (job->group_chunks) add_scaled(sums, partial, scales, rows, chunk > 0);
+        if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
         if (chunk + chunks == job->chunks) finish_rows(job, first_row, row, rows, pair, sums, numbers);
     }
 }

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from eagleray.kernels import select
-from eagleray.kernels.native import build
+from eagleray.kernels.linear.quantization import QuantizationUnsupported
+from eagleray.kernels.native import build, library
 from eagleray.kernels.native.build import NativeUnavailable, build_library, supported_levels
 from eagleray.kernels.native.library import load_library
-from eagleray.kernels.select import TORCH_KERNELS, select_kernels
+from eagleray.kernels.select import TORCH_KERNELS, KernelChoice, select_kernels
 
 LEVEL = "portable" if "portable" in supported_levels() else supported_levels()[0]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -82,3 +83,25 @@ def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.Monk
     assert select.user_cache_folder() == tmp_path / "eagleray"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray"
+
+
+def test_a_level_whose_state_is_not_granted_is_neither_offered_nor_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "request_tiles", lambda: False)
+    assert build.TILE_LEVEL not in supported_levels()
+    monkeypatch.setattr(library, "request_tiles", lambda: False)
+    with pytest.raises(NativeUnavailable, match="does not grant the state of AMX tiles"):
+        load_library(build.TILE_LEVEL, tmp_path, 1)
+
+
+def test_quantisation_is_refused_in_a_dtype_that_has_no_kernel_for_it(tmp_path: Path) -> None:
+    with pytest.raises(QuantizationUnsupported, match="int8 needs float32 or bfloat16 on a CPU"):
+        select_kernels("torch", torch.float16, "cpu", 1, tmp_path, "int8")
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+def test_the_description_names_the_quantisation(choice: KernelChoice, tmp_path: Path) -> None:
+    kernels = select_kernels(choice, torch.bfloat16, "cpu", 1, tmp_path, "w8a8")
+    assert kernels.description.endswith("linear layers: w8a8")
+    assert kernels.head_format is not None and "int8" in str(kernels.head_format.layout)
