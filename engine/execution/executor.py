@@ -20,7 +20,7 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
-from eagleray.engine.execution.memory_plan import plan_memory
+from eagleray.engine.execution.memory_plan import format_size, plan_memory, weight_bytes
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.native.build import NativeUnavailable
@@ -106,6 +106,7 @@ def build_executor(
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = _select_kernels(engine, dtype, device, num_threads)
     end_phase("kernels")
+    _check_weights_fit(config, dtype, kernels)
     identity = compute_model_identity(model.folder, model.revision)
     packed_files = _packed_weight_files(model, identity)
     decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
@@ -134,6 +135,17 @@ def _kv_memory_bytes(model: ModelConfigSection, engine: EngineConfig, config: Mo
     pool = PoolConfig(replicas=1, engine=engine)
     alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool)
     return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
+
+
+def _check_weights_fit(config: ModelConfig, dtype: str, kernels: Kernels) -> None:
+    """A plan counts on packed weights. Where there is no compiler each worker has its own, unpacked."""
+    needed_bytes, available_bytes = weight_bytes(config, dtype, is_packed=False), available_host_bytes()
+    if kernels.linear_format is None and available_bytes is not None and needed_bytes > available_bytes:
+        way_out = (
+            f"the weights take {format_size(needed_bytes)} with these kernels, {format_size(available_bytes)} are "
+        )
+        way_out += "free; install a C compiler, or take a smaller model"
+        raise ConfigError("engine.kernels", kernels.description, way_out)
 
 
 def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
