@@ -85,6 +85,7 @@ def build_executor(
     num_threads: int | None = None,
     shared_kv: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    kernels: Kernels | None = None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
@@ -92,12 +93,14 @@ def build_executor(
         num_threads: torch threads for computing; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
         progress: called after each tensor with (tensors loaded, tensors in all).
+        kernels: to compute with; None: those that ``engine.kernels`` selects.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
-    kernels = _select_kernels(engine, dtype, device, num_threads)
+    if kernels is None:
+        kernels = _select_kernels(engine, dtype, device, num_threads)
     decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels)
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
     num_blocks = engine.num_blocks or num_blocks_for(layout, engine.kv_memory_bytes)
