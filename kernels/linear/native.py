@@ -38,7 +38,7 @@ class NativeLinear:
             address(self.bias),
             address(residual),
             out.data_ptr(),
-            len(rows),
+            rows.shape[0],
             in_features,
             self.out_features,
             self.library.num_threads,

@@ -23,7 +23,7 @@ def rms_norm(library: NativeLibrary, x: torch.Tensor, weight: torch.Tensor, eps:
         weight.data_ptr(),
         eps,
         out.data_ptr(),
-        len(rows),
+        rows.shape[0],
         size,
         ELEMENTS[x.dtype],
         library.num_threads,
