@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock
-from floors import WEIGHT_BYTES, Machine, bytes_per_weight, measure_machine, step_work
+from floors import WEIGHT_BYTES, Machine, bytes_per_weight, in_child, measure_machine, step_work
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
@@ -91,9 +91,10 @@ def measure(options: argparse.Namespace) -> Run:
     """Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
     others = _OtherProcesses()
-    engine = BenchmarkEngine(config)
-    calls = _count_calls(engine, options.batches)
-    machine = measure_machine(engine.dtype, options.threads)
+    with CallCounter() as counter:  # before the engine: threads are followed from their start
+        engine = BenchmarkEngine(config)
+        calls = _count_calls(engine, counter, options.batches)
+    machine = in_child(measure_machine, engine.dtype, options.threads)
     figures = _figures(engine, machine, options)
     engine.close()
     return Run(
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace) -> Run:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    path = str(checkpoint_folder(options.shape, options.cache)) if options.shape else options.model
+    path = str(in_child(checkpoint_folder, options.shape, options.cache)) if options.shape else options.model
     model = {"path": path, "dtype": options.dtype}
     if options.quantization != "none":
         model["quantization"] = options.quantization
@@ -117,15 +118,13 @@ def _config(options: argparse.Namespace) -> Config:
     return parse_config({"model": model, "prefill": {"replicas": 0}, "decode": pool})
 
 
-def _count_calls(engine: BenchmarkEngine, batches: Sequence[int]) -> dict[int, float]:
-    """Calls per decoding step, by batch. First of all: threads are followed from their start."""
+def _count_calls(engine: BenchmarkEngine, counter: CallCounter, batches: Sequence[int]) -> dict[int, float]:
+    """Calls per decoding step, by batch."""
     counts = {}
-    with CallCounter() as counter:
-        for batch in batches:
-            counts[batch] = _calls_of(engine, counter, batch, 2 * _COUNTED_STEPS) - _calls_of(
-                engine, counter, batch, _COUNTED_STEPS
-            )
-    return {batch: count / _COUNTED_STEPS for batch, count in counts.items()}
+    for batch in batches:
+        longer = _calls_of(engine, counter, batch, 2 * _COUNTED_STEPS)
+        counts[batch] = (longer - _calls_of(engine, counter, batch, _COUNTED_STEPS)) / _COUNTED_STEPS
+    return counts
 
 
 def _calls_of(engine: BenchmarkEngine, counter: CallCounter, batch: int, num_steps: int) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any, Final
 
@@ -65,11 +65,14 @@ class KernelClock:
             library = load_library(supported_levels()[0], user_cache_folder(), num_threads)
         except NativeUnavailable:
             kernels = select_kernels("torch", dtype, "cpu", num_threads)
-            operations = ("rms_norm", "rotate_and_store", "paged_attention", "silu_and_multiply")
-            kernels = replace(kernels, **{name: self.timed(getattr(kernels, name)) for name in operations})
+            operations: dict[str, Any] = {field.name: getattr(kernels, field.name) for field in fields(kernels)}
+            timed = {name: self.timed(operation) for name, operation in operations.items() if callable(operation)}
+            kernels = replace(kernels, **{**timed, "prepare_linear": kernels.prepare_linear})
         else:
-            functions = ("linear", "rms_norm", "silu_and_multiply", "rotate_and_store", "paged_attention")
-            timed: dict[str, Any] = {name: self.timed(getattr(library, name)) for name in functions}
+            functions = {field.name: getattr(library, field.name) for field in fields(library)}
+            timed: dict[str, Any] = {
+                name: self.timed(function) for name, function in functions.items() if callable(function)
+            }
             kernels = native_kernels(replace(library, **timed), dtype)
         prepare = kernels.prepare_linear
         return replace(kernels, prepare_linear=lambda weight, bias: self.timed(prepare(weight, bias)))

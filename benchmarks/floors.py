@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -15,6 +17,7 @@ from eagleray.models.model_config import ModelConfig
 _STREAMED_BYTES: Final = 512 * 2**20  # far more than any cache
 _GEMM_SHAPE: Final = (1024, 2048, 4096)
 _REPEATS: Final = 5
+_CHILD_DEADLINE_S: Final = 600.0
 WEIGHT_BYTES: Final = {"none": None, "w8a8": 1.0, "int8": 1.0, "int4": 0.5}  # per weight; None: of the format
 
 
@@ -62,6 +65,12 @@ def layer_weights(config: ModelConfig) -> int:
 def bytes_per_weight(config: ModelConfig, dtype: str, quantization: str) -> float:
     """As few as hold what the checkpoint knows: float32 made from bfloat16 has two bytes of information."""
     return WEIGHT_BYTES[quantization] or min(DTYPE_BYTES[dtype], DTYPE_BYTES[config.dtype])
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own: with what computes here on several threads the engine would share them."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result(_CHILD_DEADLINE_S)
 
 
 def measure_machine(dtype: str, num_threads: int) -> Machine:

@@ -28,7 +28,7 @@ def paged_attention(
         raise ValueError(f"the plan is for {batch}; there are {len(query)} in blocks of {block_size}")
     if query.stride(2) != 1:
         query = query.contiguous()
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = query.new_empty(query.shape)
     tables = plan.tables
     status = library.paged_attention(
         query.data_ptr(),
