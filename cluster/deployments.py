@@ -35,7 +35,7 @@ from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.build import WorkerParts
+from eagleray.workers.build import ExecutorFactory, WorkerParts
 from eagleray.workers.pool import ConnectedWorkers
 from eagleray.workers.worker import Worker
 
@@ -48,9 +48,16 @@ logger = logging.getLogger("eagleray")
 class WorkerReplica:
     """One worker of either pool. Serve sees its life; tokens, KV and control go over the worker's own connections."""
 
-    def __init__(self, role: str, config: dict[str, Any], board: Any | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        config: dict[str, Any],
+        board: Any | None = None,
+        new_executor: ExecutorFactory = build_executor,
+    ) -> None:
         self._config = Config.model_validate(config)
         self._role = Role(role)
+        self._new_executor = new_executor
         self._stopped = threading.Event()
         self._publishing: BackgroundLoop | None = None
         started_s = time.monotonic()
@@ -91,7 +98,7 @@ class WorkerReplica:
         config, pool, clock = self._config, self._pool, SystemClock()
         worker_id = serve.get_replica_context().replica_id.unique_id
         tokenizer = Tokenizer.from_folder(config.model.folder)
-        executor = build_executor(
+        executor = self._new_executor(
             config.model,
             pool.engine,
             num_threads=pool.num_threads,

@@ -22,7 +22,9 @@ from eagleray.core.config import Config, Environment, PoolConfig, with_environme
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.executor import build_executor
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
+from eagleray.workers.build import ExecutorFactory
 
 APPLICATION: Final = "eagleray"
 INGRESS_CPUS: Final = 0.5
@@ -38,14 +40,17 @@ OnProgress = Callable[[str], None]
 Result = TypeVar("Result")
 
 
-def build_application(config: Config, board: Any | None = None) -> Application:
+def build_application(
+    config: Config, board: Any | None = None, new_executor: ExecutorFactory = build_executor
+) -> Application:
     """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory.
-    ``board`` hears how far the workers are with loading."""
+    ``board`` hears how far the workers are with loading. ``new_executor`` is called in every worker's process: it
+    travels by its module's name, or whole when it is the main program's."""
     values = config.model_dump(mode="json")
-    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, board)
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, board, new_executor)
     prefill = None
     if config.prefill.replicas:
-        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, board)
+        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, board, new_executor)
     as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
@@ -73,10 +78,16 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
 class LocalService:
     """Ray, Serve, the prefix index's server and the application on this machine, until ``stop``."""
 
-    def __init__(self, config: Config, environment: Environment, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        environment: Environment,
+        on_progress: OnProgress,
+        new_executor: ExecutorFactory = build_executor,
+    ) -> None:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
-        self._on_progress = on_progress
+        self._on_progress, self._new_executor = on_progress, new_executor
         check_checkpoint(config.model.folder)  # a checkpoint that cannot be served is refused before anything starts
         try:
             self.config = self._with_index(with_environment(config, environment), environment)
@@ -146,7 +157,7 @@ class LocalService:
         watcher = threading.Thread(target=self._show_loading, args=(board, running), name="progress", daemon=True)
         watcher.start()
         try:
-            application = build_application(self.config, board)
+            application = build_application(self.config, board, self._new_executor)
             ingress = within(
                 READY_DEADLINE_S, "serve-run", lambda: serve.run(application, name=APPLICATION, route_prefix=None)
             )
