@@ -116,7 +116,7 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
         return _job(bodies, connections, options.window_s, SETTLE_S)
 
     return {
-        "idle": _job((_body(SHORT_PROMPT, 1, 1_000_000, 0),), 1, 0.001, 0),
+        "idle": _job((_body(SHORT_PROMPT, 1, 0, 0),), 1, options.window_s, SETTLE_S, num_rounds=1),
         "first token, local": requests(SHORT_PROMPT, 1),
         "first token, split": requests(LONG_PROMPT, 1),
         "8 at once, local": requests(SHORT_PROMPT, 8),
@@ -125,9 +125,11 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
     }
 
 
-def _job(bodies: tuple[str, ...], num_connections: int, window_s: float, settle_s: float) -> Job:
+def _job(
+    bodies: tuple[str, ...], num_connections: int, window_s: float, settle_s: float, num_rounds: int | None = None
+) -> Job:
     return Job(host="", port=0, path="/v1/chat/completions", bodies=bodies, num_connections=num_connections,
-        settle_s=settle_s, window_s=window_s, pids=())
+        settle_s=settle_s, window_s=window_s, num_rounds=num_rounds, pids=())
 
 
 def _body(prompt: str, num_tokens: int, step_us: int, salt: int) -> str:

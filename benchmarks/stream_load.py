@@ -22,8 +22,7 @@ _START_DEADLINE_S: Final = 30.0
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """``bodies`` go round robin to ``num_connections``; each sends its next one when an answer has ended.
 
-    The window opens when every connection has received something and ``settle_s`` have passed, and lasts until
-    ``window_s`` have passed or ``num_requests`` are answered.
+    The window opens ``settle_s`` after every connection has received something, and lasts ``window_s``.
     """
 
     host: str
@@ -33,7 +32,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     num_connections: int
     settle_s: float
     window_s: float
-    num_requests: int | None = None
+    num_rounds: int | None = None  # requests of each connection; None: no end
     pids: tuple[int, ...]  # whose use is read when the window opens and closes
 
 
@@ -63,8 +62,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
 class Connection(asyncio.Protocol):
     """Sends ``bodies`` one after the other for as long as it is open."""
 
-    def __init__(self, job: Job, bodies: list[bytes], on_end: asyncio.Event) -> None:
-        self._job, self._bodies, self._on_end = job, bodies, on_end
+    def __init__(self, job: Job, bodies: list[bytes]) -> None:
+        self._job, self._bodies = job, bodies
         self._next = 0
         self.exchanges: list[Exchange] = []
 
@@ -81,7 +80,6 @@ class Connection(asyncio.Protocol):
             exchange.first_event_s = now_s
         if data.endswith(_END_OF_BODY):
             exchange.end_s = now_s
-            self._on_end.set()
             self._send()
 
     def close(self) -> None:
@@ -92,9 +90,11 @@ class Connection(asyncio.Protocol):
         return any(exchange.first_event_s for exchange in self.exchanges[:1])
 
     def _send(self) -> None:
+        job = self._job
+        if self._next == job.num_rounds:
+            return
         body = self._bodies[self._next % len(self._bodies)]
         self._next += 1
-        job = self._job
         head = f"POST {job.path} HTTP/1.1\r\nHost: {job.host}\r\nContent-Type: application/json\r\n"
         self.exchanges.append(Exchange(time.perf_counter(), reads=[]))
         self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -102,13 +102,13 @@ class Connection(asyncio.Protocol):
 
 async def run(job: Job) -> Window:
     """Raises ``TimeoutError`` when the server does not begin, ``ValueError`` for an answer that is none."""
-    loop, on_end = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     encoded = [body.encode() for body in job.bodies]
     connections = []
     for index in range(job.num_connections):
         mine = encoded[index :: job.num_connections]
         _, connection = await loop.create_connection(
-            lambda bodies=mine: Connection(job, bodies, on_end), job.host, job.port
+            lambda bodies=mine: Connection(job, bodies), job.host, job.port
         )
         connections.append(connection)
     try:
@@ -116,25 +116,16 @@ async def run(job: Job) -> Window:
             while not all(connection.has_heard for connection in connections):
                 await asyncio.sleep(0.01)
         await asyncio.sleep(job.settle_s)
-        return await _measure(job, connections, on_end)
+        return await _measure(job, connections)
     finally:
         for connection in connections:
             connection.close()
 
 
-async def _measure(job: Job, connections: list[Connection], on_end: asyncio.Event) -> Window:
+async def _measure(job: Job, connections: list[Connection]) -> Window:
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     before = {pid: read_use(pid) for pid in job.pids}
-    end_s = start_s + job.window_s
-    while (left_s := end_s - time.perf_counter()) > 0:
-        if job.num_requests is not None and _num_answers(connections, start_s) >= job.num_requests:
-            break
-        on_end.clear()
-        try:
-            async with asyncio.timeout(left_s):
-                await (on_end.wait() if job.num_requests is not None else asyncio.sleep(left_s))
-        except TimeoutError:
-            break
+    await asyncio.sleep(job.window_s)
     after = {pid: read_use(pid) for pid in job.pids}
     end_s, client_cpu_s = time.perf_counter(), time.process_time() - start_cpu_s
     exchanges = [exchange for connection in connections for exchange in connection.exchanges]
@@ -155,10 +146,6 @@ async def _measure(job: Job, connections: list[Connection], on_end: asyncio.Even
         processes={pid: after[pid].since(before[pid]) for pid in job.pids},
         client_cpu_s=client_cpu_s,
     )
-
-
-def _num_answers(connections: list[Connection], since_s: float) -> int:
-    return sum(exchange.end_s > since_s for connection in connections for exchange in connection.exchanges)
 
 
 def _events(exchange: Exchange, start_s: float, end_s: float) -> list[bytes]:

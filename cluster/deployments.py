@@ -40,6 +40,9 @@ from eagleray.workers.pool import ConnectedWorkers
 from eagleray.workers.worker import Worker
 
 DISCOVERY_INTERVAL_S: Final = 0.1
+# A call of Serve's costs more than all else that a short request does: only what lasts is worth telling.
+HOLD_AFTER_S: Final = 0.5
+HOLD_INTERVAL_S: Final = 0.5
 INDEX_NAMESPACE: Final = "eagleray"
 
 logger = logging.getLogger("eagleray")
@@ -79,7 +82,7 @@ class WorkerReplica:
     async def hold(self, request_id: str, target: str | None = None) -> None:
         """Lasts as long as the worker serves the request, so that Serve sees the work when it scales and drains."""
         while self._worker.serves(request_id):
-            await asyncio.sleep(DISCOVERY_INTERVAL_S)
+            await asyncio.sleep(HOLD_INTERVAL_S)
 
     async def __del__(self) -> None:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
@@ -161,7 +164,7 @@ class IngressReplica:
             clock,
             IngressMetrics(model.name),
             self._tracer,
-            on_placed=self._hold,
+            on_placed=self._hold_later,
         )
         tokenizer = Tokenizer.from_folder(model.folder)
         app = create_app(
@@ -192,10 +195,14 @@ class IngressReplica:
         await self._index.aclose()
         await asyncio.to_thread(self._tracer.close)
 
+    def _hold_later(self, worker_id: str, request_id: str) -> None:
+        """Beside the request's way, and not while its first token is."""
+        asyncio.get_running_loop().call_later(HOLD_AFTER_S, self._hold, worker_id, request_id)
+
     def _hold(self, worker_id: str, request_id: str) -> None:
-        """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""
+        """A call that lasts as long as the request does there. Nobody waits for it."""
         client = self._pool.workers().get(worker_id)
-        if client is not None:  # else it was lost in this very moment
+        if client is not None and client.serves(request_id):
             self._handles[client.welcome.role].hold.remote(request_id, target=worker_id)
 
     async def _discover(self) -> None:

@@ -13,10 +13,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
-import msgspec
-
 from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, Submit, ToIngress, ToWorker
-from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+from eagleray.workers.frames import ChannelError, FrameReader, encode_frame
 
 START_DEADLINE_S: Final = 10.0
 # An ingress that reads nothing while this much has piled up is gone for our purposes: it is cut off.
@@ -135,9 +133,9 @@ class Channel:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        decoder = msgspec.msgpack.Decoder(ToWorker)
+        frames = FrameReader(reader, ToWorker)
         try:
-            hello = await self._next(reader, decoder)
+            hello = await self._next(frames)
             if not isinstance(hello, Hello):
                 return
             self._writers[connection] = writer
@@ -145,7 +143,7 @@ class Channel:
                 writer.write(encode_frame(message))
             if hello.protocol != PROTOCOL_VERSION:
                 return  # the welcome tells the other side which version it has met
-            while (heard := await self._next(reader, decoder)) is not None:
+            while (heard := await self._next(frames)) is not None:
                 if isinstance(heard, Submit):
                     self._events.submitted(connection, heard)
                 elif isinstance(heard, Abort):
@@ -160,7 +158,7 @@ class Channel:
                 self._events.disconnected(connection)
             writer.close()
 
-    async def _next(self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[ToWorker]) -> ToWorker | None:
+    async def _next(self, frames: FrameReader) -> ToWorker | None:
         async with asyncio.timeout(self._silence_deadline_s):
-            message: ToWorker | None = await read_frame(reader, decoder)
+            message: ToWorker | None = await frames.next()
             return message

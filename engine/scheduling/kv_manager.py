@@ -141,6 +141,8 @@ class KVManager:
         self.cache.check()
 
     def _extend_hashes(self, request: Request) -> None:
+        if (len(request.block_hashes) + 1) * self.block_size_tokens > request.num_tokens:
+            return  # no new full block, as after most tokens
         extend_block_hashes(
             request.block_hashes, self._root_of(request.spec.tenant_salt), request.token_ids, self.block_size_tokens
         )
