@@ -84,7 +84,7 @@ def _show(name: str, window: Window, plane: Plane) -> None:
     if window.num_tokens:
         print(f"   per token {1e6*total/window.num_tokens:.1f} us")
     if window.num_answers:
-        print(f"   per answer {1e3*total/window.num_answers:.2f} ms; ttft p50 {1e3*firsts[len(firsts)//2]:.2f} p95 {1e3*firsts[int(.95*len(firsts))]:.2f} n={len(firsts)}")
+        print(f"   per answer {1e3*total/window.num_answers:.2f} ms; ttft p50 {1e3*firsts[len(firsts)//2]:.2f} p95 {1e3*firsts[int(.95*len(firsts))]:.2f} n={len(firsts)}", {k: round(1e3*v,3) for k,v in window.accounts_s.items()})
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def _body(prompt: str, num_tokens: int, step_us: int, salt: int) -> str:
         "max_tokens": num_tokens,
         "seed": step_us,
         "ignore_eos": True,
+        "return_timing": True,
         "stream": True,
         "stream_options": {"include_usage": True},
         "cache_salt": f"{salt}",

@@ -9,7 +9,7 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from process_cpu import ProcessUse, read_use
@@ -55,6 +55,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     num_answers: int  # that ended in it
     first_event_s: tuple[float, ...]  # of requests sent in it: from sending to the first event
+    accounts_s: dict[str, float]  # means of the answers' own time accounts
     processes: dict[int, ProcessUse]
     client_cpu_s: float
 
@@ -130,11 +131,11 @@ async def _measure(job: Job, connections: list[Connection]) -> Window:
     end_s, client_cpu_s = time.perf_counter(), time.process_time() - start_cpu_s
     exchanges = [exchange for connection in connections for exchange in connection.exchanges]
     reads = [data for exchange in exchanges for read_s, data in exchange.reads if start_s <= read_s < end_s]
-    events = [event for exchange in exchanges for event in _events(exchange, start_s, end_s)]
+    chunks = [_decode_chunk(event) for exchange in exchanges for event in _events(exchange, start_s, end_s)]
     return Window(
         duration_s=end_s - start_s,
-        num_tokens=sum(map(_num_letters, events)),
-        num_events=len(events),
+        num_tokens=sum(map(_num_letters, chunks)),
+        num_events=len(chunks),
         num_reads=len(reads),
         num_bytes=sum(map(len, reads)),
         num_answers=sum(start_s <= exchange.end_s < end_s for exchange in exchanges),
@@ -143,6 +144,7 @@ async def _measure(job: Job, connections: list[Connection]) -> Window:
             for exchange in exchanges
             if start_s <= exchange.sent_s and start_s < exchange.first_event_s < end_s
         ),
+        accounts_s=_mean_account([chunk.timing for chunk in chunks if chunk.timing]),
         processes={pid: after[pid].since(before[pid]) for pid in job.pids},
         client_cpu_s=client_cpu_s,
     )
@@ -168,13 +170,19 @@ class _Choice(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice]
+    timing: dict[str, Any] | None = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
-def _num_letters(event: bytes) -> int:
-    return sum(len(choice.delta.content) for choice in _decode_chunk(event).choices)
+def _num_letters(chunk: _Chunk) -> int:
+    return sum(len(choice.delta.content) for choice in chunk.choices)
+
+
+def _mean_account(accounts: list[dict[str, Any]]) -> dict[str, float]:
+    names = [name for name in accounts[0] if name.endswith("_s")] if accounts else []
+    return {name: sum(account[name] for account in accounts) / len(accounts) for name in names}
 
 
 def main() -> None:
