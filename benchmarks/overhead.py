@@ -111,14 +111,14 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
         bodies = tuple(_body(SHORT_PROMPT, ENDLESS_TOKENS, step_us, index) for index in range(count))
         return _job(bodies, count, options.window_s, SETTLE_S)
 
-    def requests(prompt: str, connections: int) -> Job:
+    def requests(prompt: str, connections: int, gap_s: float = 0.0) -> Job:
         bodies = tuple(_body(prompt, 1, 0, index) for index in range(2000))
-        return _job(bodies, connections, options.window_s, SETTLE_S)
+        return msgspec.structs.replace(_job(bodies, connections, options.window_s, SETTLE_S), gap_s=gap_s)
 
     return {
         "idle": _job((_body(SHORT_PROMPT, 1, 0, 0),), 1, options.window_s, SETTLE_S, num_rounds=1),
-        "first token, local": requests(SHORT_PROMPT, 1),
-        "first token, split": requests(LONG_PROMPT, 1),
+        "first token, local": requests(SHORT_PROMPT, 1, 0.01),
+        "first token, split": requests(LONG_PROMPT, 1, 0.01),
         "8 at once, local": requests(SHORT_PROMPT, 8),
         "paced": streams(16, PACE_STEP_US),
         "saturated": streams(64, 0),

@@ -32,6 +32,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     num_connections: int
     settle_s: float
     window_s: float
+    gap_s: float = 0.0  # between an answer's end and the next request of its connection
     num_rounds: int | None = None  # requests of each connection; None: no end
     pids: tuple[int, ...]  # whose use is read when the window opens and closes
 
@@ -81,7 +82,7 @@ class Connection(asyncio.Protocol):
             exchange.first_event_s = now_s
         if data.endswith(_END_OF_BODY):
             exchange.end_s = now_s
-            self._send()
+            asyncio.get_running_loop().call_later(self._job.gap_s, self._send)
 
     def close(self) -> None:
         self._transport.abort()

@@ -1,6 +1,7 @@
 """The worker's end of the direct channel: ingresses connect, submit and abort; tokens go out, one message per step.
 
-Runs an event loop in a thread of its own, so that neither a long step nor whatever else the process does delays it.
+Listens on an event loop in a thread of its own, so that neither a long step nor whatever else the process does delays
+it. Messages are sent by whichever thread has them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final, Protocol
 
 from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, Submit, ToIngress, ToWorker
 from eagleray.workers.frames import ChannelError, FrameReader, encode_frame
+from eagleray.workers.outbox import Outbox
 
 START_DEADLINE_S: Final = 10.0
 # An ingress that reads nothing while this much has piled up is gone for our purposes: it is cut off.
@@ -53,7 +55,8 @@ class Channel:
         self._events = events
         self._silence_deadline_s = silence_deadline_s
         self._host, self._port = host, port
-        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._outboxes: dict[int, Outbox] = {}
+        self._transports: dict[int, asyncio.WriteTransport] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
@@ -79,16 +82,26 @@ class Channel:
                 self._loop.close()
 
     def send(self, messages: dict[int, ToIngress]) -> None:
-        """Queue one message per connection; connections that are gone are skipped."""
-        self._soon(lambda: self._write(messages))
+        """One message per connection; connections that are gone are skipped. One that cannot take its message is cut
+        off; the others get theirs."""
+        for connection, message in messages.items():
+            outbox = self._outboxes.get(connection)
+            if outbox is not None:
+                try:
+                    outbox.send(encode_frame(message))
+                except ChannelError as error:
+                    logger.warning("a connection of an ingress is cut off: %s", error)
+                    self._cut_off(connection)
 
     def broadcast(self, message: ToIngress) -> None:
-        """Queue one message for every connection."""
-        self._soon(lambda: self._write(dict.fromkeys(self._writers, message)))
+        """One message for every connection."""
+        self.send(dict.fromkeys(list(self._outboxes), message))
 
-    def _soon(self, action: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
-            self._loop.call_soon_threadsafe(action)
+    def _cut_off(self, connection: int) -> None:
+        transport = self._transports.get(connection)
+        if transport is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
+                self._loop.call_soon_threadsafe(transport.abort)
 
     # ---- on the channel's thread
 
@@ -112,21 +125,7 @@ class Channel:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             message = self._events.heartbeat()
             if message is not None:
-                self._write(dict.fromkeys(self._writers, message))
-
-    def _write(self, messages: dict[int, ToIngress]) -> None:
-        """One connection that cannot take its message is cut off; the others get theirs."""
-        for connection, message in messages.items():
-            writer = self._writers.get(connection)
-            if writer is None or writer.is_closing():
-                continue
-            try:
-                if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                    raise ChannelError(f"it has not read {MAX_UNSENT_BYTES} bytes")
-                writer.write(encode_frame(message))
-            except ChannelError as error:
-                logger.warning("a connection of an ingress is cut off: %s", error)
-                writer.transport.abort()
+                self.broadcast(message)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = next(self._numbers)
@@ -138,9 +137,11 @@ class Channel:
             hello = await self._next(frames)
             if not isinstance(hello, Hello):
                 return
-            self._writers[connection] = writer
-            for message in self._events.greeting():
-                writer.write(encode_frame(message))
+            outbox = Outbox(writer.transport, self._loop, MAX_UNSENT_BYTES)
+            with outbox.first():
+                self._outboxes[connection], self._transports[connection] = outbox, writer.transport
+                for message in self._events.greeting():
+                    outbox.send(encode_frame(message))
             if hello.protocol != PROTOCOL_VERSION:
                 return  # the welcome tells the other side which version it has met
             while (heard := await self._next(frames)) is not None:
@@ -154,7 +155,10 @@ class Channel:
             pass  # either way the connection ends here, and its requests with it
         finally:
             self._tasks.discard(task)
-            if self._writers.pop(connection, None) is not None:
+            outbox = self._outboxes.pop(connection, None)
+            if outbox is not None:
+                del self._transports[connection]
+                outbox.close()
                 self._events.disconnected(connection)
             writer.close()
 
