@@ -1,184 +1,281 @@
-"""What serving costs beside the model: time added to the first token, and processor time per token and per request.
+"""What serving costs beside the model: time added to the first token, processor time per token and per request.
 
     python benchmarks/overhead.py --json result.json --markdown > result.md
 
-Starts the real service (Ray Serve, ingress, prefill and decode worker processes, the prefix index's server) with
-executors that compute nothing. ``results/README.md`` says how the numbers are meant.
+Starts the real service (Ray Serve, ingress, prefill and decode worker, the prefix index's server) with executors that
+compute nothing. ``results/README.md`` says how the numbers are meant.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import subprocess
+import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Final
 
 import msgspec
-from measure import Distribution
-from null_engine import MAX_MODEL_TOKENS, new_null_executor
-from process_cpu import ProcessUse, descendants
+from measure import Distribution, distribution
+from null_engine import MAX_MODEL_TOKENS
+from null_service import MAX_STREAMS, DirectEngine, NullService, null_service
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
 from stream_load import Job, Window
 
-from eagleray.core.clock import SystemClock
-from eagleray.core.config import Config, Environment, parse_config, prepare_ray_environment
-from eagleray.core.request import RequestSpec
-from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.engine import Engine
-from eagleray.text.output import OutputText
-from eagleray.text.tokenizer import Tokenizer
-
-LOCAL_PREFILL_TOKENS: Final = 32
 SHORT_PROMPT: Final = "Say."
 LONG_PROMPT: Final = " ".join(["The plane carries tokens."] * 40)
-PACE_STEP_US: Final = 20_000  # 50 tokens/s a stream
+PACED_STREAMS: Final = 16
+PACED_STEP_US: Final = 20_000  # 50 tokens/s of each stream
 ENDLESS_TOKENS: Final = MAX_MODEL_TOKENS - 4096
+CONNECTIONS: Final = 8
+GAP_S: Final = 0.01  # between single requests, so that none meets what the one before has left to do
 SETTLE_S: Final = 1.0
-LOAD_DEADLINE_S: Final = 120.0
-READY_DEADLINE_S: Final = 60.0
-DIRECT_REPEATS: Final = 500
-_CLIENT: Final = Path(__file__).with_name("stream_load.py")
+NUM_SALTS: Final = 2000  # requests of one part that share no cached prefix
+DIRECT_REPEATS: Final = 300
 
 
 @dataclass(frozen=True)
-class Result:
-    """One part of the benchmark."""
+class Part:
+    """One thing that is measured. ``direct_prompt``: what the engine alone is asked, to be subtracted."""
 
     name: str
-    window: Window
+    new_job: Callable[[NullService, float], Job]
+    direct_prompt: str | None = None
+    per_token: bool = False
+    per_request: bool = False
 
-    def cpu_s(self, pids: Sequence[int]) -> float:
-        return sum(self.window.processes[pid].cpu_s for pid in pids)
+
+@dataclass(frozen=True)
+class PartResult:
+    """Windows of all rounds, and the engine's own time to a first token where it matters."""
+
+    part: Part
+    windows: Sequence[Window]
+    direct_s: float | None
+
+    def cpu_per(self, count: Callable[[Window], int], pid: int | None = None) -> float:
+        """Median over the rounds of processor seconds per counted thing: of one process, or of all."""
+        return statistics.median(
+            sum(use.cpu_s for process, use in window.processes.items() if pid in (None, process)) / count(window)
+            for window in self.windows
+        )
+
+    @property
+    def first_event_s(self) -> Distribution:
+        measured = distribution(s for window in self.windows for s in window.first_event_s)
+        assert measured is not None, f"{self.part.name}: no request was both sent and answered in a window"
+        return measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about one run."""
+
+    origin: Provenance
+    options: argparse.Namespace
+    processes: Mapping[int, str]
+    parts: Sequence[PartResult]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    prepare_ray_environment()
-    with _service() as service:
-        plane = Plane(service.address, _plane_processes())
-        print(plane)
-        for name, job in _jobs(options).items():
-            if options.only and name not in options.only:
-                continue
-            window = plane.run(job)
-            _show(name, window, plane)
+    run = measure(options)
+    title = f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}"
+    shown = sections(run)
+    if options.markdown:
+        print(f"{title}\n\n{to_markdown(shown)}")
+    else:
+        Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
+    if options.json:
+        options.json.write_bytes(_as_json(run))
     return 0
 
 
-def _show(name: str, window: Window, plane: Plane) -> None:
-    cpu = {title: window.processes[pid] for pid, title in plane.processes.items()}
-    total = sum(use.cpu_s for use in cpu.values())
-    firsts = sorted(window.first_event_s)
-    print(f"== {name}: {window.duration_s:.2f} s, tokens {window.num_tokens} ({window.num_tokens/window.duration_s:.0f}/s), events {window.num_events}, reads {window.num_reads}, answers {window.num_answers}, client {window.client_cpu_s:.2f} s")
-    for title, use in cpu.items():
-        print(f"   {title}: {use.cpu_s:.2f} s, waits {use.num_waits}")
-    if window.num_tokens:
-        print(f"   per token {1e6*total/window.num_tokens:.1f} us")
-    if window.num_answers:
-        print(f"   per answer {1e3*total/window.num_answers:.2f} ms; ttft p50 {1e3*firsts[len(firsts)//2]:.2f} p95 {1e3*firsts[int(.95*len(firsts))]:.2f} n={len(firsts)}", {k: round(1e3*v,3) for k,v in window.accounts_s.items()})
-
-
-@dataclass(frozen=True)
-class Plane:
-    """The running service: where it listens, and the processes that requests and tokens pass through."""
-
-    address: str
-    processes: dict[int, str]
-
-    def run(self, job: Job) -> Window:
-        url = urlsplit(self.address)
-        job = msgspec.structs.replace(job, host=url.hostname, port=url.port, pids=tuple(self.processes))
-        command = [sys.executable, str(_CLIENT)]
-        done = subprocess.run(
-            command, input=msgspec.json.encode(job), capture_output=True, timeout=LOAD_DEADLINE_S, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"the client failed: {done.stderr.decode(errors='replace')[-2000:]}")
-        return msgspec.json.decode(done.stdout, type=Window)
-
-
-def _jobs(options: argparse.Namespace) -> dict[str, Job]:
-    def streams(count: int, step_us: int) -> Job:
-        bodies = tuple(_body(SHORT_PROMPT, ENDLESS_TOKENS, step_us, index) for index in range(count))
-        return _job(bodies, count, options.window_s, SETTLE_S)
-
-    def requests(prompt: str, connections: int, gap_s: float = 0.0) -> Job:
-        bodies = tuple(_body(prompt, 1, 0, index) for index in range(2000))
-        return msgspec.structs.replace(_job(bodies, connections, options.window_s, SETTLE_S), gap_s=gap_s)
-
-    return {
-        "idle": _job((_body(SHORT_PROMPT, 1, 0, 0),), 1, options.window_s, SETTLE_S, num_rounds=1),
-        "first token, local": requests(SHORT_PROMPT, 1, 0.01),
-        "first token, split": requests(LONG_PROMPT, 1, 0.01),
-        "8 at once, local": requests(SHORT_PROMPT, 8),
-        "paced": streams(16, PACE_STEP_US),
-        "saturated": streams(64, 0),
+def measure(options: argparse.Namespace) -> Run:
+    """All parts one after the other, and so again for each round: what drifts meets all of them alike."""
+    origin = provenance()
+    direct = DirectEngine()
+    asked = {part.direct_prompt for part in PARTS if part.direct_prompt is not None}
+    direct_s = {
+        prompt: statistics.median(direct.first_token_s(prompt) for _ in range(DIRECT_REPEATS)) for prompt in asked
     }
+    windows: dict[str, list[Window]] = {part.name: [] for part in PARTS}
+    with null_service() as service:
+        for _ in range(options.rounds):
+            for part in PARTS:
+                windows[part.name].append(service.measure(part.new_job(service, options.window_s)))
+        processes = service.processes
+    results = [
+        PartResult(part, windows[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
+        for part in PARTS
+    ]
+    return Run(origin, options, processes, results)
 
 
-def _job(
-    bodies: tuple[str, ...], num_connections: int, window_s: float, settle_s: float, num_rounds: int | None = None
-) -> Job:
-    return Job(host="", port=0, path="/v1/chat/completions", bodies=bodies, num_connections=num_connections,
-        settle_s=settle_s, window_s=window_s, num_rounds=num_rounds, pids=())
+# ---- the parts
 
 
-def _body(prompt: str, num_tokens: int, step_us: int, salt: int) -> str:
-    return msgspec.json.encode({
-        "model": "eagleray-demo",
+def _idle(service: NullService, window_s: float) -> Job:
+    """One request, and then nothing."""
+    job = _job(service, SHORT_PROMPT, num_tokens=1, num_bodies=1, window_s=window_s)
+    return msgspec.structs.replace(job, num_rounds=1)
+
+
+def _single(prompt: str) -> Callable[[NullService, float], Job]:
+    def new_job(service: NullService, window_s: float) -> Job:
+        job = _job(service, prompt, num_tokens=1, num_bodies=NUM_SALTS, window_s=window_s)
+        return msgspec.structs.replace(job, gap_s=GAP_S)
+
+    return new_job
+
+
+def _requests(service: NullService, window_s: float) -> Job:
+    job = _job(service, SHORT_PROMPT, num_tokens=1, num_bodies=NUM_SALTS, window_s=window_s)
+    return msgspec.structs.replace(job, num_connections=CONNECTIONS)
+
+
+def _streams(num_streams: int, step_us: int) -> Callable[[NullService, float], Job]:
+    def new_job(service: NullService, window_s: float) -> Job:
+        job = _job(service, SHORT_PROMPT, ENDLESS_TOKENS, num_streams, window_s, step_us)
+        return msgspec.structs.replace(job, num_connections=num_streams)
+
+    return new_job
+
+
+PARTS: Final = (
+    Part("idle", _idle),
+    Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT),
+    Part("first token, split over two workers", _single(LONG_PROMPT), direct_prompt=LONG_PROMPT),
+    Part(f"requests of one token, {CONNECTIONS} at once", _requests, per_request=True),
+    Part(f"{PACED_STREAMS} streams of 50 tokens/s", _streams(PACED_STREAMS, PACED_STEP_US), per_token=True),
+    Part(f"{MAX_STREAMS} streams, as fast as they go", _streams(MAX_STREAMS, 0), per_token=True),
+)
+
+
+def _job(service: NullService, prompt: str, num_tokens: int, num_bodies: int, window_s: float, step_us: int = 0) -> Job:
+    bodies = tuple(_body(service.model, prompt, num_tokens, step_us, str(salt)) for salt in range(num_bodies))
+    return Job(
+        host="", port=0, pids=(), path="/v1/chat/completions", bodies=bodies, num_connections=1, settle_s=SETTLE_S,
+        window_s=window_s,
+    )  # fmt: skip
+
+
+def _body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> str:
+    body = {
+        "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": num_tokens,
-        "seed": step_us,
+        "seed": step_us,  # what the null engine takes its pace from
         "ignore_eos": True,
-        "return_timing": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "cache_salt": f"{salt}",
-    }).decode()
+        "return_timing": True,
+        "cache_salt": salt,
+    }
+    return msgspec.json.encode(body).decode()
 
 
-@contextlib.contextmanager
-def _service() -> Iterator[Any]:
-    from eagleray.cluster.serve_app import LocalService
-
-    engine = {"block_size_tokens": 16, "max_num_seqs": 64}
-    config = parse_config({
-        "prefill": {"replicas": 1, "engine": engine, "drain_deadline_s": 1},
-        "decode": {"replicas": 1, "engine": engine, "drain_deadline_s": 1},
-        "router": {"local_prefill_tokens": LOCAL_PREFILL_TOKENS, "policy": "prefix_aware"},
-        "http": {"port": 0},
-    })
-    service = LocalService(config, Environment(), lambda text: print(text, file=sys.stderr), new_null_executor)
-    try:
-        import httpx
-        client = httpx.Client(base_url=service.address, trust_env=False)
-        deadline = time.monotonic() + READY_DEADLINE_S
-        while len(client.get("/v1/status").json()["workers"]) < 2:
-            if time.monotonic() > deadline:
-                raise RuntimeError("workers not connected")
-            time.sleep(0.05)
-        yield service
-    finally:
-        service.stop()
+# ---- what is shown
 
 
-def _plane_processes() -> dict[int, str]:
-    return {pid: title for pid, title in descendants(os.getpid()).items() if title.startswith("ray::ServeReplica")}
+def sections(run: Run) -> list[Section]:
+    names = list(run.processes.values())
+    return [
+        Section(("first token, ms", "p50", "p95", "engine alone", "added, p50", "added, p95"), _first_rows(run)),
+        Section(("processor time", "all", *names, "client"), _cpu_rows(run)),
+        Section(("counts", "tokens/s", "tokens per event", "bytes per token", "waits per 1,000 tokens"), _counts(run)),
+        Section(("account of the server, mean ms", *ACCOUNTS), _account_rows(run)),
+    ]
+
+
+ACCOUNTS: Final = ("queue_s", "prefill_s", "network_s", "time_to_first_token_s")
+
+
+def _first_rows(run: Run) -> list[Sequence[str]]:
+    return [
+        (part.part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
+        for part in run.parts
+        if (own_s := part.direct_s) is not None and (first := part.first_event_s)
+    ]
+
+
+def _cpu_rows(run: Run) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        name = part.part.name
+        if part.part.per_token:
+            shares = [part.cpu_per(lambda window: window.num_tokens, pid) for pid in (None, *run.processes)]
+            client_s = statistics.median(window.client_cpu_s / window.num_tokens for window in part.windows)
+            rows.append((f"{name}, us per token", *(f"{1e6 * s:.1f}" for s in (*shares, client_s))))
+        elif part.part.per_request:
+            shares = [part.cpu_per(lambda window: window.num_answers, pid) for pid in (None, *run.processes)]
+            client_s = statistics.median(window.client_cpu_s / window.num_answers for window in part.windows)
+            rows.append((f"{name}, ms per request", *(f"{1e3 * s:.2f}" for s in (*shares, client_s))))
+        elif part.part.name == "idle":
+            shares = [part.cpu_per(lambda window: 1, pid) / run.options.window_s for pid in (None, *run.processes)]
+            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+    return rows
+
+
+def _counts(run: Run) -> list[Sequence[str]]:
+    return [
+        (
+            part.part.name,
+            f"{sum(window.num_tokens / window.duration_s for window in part.windows) / len(part.windows):,.0f}",
+            f"{sum(window.num_tokens for window in part.windows) / sum(w.num_events for w in part.windows):.2f}",
+            f"{sum(window.num_bytes for window in part.windows) / sum(w.num_tokens for w in part.windows):.0f}",
+            f"{1000 * sum(map(_num_waits, part.windows)) / sum(w.num_tokens for w in part.windows):.0f}",
+        )
+        for part in run.parts
+        if part.part.per_token
+    ]
+
+
+def _num_waits(window: Window) -> int:
+    return sum(use.num_waits for use in window.processes.values())
+
+
+def _account_rows(run: Run) -> list[Sequence[str]]:
+    return [
+        (
+            part.part.name,
+            *(_ms(statistics.fmean(window.accounts_s[name] for window in part.windows)) for name in ACCOUNTS),
+        )
+        for part in run.parts
+        if part.direct_s is not None
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def _as_json(run: Run) -> bytes:
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.options).items()}
+    everything = {
+        "provenance": asdict(run.origin),
+        "options": options,
+        "processes": run.processes,
+        "parts": [
+            {"name": part.part.name, "engine_alone_s": part.direct_s, "windows": part.windows} for part in run.parts
+        ],
+    }
+    return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="overhead.py")
-    parser.add_argument("--window-s", type=float, default=8.0)
-    parser.add_argument("--only", nargs="*")
+    parser = argparse.ArgumentParser(
+        prog="overhead.py",
+        description="Measure what serving costs beside the model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--window-s", type=float, default=5.0, help="how long each part is measured, in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="how often; medians are shown")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     return parser
 
 

@@ -109,9 +109,7 @@ async def run(job: Job) -> Window:
     connections = []
     for index in range(job.num_connections):
         mine = encoded[index :: job.num_connections]
-        _, connection = await loop.create_connection(
-            lambda bodies=mine: Connection(job, bodies), job.host, job.port
-        )
+        _, connection = await loop.create_connection(lambda bodies=mine: Connection(job, bodies), job.host, job.port)
         connections.append(connection)
     try:
         async with asyncio.timeout(_START_DEADLINE_S):

@@ -20,7 +20,9 @@ from eagleray.workers.frames import ChannelError
 class Outbox:
     """Sends over a connection that ``transport`` reads. ``close`` it before or after the transport, on its loop."""
 
-    def __init__(self, transport: asyncio.BaseTransport, loop: asyncio.AbstractEventLoop, max_unsent_bytes: int) -> None:
+    def __init__(
+        self, transport: asyncio.BaseTransport, loop: asyncio.AbstractEventLoop, max_unsent_bytes: int
+    ) -> None:
         # A descriptor of our own: the transport's is the loop's, and may be closed and given to another connection.
         self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
         self._socket.setblocking(False)
