@@ -59,6 +59,8 @@ class Attempt:
         self._spec = spec
         self._inbox: Mailbox[TokenOutput | WorkerLost] = Mailbox()
         self._accepted: list[WorkerClient] = []
+        self._heard_s = 0.0  # when something came last, on the loop's clock
+        self._alarm: asyncio.TimerHandle | None = None
 
     async def submit(self, placement: Placement) -> None:
         """Reserve on the decode worker, then start the prefill. Raises ``SubmitRefused`` or ``WorkerLost``; then
@@ -107,8 +109,12 @@ class Attempt:
         """
         decode_id = self._accepted[0].welcome.worker_id
         prefill_is_there = len(self._accepted) > 1
+        loop = asyncio.get_running_loop()
+        self._heard_s = loop.time()
+        self._watch_silence(decode_id)
         while True:
-            items = await self._next(decode_id)
+            items = await self._inbox.take()
+            self._heard_s = loop.time()
             if outputs := [item for item in items if isinstance(item, TokenOutput)]:
                 yield outputs
             if journal.is_finished:
@@ -123,19 +129,19 @@ class Attempt:
             if journal.has_gap and not may_be_filled:
                 raise WorkerLost(decode_id, "tokens are missing that no worker will say again")
 
-    async def _next(self, decode_id: str) -> list[TokenOutput | WorkerLost]:
-        silence_s = self._coordinator.config.silence_deadline_s
-        alarm = asyncio.get_running_loop().call_later(silence_s, self._note_silence, decode_id, silence_s)
-        try:
-            return await self._inbox.take()
-        finally:
-            alarm.cancel()
-
-    def _note_silence(self, decode_id: str, silence_s: float) -> None:
-        self._inbox.put(WorkerLost(decode_id, f"no token for {silence_s} s"))
+    def _watch_silence(self, decode_id: str) -> None:
+        """One timer for the whole attempt, rather than one for each wait."""
+        silence_s, loop = self._coordinator.config.silence_deadline_s, asyncio.get_running_loop()
+        left_s = self._heard_s + silence_s - loop.time()
+        if left_s <= 0:
+            self._inbox.put(WorkerLost(decode_id, f"no token for {silence_s} s"))
+        else:
+            self._alarm = loop.call_later(left_s, self._watch_silence, decode_id)
 
     def end(self) -> None:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         self._coordinator.pending.forget(self._spec.request_id)
         for client in self._accepted:
             with contextlib.suppress(WorkerLost):  # and the request with it

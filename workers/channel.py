@@ -72,11 +72,12 @@ class Channel:
         self._thread.start()
         self._call(self._listen)
 
-    def stop(self) -> None:
-        """Close the listener and every connection. May be called from several threads, and again."""
+    def stop(self, last_words: ToIngress | None = None) -> None:
+        """Close the listener, then every connection, which hears ``last_words`` before. May be called from several
+        threads, and again."""
         with self._stopping:
             if self._thread.is_alive():
-                self._call(self._close)
+                self._call(lambda: self._close(last_words))
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join(START_DEADLINE_S)
                 self._loop.close()
@@ -113,9 +114,11 @@ class Channel:
         self._port = self._server.sockets[0].getsockname()[1]
         self._tasks.add(asyncio.create_task(self._beat()))
 
-    async def _close(self) -> None:
+    async def _close(self, last_words: ToIngress | None) -> None:
         if self._server is not None:
             self._server.close()
+        if last_words is not None:
+            self.broadcast(last_words)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -136,9 +136,9 @@ class ChannelClient:
         if self._sinks.pop(request_id, None) is not None and self._lost is None:
             self._send(Abort(request_id))
 
-    async def wait_lost(self) -> None:
-        """Return when the connection has ended."""
-        await asyncio.wait([self._task])
+    async def wait_lost(self, deadline_s: float | None = None) -> None:
+        """Return when the connection has ended, or after ``deadline_s``."""
+        await asyncio.wait([self._task], timeout=deadline_s)
 
     async def aclose(self) -> None:
         """End the connection; the worker aborts what was left."""
