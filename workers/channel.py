@@ -158,10 +158,10 @@ class Channel:
             pass  # either way the connection ends here, and its requests with it
         finally:
             self._tasks.discard(task)
-            outbox = self._outboxes.pop(connection, None)
-            if outbox is not None:
+            ended = self._outboxes.pop(connection, None)
+            if ended is not None:
                 del self._transports[connection]
-                outbox.close()
+                ended.close()
                 self._events.disconnected(connection)
             writer.close()
 
