@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_random_qwen3(Path(folder))
             serve += ["--model", folder]
         starts = [measure_start(serve) for _ in range(options.repeats)]
-    origin = provenance("startup.py")
+    origin = provenance()
     if options.json:
         content = {"origin": asdict(origin), "starts": [asdict(start) for start in starts]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -25,11 +26,19 @@ _OPENMP: Final = "-fopenmp"
 _COMPILE_DEADLINE_S: Final = 120.0
 
 # What the compiler may use, by level; a level is what torch found the CPU and the operating system to support.
+_AVX512: Final = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512",
+)  # fmt: skip
 LEVEL_FLAGS: Final = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
+
+
+# arch_prctl(2): Linux saves the large state of AMX tiles only for processes that ask for it.
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 class NativeUnavailable(Exception):
@@ -41,8 +50,16 @@ def supported_levels() -> tuple[str, ...]:
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return ("portable",)
     capability = torch.backends.cpu.get_cpu_capability()
-    first = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
-    return tuple(LEVEL_FLAGS)[first:]
+    first = {"AVX512": "amx" if _amx_is_permitted() else "avx512", "AVX2": "avx2"}.get(capability, "portable")
+    levels = tuple(LEVEL_FLAGS)
+    return levels[levels.index(first) :]
+
+
+def _amx_is_permitted() -> bool:
+    """Asks for it. The first CPUs with AMX had its bfloat16 and AVX512_BF16 too, and all later ones have."""
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
 def build_library(level: str, cache_folder: Path) -> Path:
