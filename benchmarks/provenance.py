@@ -18,7 +18,7 @@ _GIT_TIMEOUT_S: Final = 10
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of one run; the hardware is the client's, which is the server's too when the address is local."""
+    """Of one run; the hardware is that of the program, which is the server's too when its address is local."""
 
     date: str  # ISO 8601, UTC
     command: str
@@ -29,10 +29,10 @@ class Provenance:
     python: str
 
 
-def provenance(program: str = "replay.py") -> Provenance:
+def provenance() -> Provenance:
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
+        command=shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         git_commit=_git_commit(),
         cpu=_cpu_model(),
         num_cores=os.cpu_count() or 1,

@@ -57,8 +57,8 @@ class ProcessMemory:
     resident_bytes: int
     proportional_bytes: int
     unique_bytes: int
-    packed_bytes: int  # resident, of packed weights
-    kv_bytes: int  # resident, of the KV pool
+    weights_bytes: int  # resident, of mapped weights: packed ones and checkpoints
+    kv_bytes: int  # resident, of KV pools: its own, and those that it has read from
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_random_qwen3(Path(folder))
             serve += ["--model", folder]
         starts = [measure_start(serve) for _ in range(options.repeats)]
-    origin = provenance("startup.py")
+    origin = provenance()
     if options.json:
         content = {"origin": asdict(origin), "starts": [asdict(start) for start in starts]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -200,8 +200,9 @@ def _memory_of(pid: int) -> ProcessMemory | None:
         return None
     fields = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE)}
     resident, proportional, *unique = (fields.get(name, 0) for name in _ROLLUP_KEYS)
-    packed, kv = _resident_of(smaps, ".packed"), _resident_of(smaps, "memfd:eagleray-kv")
-    return ProcessMemory(_short_name(arguments), resident, proportional, sum(unique), packed, kv)
+    weights = _resident_of(smaps, ".packed") + _resident_of(smaps, ".safetensors")
+    kv = _resident_of(smaps, "memfd:eagleray-kv")
+    return ProcessMemory(_short_name(arguments), resident, proportional, sum(unique), weights, kv)
 
 
 def _short_name(arguments: Sequence[str]) -> str:
@@ -228,7 +229,7 @@ def render(origin: Provenance, starts: Sequence[Start]) -> str:
     rows = [(name, _seconds([start.phases_s.get(name, 0.0) for start in starts])) for name in names]
     rows.append(("ready, from the command on", _seconds([start.ready_s for start in starts])))
     title = f"{origin.command}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}"
-    header = ("process", "resident", "proportional", "unique", "packed weights", "KV touched", "beyond weights and KV")
+    header = ("process", "resident", "proportional", "unique", "weights", "KV", "beyond weights and KV")
     tables = [Section(("phase, median of starts", f"s ({len(starts)} starts)"), rows)]
     for when, memories in (("when ready", starts[-1].idle), ("after answers", starts[-1].used)):
         tables.append(Section((f"{header[0]}, MiB {when}", *header[1:]), [_row(memory) for memory in memories]))
@@ -240,8 +241,8 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def _row(memory: ProcessMemory) -> tuple[str, ...]:
-    rest = memory.resident_bytes - memory.packed_bytes - memory.kv_bytes
-    sizes = (memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.packed_bytes)
+    rest = memory.resident_bytes - memory.weights_bytes - memory.kv_bytes
+    sizes = (memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.weights_bytes)
     return (memory.name, *(f"{size / 2**20:.0f}" for size in (*sizes, memory.kv_bytes, rest)))
 
 

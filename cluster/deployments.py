@@ -24,9 +24,10 @@ from eagleray.core.start_phases import StartPhases
 
 if TYPE_CHECKING:
     from eagleray.cluster.worker_process import WorkerProcess
+    from eagleray.workers.build import ExecutorFactory
     from eagleray.workers.worker import Worker
 
-HOLD_INTERVAL_S: Final = 0.1
+HOLD_INTERVAL_S: Final = 0.5
 
 logger = logging.getLogger("eagleray")
 
@@ -34,9 +35,16 @@ logger = logging.getLogger("eagleray")
 class WorkerReplica:
     """One worker of either pool. Serve sees its life; tokens, KV and control go over the worker's own connections."""
 
-    def __init__(self, role: str, config: dict[str, Any], progress_address: str | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        config: dict[str, Any],
+        progress_address: str | None = None,
+        new_executor: ExecutorFactory | None = None,
+    ) -> None:
         self._config = Config.model_validate(config)
         self._role = Role(role)
+        self._new_executor = new_executor
         self._stopped = threading.Event()
         worker_id = serve.get_replica_context().replica_id.unique_id
         clock = SystemClock()
@@ -84,7 +92,7 @@ class WorkerReplica:
             epoch=time.time_ns() // 1_000_000,
             host=ray.util.get_node_ip_address(),
         )
-        return build_worker_process(self._config, place, clock, progress, phases)
+        return build_worker_process(self._config, place, clock, progress, phases, self._new_executor)
 
     def _phase_ended(self, progress: ProgressReporter, phase: str, duration_s: float) -> None:
         progress.phase_ended(phase, duration_s)

@@ -25,6 +25,7 @@ class HttpServer:
             log_level="warning",
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # nobody asks who the client is
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )
         self._server = uvicorn.Server(config)

@@ -25,6 +25,8 @@ from eagleray.text.tokenizer import Tokenizer
 from eagleray.workers.pool import ConnectedWorkers
 
 DISCOVERY_INTERVAL_S: Final = 0.1
+# A call of Serve's costs more than all else that a short request does: only what lasts is worth telling.
+HOLD_AFTER_S: Final = 0.5
 
 
 class IngressProcess:
@@ -46,7 +48,7 @@ class IngressProcess:
             clock,
             IngressMetrics(model.name),
             self._tracer,
-            on_placed=self._hold,
+            on_placed=self._hold_later,
         )
         tokenizer = Tokenizer.from_folder(model.folder)
         app = create_app(
@@ -79,10 +81,14 @@ class IngressProcess:
         await self._index.aclose()
         await asyncio.to_thread(self._tracer.close)
 
+    def _hold_later(self, worker_id: str, request_id: str) -> None:
+        """Beside the request's way, and not while its first token is."""
+        asyncio.get_running_loop().call_later(HOLD_AFTER_S, self._hold, worker_id, request_id)
+
     def _hold(self, worker_id: str, request_id: str) -> None:
-        """A call that lasts as long as the request does there. Beside the request's way: nobody waits for it."""
+        """A call that lasts as long as the request does there. Nobody waits for it."""
         client = self._pool.workers().get(worker_id)
-        if client is not None:  # else it was lost in this very moment
+        if client is not None and client.serves(request_id):
             self._handles[client.welcome.role].hold.remote(request_id, target=worker_id)
 
     async def _discover(self) -> None:

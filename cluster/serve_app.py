@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import ray
 from ray import serve
@@ -27,6 +27,9 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
 
+if TYPE_CHECKING:
+    from eagleray.workers.build import ExecutorFactory  # imports torch
+
 APPLICATION: Final = "eagleray"
 INGRESS_CPUS: Final = 0.5
 HEALTH_CHECK_PERIOD_S: Final = 1.0
@@ -39,14 +42,20 @@ OnProgress = Callable[[str], None]
 Result = TypeVar("Result")
 
 
-def build_application(config: Config, progress_address: str | None = None) -> Application:
+def build_application(
+    config: Config, progress_address: str | None = None, new_executor: ExecutorFactory | None = None
+) -> Application:
     """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory.
-    ``progress_address`` is of a ``ProgressListener`` on this host."""
+    ``progress_address`` is of a ``ProgressListener`` on this host. ``new_executor``, instead of the one that loads the
+    model, is called in every worker's process: it travels by its module's name, or whole when it is the main program's.
+    """
     values = config.model_dump(mode="json")
-    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, progress_address)
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, progress_address, new_executor)
     prefill = None
     if config.prefill.replicas:
-        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, values, progress_address)
+        prefill = _worker_pool("prefill", config.prefill).bind(
+            Role.PREFILL.value, values, progress_address, new_executor
+        )
     as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
@@ -74,11 +83,18 @@ def _worker_pool(name: str, pool: PoolConfig) -> Deployment:
 class LocalService:
     """Ray, Serve, the prefix index's server and the application on this machine, until ``stop``."""
 
-    def __init__(self, config: Config, environment: Environment, on_progress: OnProgress, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        environment: Environment,
+        on_progress: OnProgress,
+        clock: Clock,
+        new_executor: ExecutorFactory | None = None,
+    ) -> None:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
         self._report = StartReport(clock, on_progress)
-        self._on_progress = on_progress
+        self._on_progress, self._new_executor = on_progress, new_executor
         # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
         plan = plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
         on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
@@ -151,7 +167,7 @@ class LocalService:
         self._on_progress(f"starting {pools}, loading {self.config.model.name}")
         listener = ProgressListener(self._report.heard)
         try:
-            application = build_application(self.config, listener.address)
+            application = build_application(self.config, listener.address, self._new_executor)
             ingress = within(
                 READY_DEADLINE_S, "serve-run", lambda: serve.run(application, name=APPLICATION, route_prefix=None)
             )

@@ -19,7 +19,7 @@ from eagleray.router.prefix_index.factory import INDEX_NAMESPACE, build_index
 from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
-from eagleray.workers.build import WorkerParts
+from eagleray.workers.build import ExecutorFactory, WorkerParts
 from eagleray.workers.worker import Worker
 
 
@@ -49,13 +49,18 @@ class WorkerProcess:
 
 
 def build_worker_process(
-    config: Config, place: WorkerPlace, clock: Clock, progress: ProgressReporter, phases: StartPhases
+    config: Config,
+    place: WorkerPlace,
+    clock: Clock,
+    progress: ProgressReporter,
+    phases: StartPhases,
+    new_executor: ExecutorFactory | None,  # None: one that loads the model
 ) -> WorkerProcess:
     """Raises ``ConfigError`` for a checkpoint that cannot be served, or memory that does not suffice."""
     pool = config.prefill if place.role is Role.PREFILL else config.decode
     tokenizer = Tokenizer.from_folder(config.model.folder)
     phases.end("tokenizer")
-    executor = build_executor(
+    executor = (new_executor or build_executor)(
         config.model,
         pool.engine,
         num_threads=pool.num_threads,

@@ -6,6 +6,7 @@ one ``StepOutputs`` per engine step with the new tokens of all that ingress's re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import msgspec
@@ -50,6 +51,31 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
     num_cached_tokens: int | None = None  # on this worker's first output
     timing: RequestTiming | None = None  # on this worker's first output
+
+
+def merged(outputs: Sequence[TokenOutput]) -> list[TokenOutput]:
+    """Consecutive outputs of one choice, joined where that loses nothing: a worker's first one begins a new output."""
+    groups: list[list[TokenOutput]] = []
+    for output in outputs:
+        begins = output.timing is not None or output.num_cached_tokens is not None or output.prompt_logprobs is not None
+        if begins or not groups:
+            groups.append([output])
+        else:
+            groups[-1].append(output)
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+
+
+def _joined(outputs: list[TokenOutput]) -> TokenOutput:
+    first, last = outputs[0], outputs[-1]
+    scores = [score for output in outputs for score in output.logprobs or ()]
+    return msgspec.structs.replace(
+        first,
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        texts=tuple(text for output in outputs for text in output.texts),
+        logprobs=tuple(scores) if scores else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
 
 
 # ---- ingress -> worker

@@ -1,4 +1,10 @@
-"""The one loop, ``schedule -> execute -> update``: prefill workers, decode workers and offline use all run it."""
+"""The one loop, ``schedule -> execute -> update``: prefill workers, decode workers and offline use all run it.
+
+    this thread:   begin(k)            wait(k)  begin(k+1)  report(k)            wait(k+1)  begin(k+2)  report(k+1)
+    the executor:           [ step k  ]                    [ step k+1           ]                      [ step k+2
+
+A step is scheduled when the tokens of the one before are known, and runs while their text is made and sent.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,9 @@ from eagleray.core.errors import InvalidRequest
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.messages import TokenOutput
 from eagleray.core.request import Request, RequestSpec, RequestState
-from eagleray.engine.outputs import RequestOutputs, TextStreamFactory
+from eagleray.engine.outputs import NewToken, RequestOutputs, TextStreamFactory
 from eagleray.engine.scheduling.kv_manager import KVManager
-from eagleray.engine.scheduling.plan import Executor, StepHandle, StepPlan, StepResult
+from eagleray.engine.scheduling.plan import Executor, ScheduledRun, StepHandle, StepPlan, StepResult
 from eagleray.engine.scheduling.scheduler import Scheduler
 
 
@@ -60,6 +66,27 @@ class Reservation:
     num_cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _StepUnderWay:
+    plan: StepPlan
+    handle: StepHandle
+
+
+@dataclass(frozen=True, slots=True)
+class _ComputedRun:
+    run: ScheduledRun
+    request: Request
+    outputs: RequestOutputs
+    new: NewToken | None  # sampled by the run
+
+
+@dataclass(frozen=True, slots=True)
+class _EndedStep:
+    plan: StepPlan
+    result: StepResult
+    runs: tuple[_ComputedRun, ...]  # of the requests that were still there
+
+
 class Engine:
     """Requests in, tokens out. One thread calls it; nothing in it waits for anything but the executor."""
 
@@ -79,7 +106,9 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._scheduler = Scheduler(config, self._kv)
-        self._outputs: dict[str, RequestOutputs] = {}
+        self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
+        self._under_way: _StepUnderWay | None = None
+        self._ended: _EndedStep | None = None  # not reported yet
         # A request that fits alone can always finish: whatever else there is gives way to it.
         self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
 
@@ -95,7 +124,12 @@ class Engine:
         self._follow(request)
 
     def reserve(self, spec: RequestSpec) -> Reservation | None:
-        """Hold blocks for a request whose KV will come from elsewhere, or None when there is no room now."""
+        """Hold blocks for a request whose KV will come from elsewhere, or None when there is no room now.
+
+        Others may write to them from now on, so none may be one that a step under way still uses for a request that has
+        ended meanwhile: waits for that step.
+        """
+        self.wait()
         request = self._new_request(spec, None)
         if not self._scheduler.reserve(request):
             return None
@@ -120,11 +154,11 @@ class Engine:
 
     def end(self, request_id: str, state: RequestState = RequestState.ABORTED) -> bool:
         """Free everything of a request, whatever it is doing. False when it is not here (any more)."""
+        self._outputs.pop(request_id, None)
         request = self._scheduler.get(request_id)
         if request is None:
             return False
         self._scheduler.end(request, state)
-        self._outputs.pop(request_id, None)
         return True
 
     def state_of(self, request_id: str) -> RequestState | None:
@@ -134,47 +168,91 @@ class Engine:
     # ---- the loop
 
     def step(self) -> StepOutcome:
-        """One turn of the loop."""
+        """One turn of the loop: what one step brought, while the next one computes already."""
+        if self._under_way is None and self._ended is None and not self.begin():
+            return StepOutcome(is_idle=True)
+        self.wait()
+        self.begin()
+        return self.report() or StepOutcome()
+
+    def begin(self) -> bool:
+        """Schedule the next step and give it to the executor; False when nothing can be scheduled. To be called when
+        no step is under way: what may be scheduled depends on what the last one sampled."""
         plan = self._scheduler.schedule()
         if plan.is_empty:
-            return StepOutcome(is_idle=True)
-        return self._update(plan, self._submit(plan).result())
-
-    def _submit(self, plan: StepPlan) -> StepHandle:
+            return False
         for run in plan.runs:
             self._outputs[run.spec.request_id].note_scheduled()
-        return self._executor.submit(plan)
+        self._under_way = _StepUnderWay(plan, self._executor.submit(plan))
+        return True
 
-    def _update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        self._scheduler.note_step(plan)
-        outcome = StepOutcome(
-            num_computed_tokens=plan.num_tokens, decode_only=all(run.num_tokens == 1 for run in plan.runs)
+    def wait(self) -> None:
+        """Until the step under way is over, if there is one: then its tokens are known, and requests that have ended
+        compute no more, but for those whose text will tell. Raises what the executor met."""
+        if self._under_way is None:
+            return
+        step = self._under_way
+        try:
+            result = step.handle.result()
+        except Exception:
+            self._under_way = None
+            raise
+        self._under_way = None
+        computed = self._scheduler.note_step(step.plan)
+        self._ended = _EndedStep(
+            step.plan, result, tuple(self._append(run, request, result) for run, request in computed)
         )
-        for run in plan.runs:
-            request_id = run.spec.request_id
-            request = self._scheduler.get(request_id)
-            if request is None:
-                continue
-            if request_id in result.prompt_logprobs:
-                self._outputs[request_id].note_prompt_logprobs(run.start, result.prompt_logprobs[request_id])
-            is_finished = False
-            if run.samples:
-                output = self._outputs[request_id].push(result.sampled[request_id])
-                outcome.outputs.append(output)
-                is_finished = output.finish_reason is not None
-            if request.output_limit is not None:
-                outcome.progress.append(self._progress(request, is_finished))
-            elif is_finished:
-                self.end(request_id, RequestState.FINISHED)
+
+    def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
+        """Take what a run sampled into its request."""
+        outputs = self._outputs[request.request_id]
+        new = outputs.append(result.sampled[request.request_id]) if run.samples else None
+        if new is not None:
+            if request.output_limit is None:
+                if new.finish_reason is not None:
+                    self._scheduler.end(request, RequestState.FINISHED)
+            elif new.finish_reason is not None or request.num_emitted_here == request.output_limit:
+                self._scheduler.hand_over(request)
+        return _ComputedRun(run, request, outputs, new)
+
+    def report(self) -> StepOutcome | None:
+        """What the step that has ended brought; None when that has been told. Text is made here, while the next step
+        computes: that one may have a run for a request that turns out to have ended, and nothing of it is kept."""
+        if self._ended is None:
+            return None
+        step, self._ended = self._ended, None
+        outcome = StepOutcome(
+            num_computed_tokens=step.plan.num_tokens, decode_only=all(run.num_tokens == 1 for run in step.plan.runs)
+        )
+        for computed in step.runs:
+            if self._outputs.get(computed.request.request_id) is computed.outputs:  # else it was aborted meanwhile
+                self._report_run(computed, step.result, outcome)
         return outcome
+
+    def _report_run(self, computed: _ComputedRun, result: StepResult, outcome: StepOutcome) -> None:
+        request, outputs = computed.request, computed.outputs
+        if request.request_id in result.prompt_logprobs:
+            outputs.note_prompt_logprobs(computed.run.start, result.prompt_logprobs[request.request_id])
+        is_finished = False
+        if computed.new is not None:
+            output = outputs.report(computed.new)
+            outcome.outputs.append(output)
+            is_finished = output.finish_reason is not None
+        if request.output_limit is not None:
+            outcome.progress.append(self._progress(request, is_finished))
+        elif is_finished:
+            self._outputs.pop(request.request_id)
+            if not request.state.is_final:
+                self._scheduler.end(request, RequestState.FINISHED)
 
     def _progress(self, request: Request, is_finished: bool) -> Progress:
         """What a reader may take of a request by now. When it has finished or is at its output limit it stays for its
         reader only, and ends when that one is done."""
-        token_ids: tuple[int, ...] = ()
-        if is_finished or request.num_emitted_here == request.output_limit:
-            token_ids = tuple(request.token_ids[len(request.spec.token_ids) :])
+        if is_finished and request.state is not RequestState.HANDED_OVER:
             self._scheduler.hand_over(request)
+        token_ids: tuple[int, ...] = ()
+        if request.state is RequestState.HANDED_OVER:
+            token_ids = tuple(request.token_ids[len(request.spec.token_ids) :])
         block_ids = self._kv.table(request.request_id)[: self._kv.blocks_for(request.num_computed_tokens)]
         return Progress(request.request_id, tuple(block_ids), request.num_computed_tokens, token_ids, is_finished)
 
@@ -200,7 +278,7 @@ class Engine:
         self._scheduler.check_integrity()
 
     def _new_request(self, spec: RequestSpec, output_limit: int | None) -> Request:
-        if self._scheduler.get(spec.request_id) is not None:
+        if spec.request_id in self._outputs:
             raise InvalidRequest(f"request_id={spec.request_id!r} is already being served.", param="request_id")
         if not spec.token_ids:
             raise InvalidRequest("The prompt is empty; send at least one token.", param="prompt")

@@ -7,6 +7,7 @@ rebuilt by replay and goes on with the next token as if it had never moved.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from eagleray.core.clock import Clock
@@ -44,6 +45,16 @@ class TextStream(Protocol):
 TextStreamFactory = Callable[[RequestSpec], TextStream]
 
 
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that a request has got, and whether it has ended with it, as far as no text is needed to tell."""
+
+    position: int  # among the request's output tokens
+    sampled: SampledToken
+    finish_reason: FinishReason | None
+    stop_reason: int | None
+
+
 class RequestOutputs:
     """Builds the outputs of one request on one worker."""
 
@@ -78,12 +89,17 @@ class RequestOutputs:
         if collected is not None:
             collected.extend(logprobs[len(collected) - (start + 1) :])
 
-    def push(self, sampled: SampledToken) -> TokenOutput:
-        """Append the sampled token to the request and say what the user gets. ``finish_reason`` tells if it ended."""
-        request, token_id = self._request, sampled.token_id
-        position = request.num_output_tokens
-        request.token_ids.append(token_id)
-        reason, stop_reason = self._stop_by_id(token_id)
+    def append(self, sampled: SampledToken) -> NewToken:
+        """Append a sampled token to the request. What is to be known before the next step can be scheduled."""
+        position = self._request.num_output_tokens
+        self._request.token_ids.append(sampled.token_id)
+        return NewToken(position, sampled, *self._stop_by_id(sampled.token_id))
+
+    def report(self, new: NewToken) -> TokenOutput:
+        """What the user gets of a token. ``finish_reason`` tells if the request has ended with it, also by its text."""
+        request, token_id = self._request, new.sampled.token_id
+        reason: FinishReason | None = new.finish_reason
+        stop_reason: int | str | None = new.stop_reason
         if reason is FinishReason.STOP:  # the token that stops is not text
             text = self._text.finish()
         else:
@@ -98,10 +114,10 @@ class RequestOutputs:
         return TokenOutput(
             request_id=request.request_id,
             choice=request.spec.choice,
-            position=position,
+            position=new.position,
             token_ids=(token_id,),
             texts=(text,),
-            logprobs=None if sampled.logprobs is None else (sampled.logprobs,),
+            logprobs=None if new.sampled.logprobs is None else (new.sampled.logprobs,),
             prompt_logprobs=tuple(self._prompt_logprobs) if first and self._prompt_logprobs is not None else None,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -109,7 +125,7 @@ class RequestOutputs:
             timing=self._timing() if first else None,
         )
 
-    def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | str | None]:
+    def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         request, sampling = self._request, self._request.spec.sampling
         if request.num_output_tokens >= sampling.min_tokens:
             if not sampling.ignore_eos and token_id in request.spec.eos_token_ids:

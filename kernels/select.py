@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,12 +97,24 @@ def select_kernels(
     try:
         if device != "cpu" or dtype not in ELEMENTS:
             raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
-        library = load_library(supported_levels()[0], cache_folder or user_cache_folder() / "kernels", num_threads)
+        library = _load_best(cache_folder or user_cache_folder() / "kernels", num_threads)
     except NativeUnavailable as error:
         if choice == "native":
             raise
         return _torch_kernels(f"torch ({error})", quantization)
     return native_kernels(library, dtype, quantization)
+
+
+def _load_best(cache_folder: Path, num_threads: int) -> NativeLibrary:
+    """An old compiler may not know the best level of a new CPU."""
+    best, *others = supported_levels()
+    try:
+        return load_library(best, cache_folder, num_threads)
+    except NativeUnavailable as error:
+        for level in others:
+            with suppress(NativeUnavailable):
+                return load_library(level, cache_folder, num_threads)
+        raise error
 
 
 def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Quantization | None = None) -> Kernels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from eagleray.kernels.norm_rope.head_norms import HeadNorms
 from eagleray.kernels.paged_attention.api import AttentionPlan
@@ -13,7 +12,7 @@ from eagleray.models.model_config import ModelConfig
 from eagleray.models.norm import RMSNorm
 
 
-class Attention(nn.Module):
+class Attention:
     """One layer's attention, with query, key and value in one projection."""
 
     def __init__(
@@ -25,7 +24,6 @@ class Attention(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__()
         self.head_dim = config.head_dim
         self._kernels = kernels
         self.scale = config.head_dim**-0.5
@@ -39,8 +37,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
             self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
+        self._head_norms = _head_norms(self.query_norm, self.key_norm)
 
-    def forward(
+    def __call__(
         self,
         hidden: torch.Tensor,  # [T, hidden]
         cos_T: torch.Tensor,  # [T, D]
@@ -50,13 +49,14 @@ class Attention(nn.Module):
         residual: torch.Tensor,  # [T, hidden]
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden], added to ``residual``."""
-        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self._head_norms())
+        num_tokens = hidden.shape[0]
+        heads = self.qkv(hidden).view(num_tokens, -1, self.head_dim)
+        query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self._head_norms)
         context = self._kernels.paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
-        output: torch.Tensor = self.output(context.view(len(hidden), -1), residual)
-        return output
+        return self.output(context.view(num_tokens, -1), residual)
 
-    def _head_norms(self) -> HeadNorms | None:
-        if self.query_norm is None or self.key_norm is None:
-            return None
-        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.eps)
+
+def _head_norms(query_norm: RMSNorm | None, key_norm: RMSNorm | None) -> HeadNorms | None:
+    if query_norm is None or key_norm is None:
+        return None
+    return HeadNorms(query_norm.weight, key_norm.weight, query_norm.eps)

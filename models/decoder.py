@@ -17,8 +17,12 @@ from eagleray.models.norm import RMSNorm
 from eagleray.models.rope import RotaryEmbedding
 
 
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the residual stream."""
+class DecoderLayer:
+    """Attention and MLP, each behind its norm and added to the residual stream.
+
+    Layers are plain objects rather than ``nn.Module``: nothing is trained here, and what a module's call and attribute
+    look-up cost is more than a small kernel.
+    """
 
     def __init__(
         self,
@@ -29,13 +33,12 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.attention = Attention(config, layer_index, kernels, dtype=dtype, device=device)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.mlp = GatedMLP(config, kernels, dtype=dtype, device=device)
 
-    def forward(
+    def __call__(
         self,
         hidden: torch.Tensor,
         cos_T: torch.Tensor,
@@ -43,13 +46,12 @@ class DecoderLayer(nn.Module):
         kv_layer: torch.Tensor,
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]; arguments as in ``Attention.forward``."""
+        """[T, hidden] -> [T, hidden]; arguments as in ``Attention``."""
         after_attention = self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan, hidden)
-        output: torch.Tensor = self.mlp(self.mlp_norm(after_attention), after_attention)
-        return output
+        return self.mlp(self.mlp_norm(after_attention), after_attention)
 
 
-class Decoder(nn.Module):
+class Decoder:
     """Token ids to hidden states to logits, with KV in a paged pool that the caller owns.
 
     Weights are left uninitialised; see ``loader.load_model`` and ``random_weights.random_model``.
@@ -62,16 +64,15 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         kernels: Kernels = TORCH_KERNELS,
     ) -> None:
-        super().__init__()
         self.config = config
         self._dtype = dtype
         # A loader may put another dtype here: the checkpoint's own, mapped from its file.
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
         )
-        self.layers = nn.ModuleList(
+        self.layers = [
             DecoderLayer(config, index, kernels, dtype=dtype, device=device) for index in range(config.num_layers)
-        )
+        ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.lm_head = Linear(
             config.hidden_size,
@@ -106,11 +107,9 @@ class Decoder(nn.Module):
         cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
         for layer, kv_layer in zip(self.layers, kv.unbind(1), strict=True):
             hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
-        normed: torch.Tensor = self.norm(hidden)
-        return normed
+        return self.norm(hidden)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""
-        logits: torch.Tensor = self.lm_head(hidden, dtype=torch.float32)
-        return logits
+        return self.lm_head(hidden, dtype=torch.float32)

@@ -11,7 +11,7 @@ from eagleray.kernels.linear.api import LinearProduct
 from eagleray.kernels.linear.reference import TorchLinear
 
 
-class Linear(nn.Module):
+class Linear:
     """``x @ weight.T + bias`` for one projection, or for several that read the same input, fused into one product.
 
     Weights are left uninitialised: a loader fills them through ``weight_parts`` and ``bias_parts``, or brings a product
@@ -28,7 +28,6 @@ class Linear(nn.Module):
         device: torch.device | str,
         weight: nn.Parameter | None = None,  # shared with another layer; [sum(out_features), in_features]
     ) -> None:
-        super().__init__()
         self.out_features = tuple(out_features)
         self.shares_weight = weight is not None
         num_rows = sum(out_features)
@@ -38,10 +37,9 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(num_rows, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
-
         self._product: LinearProduct = TorchLinear(self.weight, self.bias)
 
-    def forward(
+    def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """[..., in_features] -> [..., sum(out_features)], ``residual`` of that shape added; in ``dtype``, or that of

@@ -32,10 +32,12 @@ def random_model(
 
 
 def save_random_checkpoint(folder: Path, config: Mapping[str, Any], seed: int) -> None:
-    """Write ``config`` (the content of a config.json) and float32 weights to go with it, as Hugging Face stores them.
+    """Write ``config`` (the content of a config.json) and weights to go with it, in the dtype that it names, as Hugging
+    Face stores them.
 
     Raises ``ConfigError`` for a configuration that is not supported.
     """
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    views = checkpoint_views(random_model(load_model_config(folder), seed))
+    model_config = load_model_config(folder)
+    views = checkpoint_views(random_model(model_config, seed, getattr(torch, model_config.dtype)))
     save_file({name: view.clone() for name, view in views.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -11,6 +11,7 @@ from eagleray.core.errors import ServiceUnavailable, WorkerLost
 from eagleray.core.messages import Submit, TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.router.journal import Journal
+from eagleray.router.mailbox import Mailbox
 from eagleray.router.worker_client import WorkerClient
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ class Attempt:
     def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
         self._coordinator = coordinator
         self._spec = spec
-        self._inbox: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
+        self._inbox: Mailbox[TokenOutput | WorkerLost] = Mailbox()
         self._accepted: list[WorkerClient] = []
+        self._heard_s = 0.0  # when something came last, on the loop's clock
+        self._alarm: asyncio.TimerHandle | None = None
 
     async def submit(self, placement: Placement) -> None:
         """Reserve on the decode worker, then start the prefill. Raises ``SubmitRefused`` or ``WorkerLost``; then
@@ -89,14 +92,15 @@ class Attempt:
             note(route.decode, self._spec.request_id, 0, num_tokens)
 
     async def _submit(self, client: WorkerClient, submit: Submit) -> None:
-        await client.submit(submit, self._inbox.put_nowait)
+        await client.submit(submit, self._inbox.put)
         self._accepted.append(client)
         worker_id, request_id = client.welcome.worker_id, submit.spec.request_id
         self._coordinator.pending.note_accepted(worker_id, request_id, client.snapshot)
         self._coordinator.on_placed(worker_id, request_id)
 
-    async def outputs(self, journal: Journal, budget: AttemptBudget) -> AsyncIterator[TokenOutput]:
-        """Outputs of both workers as they come, until ``journal`` has all; doubles and early ones among them.
+    async def outputs(self, journal: Journal, budget: AttemptBudget) -> AsyncIterator[list[TokenOutput]]:
+        """Outputs of both workers, all that have come at a time, until ``journal`` has everything; doubles and early
+        ones among them.
 
         A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing. Only
         if it had taken over already, and the first token was lost on its way here, nobody will say that token again.
@@ -105,31 +109,39 @@ class Attempt:
         """
         decode_id = self._accepted[0].welcome.worker_id
         prefill_is_there = len(self._accepted) > 1
+        loop = asyncio.get_running_loop()
+        self._heard_s = loop.time()
+        self._watch_silence(decode_id)
         while True:
-            item = await self._next(decode_id)
-            if isinstance(item, TokenOutput):
-                yield item
-            else:
-                budget.note_lost(item)
-                if item.worker_id == decode_id:
-                    raise item
-                prefill_is_there = False
+            items = await self._inbox.take()
+            self._heard_s = loop.time()
+            if outputs := [item for item in items if isinstance(item, TokenOutput)]:
+                yield outputs
             if journal.is_finished:
                 return
+            for item in items:
+                if isinstance(item, WorkerLost):
+                    budget.note_lost(item)
+                    if item.worker_id == decode_id:
+                        raise item
+                    prefill_is_there = False
             may_be_filled = prefill_is_there and journal.request.num_tokens == len(self._spec.token_ids)
             if journal.has_gap and not may_be_filled:
                 raise WorkerLost(decode_id, "tokens are missing that no worker will say again")
 
-    async def _next(self, decode_id: str) -> TokenOutput | WorkerLost:
-        silence_s = self._coordinator.config.silence_deadline_s
-        try:
-            async with asyncio.timeout(silence_s):
-                return await self._inbox.get()
-        except TimeoutError:
-            return WorkerLost(decode_id, f"no token for {silence_s} s")
+    def _watch_silence(self, decode_id: str) -> None:
+        """One timer for the whole attempt, rather than one for each wait."""
+        silence_s, loop = self._coordinator.config.silence_deadline_s, asyncio.get_running_loop()
+        left_s = self._heard_s + silence_s - loop.time()
+        if left_s <= 0:
+            self._inbox.put(WorkerLost(decode_id, f"no token for {silence_s} s"))
+        else:
+            self._alarm = loop.call_later(left_s, self._watch_silence, decode_id)
 
     def end(self) -> None:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         self._coordinator.pending.forget(self._spec.request_id)
         for client in self._accepted:
             with contextlib.suppress(WorkerLost):  # and the request with it

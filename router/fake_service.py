@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from eagleray.core.errors import ServiceUnavailable
-from eagleray.core.messages import TokenLogprobs, TokenOutput
+from eagleray.core.messages import TokenLogprobs, TokenOutput, merged
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.telemetry import Phase, TimeAccount
 from eagleray.router.service import ServiceStatus
@@ -122,7 +122,7 @@ class FakeGeneration:
         for output in self._tokens(choice):
             pending.append(output)
             if len(pending) == self._script.tokens_per_output or output.finish_reason is not None:
-                yield _merged(pending)
+                yield from merged(pending)
                 pending = []
 
     def _tokens(self, choice: int) -> Iterator[TokenOutput]:
@@ -175,17 +175,3 @@ class FakeGeneration:
         if num_top is None:
             return None
         return (None, *(self._scores(token_id, num_top) for token_id in self._spec.token_ids[1:]))
-
-
-def _merged(outputs: list[TokenOutput]) -> TokenOutput:
-    """Consecutive outputs of one choice as one: what a step that accepts several tokens sends."""
-    first, last = outputs[0], outputs[-1]
-    scores = [output.logprobs[0] for output in outputs if output.logprobs]
-    return msgspec.structs.replace(
-        first,
-        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
-        texts=tuple(text for output in outputs for text in output.texts),
-        logprobs=tuple(scores) if scores else None,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-    )

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from eagleray.core.errors import InvalidRequest, ServiceUnavailable, WorkerLost
-from eagleray.core.messages import RefusalKind, TokenOutput
+from eagleray.core.messages import RefusalKind, TokenOutput, merged
 from eagleray.core.request import RequestSpec
 from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
 from eagleray.router.attempt import Attempt, AttemptBudget
 from eagleray.router.journal import Journal
+from eagleray.router.mailbox import Mailbox
 from eagleray.router.view import Route
 from eagleray.router.worker_client import SubmitRefused
 
@@ -35,7 +36,7 @@ class RoutedGeneration:
         self._coordinator = coordinator
         self.phases = PhaseClock(coordinator.clock)
         self._spec = spec
-        self._items: asyncio.Queue[_Item] = asyncio.Queue()
+        self._items: Mailbox[_Item] = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_closed = False
         self._first_token_s: float | None = None
@@ -57,22 +58,22 @@ class RoutedGeneration:
         running, outcome = 1, "aborted"
         try:
             while running:
-                item = await self._items.get()
-                if self._is_closed:
-                    return  # type: ignore[unreachable]  # mypy forgets that others run during an await
-                if isinstance(item, BaseException):
-                    outcome = "error"
-                    raise item
-                if item is None:
-                    running -= 1
-                    continue
-                if len(self._tasks) == 1 and len(self._answers) > 1:
-                    # The prompt is computed and cached now; the other choices find it.
-                    for answer in self._answers[1:]:
-                        self._start(answer)
-                    running += len(self._answers) - 1
-                self._note(item)
-                yield item
+                for item in await self._items.take():
+                    if self._is_closed:
+                        return  # type: ignore[unreachable]  # mypy forgets that others run during an await
+                    if isinstance(item, BaseException):
+                        outcome = "error"
+                        raise item
+                    if item is None:
+                        running -= 1
+                        continue
+                    if len(self._tasks) == 1 and len(self._answers) > 1:
+                        # The prompt is computed and cached now; the other choices find it.
+                        for answer in self._answers[1:]:
+                            self._start(answer)
+                        running += len(self._answers) - 1
+                    self._note(item)
+                    yield item
             outcome = "finished"
         finally:
             await self._end(outcome)
@@ -82,7 +83,7 @@ class RoutedGeneration:
 
     async def _end(self, outcome: str) -> None:
         self._is_closed = True
-        self._items.put_nowait(None)  # for whoever waits: a task that is cancelled before it begins says nothing
+        self._items.put(None)  # for whoever waits: a task that is cancelled before it begins says nothing
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -94,11 +95,11 @@ class RoutedGeneration:
     async def _follow(self, answer: Answer) -> None:
         try:
             async for output in answer.run():
-                self._items.put_nowait(output)
+                self._items.put(output)
         except Exception as error:
-            self._items.put_nowait(error)
+            self._items.put(error)
         finally:
-            self._items.put_nowait(None)
+            self._items.put(None)
 
     def _note(self, output: TokenOutput) -> None:
         self._coordinator.metrics.note_tokens(output)
@@ -155,8 +156,9 @@ class Answer:
             try:
                 self._coordinator.num_running += 1
                 try:
-                    async for output in attempt.outputs(self._journal, self._budget):
-                        for new in self._journal.take(output):
+                    async for outputs in attempt.outputs(self._journal, self._budget):
+                        ready = [new for output in outputs for new in self._journal.take(output)]
+                        for new in merged(ready):
                             self._budget.note_token()
                             self._mark(new)
                             yield new

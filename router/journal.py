@@ -39,6 +39,9 @@ class Journal:
 
     def take(self, output: TokenOutput) -> list[TokenOutput]:
         """What is new and in order now: the new part of ``output``, and what waited for it."""
+        if not self._early and output.position == self.request.num_output_tokens and not self.is_finished:
+            self._append(output)  # as nearly always
+            return [output] if output.token_ids or output.finish_reason is not None else []
         self._early.append(output)
         ready: list[TokenOutput] = []
         while not self.is_finished:
@@ -48,8 +51,7 @@ class Journal:
             self._early.remove(following)
             new = self._new_part(following)
             if new.token_ids or new.finish_reason is not None:
-                self.request.token_ids.extend(new.token_ids)
-                self.is_finished = new.finish_reason is not None
+                self._append(new)
                 ready.append(new)
         return ready
 
@@ -65,6 +67,10 @@ class Journal:
         else:
             extend_block_hashes(*work)
         return request.block_hashes
+
+    def _append(self, output: TokenOutput) -> None:
+        self.request.token_ids.extend(output.token_ids)
+        self.is_finished = output.finish_reason is not None
 
     def _new_part(self, output: TokenOutput) -> TokenOutput:
         known = self.request.num_output_tokens - output.position

@@ -45,6 +45,7 @@ class IngressMetrics:
             registry=self._registry,
         )  # fmt: skip
         self._tokens = Counter("eagleray_tokens", "Tokens", (*names, "type"), registry=self._registry)
+        self._output_tokens = self._tokens.labels(**labels, type="output")
         self._phases = Counter("eagleray_phase_seconds", "Time spent", (*names, "phase"), registry=self._registry)
         self._requests = Counter("eagleray_requests", "Requests ended", (*names, "outcome"), registry=self._registry)
         self._resumed = Counter(
@@ -64,7 +65,7 @@ class IngressMetrics:
         }
 
     def note_tokens(self, output: TokenOutput) -> None:
-        self._tokens.labels(**self._labels, type="output").inc(len(output.token_ids))
+        self._output_tokens.inc(len(output.token_ids))
 
     def note_resumed(self) -> None:
         self._resumed.inc()

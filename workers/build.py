@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eagleray.core.clock import Clock
-from eagleray.core.config import EngineConfig, TransferConfig
+from eagleray.core.config import EngineConfig, ModelConfigSection, TransferConfig
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
 from eagleray.core.snapshot import Role
@@ -35,6 +35,21 @@ class WorkerExecutor(EngineExecutor, Protocol):
     def kv(self) -> WorkerKV: ...
 
     def submit(self, plan: StepPlan) -> StepHandle: ...
+
+
+class ExecutorFactory(Protocol):
+    """Makes the executor of one worker, in the worker's process (``engine.execution.executor.build_executor``)."""
+
+    def __call__(
+        self,
+        model: ModelConfigSection,
+        engine: EngineConfig,
+        *,
+        num_threads: int | None,
+        shared_kv: bool,
+        progress: Callable[[int, int], None] | None,
+        end_phase: Callable[[str], None],
+    ) -> WorkerExecutor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

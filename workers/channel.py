@@ -1,6 +1,7 @@
 """The worker's end of the direct channel: ingresses connect, submit and abort; tokens go out, one message per step.
 
-Runs an event loop in a thread of its own, so that neither a long step nor whatever else the process does delays it.
+Listens on an event loop in a thread of its own, so that neither a long step nor whatever else the process does delays
+it. Messages are sent by whichever thread has them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
-import msgspec
-
 from eagleray.core.messages import PROTOCOL_VERSION, Abort, Hello, Submit, ToIngress, ToWorker
-from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+from eagleray.workers.frames import ChannelError, FrameReader, encode_frame
+from eagleray.workers.outbox import Outbox
 
 START_DEADLINE_S: Final = 10.0
 # An ingress that reads nothing while this much has piled up is gone for our purposes: it is cut off.
@@ -55,7 +55,8 @@ class Channel:
         self._events = events
         self._silence_deadline_s = silence_deadline_s
         self._host, self._port = host, port
-        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._outboxes: dict[int, Outbox] = {}
+        self._transports: dict[int, asyncio.WriteTransport] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
@@ -71,26 +72,37 @@ class Channel:
         self._thread.start()
         self._call(self._listen)
 
-    def stop(self) -> None:
-        """Close the listener and every connection. May be called from several threads, and again."""
+    def stop(self, last_words: ToIngress | None = None) -> None:
+        """Close the listener, then every connection, which hears ``last_words`` before. May be called from several
+        threads, and again."""
         with self._stopping:
             if self._thread.is_alive():
-                self._call(self._close)
+                self._call(lambda: self._close(last_words))
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join(START_DEADLINE_S)
                 self._loop.close()
 
     def send(self, messages: dict[int, ToIngress]) -> None:
-        """Queue one message per connection; connections that are gone are skipped."""
-        self._soon(lambda: self._write(messages))
+        """One message per connection; connections that are gone are skipped. One that cannot take its message is cut
+        off; the others get theirs."""
+        for connection, message in messages.items():
+            outbox = self._outboxes.get(connection)
+            if outbox is not None:
+                try:
+                    outbox.send(encode_frame(message))
+                except ChannelError as error:
+                    logger.warning("a connection of an ingress is cut off: %s", error)
+                    self._cut_off(connection)
 
     def broadcast(self, message: ToIngress) -> None:
-        """Queue one message for every connection."""
-        self._soon(lambda: self._write(dict.fromkeys(self._writers, message)))
+        """One message for every connection."""
+        self.send(dict.fromkeys(list(self._outboxes), message))
 
-    def _soon(self, action: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
-            self._loop.call_soon_threadsafe(action)
+    def _cut_off(self, connection: int) -> None:
+        transport = self._transports.get(connection)
+        if transport is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and every connection with it
+                self._loop.call_soon_threadsafe(transport.abort)
 
     # ---- on the channel's thread
 
@@ -102,9 +114,11 @@ class Channel:
         self._port = self._server.sockets[0].getsockname()[1]
         self._tasks.add(asyncio.create_task(self._beat()))
 
-    async def _close(self) -> None:
+    async def _close(self, last_words: ToIngress | None) -> None:
         if self._server is not None:
             self._server.close()
+        if last_words is not None:
+            self.broadcast(last_words)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -114,38 +128,26 @@ class Channel:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             message = self._events.heartbeat()
             if message is not None:
-                self._write(dict.fromkeys(self._writers, message))
-
-    def _write(self, messages: dict[int, ToIngress]) -> None:
-        """One connection that cannot take its message is cut off; the others get theirs."""
-        for connection, message in messages.items():
-            writer = self._writers.get(connection)
-            if writer is None or writer.is_closing():
-                continue
-            try:
-                if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                    raise ChannelError(f"it has not read {MAX_UNSENT_BYTES} bytes")
-                writer.write(encode_frame(message))
-            except ChannelError as error:
-                logger.warning("a connection of an ingress is cut off: %s", error)
-                writer.transport.abort()
+                self.broadcast(message)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = next(self._numbers)
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        decoder = msgspec.msgpack.Decoder(ToWorker)
+        frames = FrameReader(reader, ToWorker)
         try:
-            hello = await self._next(reader, decoder)
+            hello = await self._next(frames)
             if not isinstance(hello, Hello):
                 return
-            self._writers[connection] = writer
-            for message in self._events.greeting():
-                writer.write(encode_frame(message))
+            outbox = Outbox(writer.transport, self._loop, MAX_UNSENT_BYTES)
+            with outbox.first():
+                self._outboxes[connection], self._transports[connection] = outbox, writer.transport
+                for message in self._events.greeting():
+                    outbox.send(encode_frame(message))
             if hello.protocol != PROTOCOL_VERSION:
                 return  # the welcome tells the other side which version it has met
-            while (heard := await self._next(reader, decoder)) is not None:
+            while (heard := await self._next(frames)) is not None:
                 if isinstance(heard, Submit):
                     self._events.submitted(connection, heard)
                 elif isinstance(heard, Abort):
@@ -156,11 +158,14 @@ class Channel:
             pass  # either way the connection ends here, and its requests with it
         finally:
             self._tasks.discard(task)
-            if self._writers.pop(connection, None) is not None:
+            ended = self._outboxes.pop(connection, None)
+            if ended is not None:
+                del self._transports[connection]
+                ended.close()
                 self._events.disconnected(connection)
             writer.close()
 
-    async def _next(self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[ToWorker]) -> ToWorker | None:
+    async def _next(self, frames: FrameReader) -> ToWorker | None:
         async with asyncio.timeout(self._silence_deadline_s):
-            message: ToWorker | None = await read_frame(reader, decoder)
+            message: ToWorker | None = await frames.next()
             return message

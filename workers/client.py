@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import msgspec
-
 from eagleray.core.errors import WorkerLost
 from eagleray.core.messages import (
     PROTOCOL_VERSION,
@@ -26,7 +24,7 @@ from eagleray.core.messages import (
 )
 from eagleray.core.snapshot import WorkerSnapshot
 from eagleray.router.worker_client import Sink, SubmitRefused
-from eagleray.workers.frames import ChannelError, encode_frame, read_frame
+from eagleray.workers.frames import ChannelError, FrameReader, encode_frame
 
 PING_INTERVAL_S: Final = 1.0  # a worker ends a connection that says nothing for several of them
 
@@ -45,7 +43,7 @@ class ChannelClient:
     def __init__(
         self,
         welcome: Welcome,
-        reader: asyncio.StreamReader,
+        frames: FrameReader,
         writer: asyncio.StreamWriter,
         *,
         submit_deadline_s: float,
@@ -55,7 +53,7 @@ class ChannelClient:
     ) -> None:
         self.welcome = welcome
         self.snapshot: WorkerSnapshot = welcome.snapshot
-        self._reader, self._writer = reader, writer
+        self._frames, self._writer = frames, writer
         self._submit_deadline_s, self._stall_deadline_s = submit_deadline_s, stall_deadline_s
         self._on_change, self._on_cache_changes = on_change, on_cache_changes
         self._sinks: dict[str, Sink] = {}
@@ -82,10 +80,11 @@ class ChannelClient:
             async with asyncio.timeout(submit_deadline_s):
                 reader, writer = await asyncio.open_connection(host, int(port))
                 writer.write(encode_frame(Hello(ingress_id)))
-                welcome = await read_frame(reader, msgspec.msgpack.Decoder(ToIngress))
+                frames = FrameReader(reader, ToIngress)
+                welcome = await frames.next()
             return cls(
                 _checked(welcome, address),
-                reader,
+                frames,
                 writer,
                 submit_deadline_s=submit_deadline_s,
                 stall_deadline_s=stall_deadline_s,
@@ -107,6 +106,10 @@ class ChannelClient:
     def has_requests(self) -> bool:
         """Whether any request waits for something from here."""
         return bool(self._sinks)
+
+    def serves(self, request_id: str) -> bool:
+        """Whether something is still to come from here for the request."""
+        return request_id in self._sinks
 
     async def submit(self, submit: Submit, sink: Sink) -> Accepted:
         request_id = submit.spec.request_id
@@ -133,9 +136,9 @@ class ChannelClient:
         if self._sinks.pop(request_id, None) is not None and self._lost is None:
             self._send(Abort(request_id))
 
-    async def wait_lost(self) -> None:
-        """Return when the connection has ended."""
-        await asyncio.wait([self._task])
+    async def wait_lost(self, deadline_s: float | None = None) -> None:
+        """Return when the connection has ended, or after ``deadline_s``."""
+        await asyncio.wait([self._task], timeout=deadline_s)
 
     async def aclose(self) -> None:
         """End the connection; the worker aborts what was left."""
@@ -155,13 +158,10 @@ class ChannelClient:
             self._send(Ping())
 
     async def _read(self) -> None:
-        decoder = msgspec.msgpack.Decoder(ToIngress)
         reason, failed = "the connection closed", False
         try:
             while not failed:
-                async with asyncio.timeout(self._stall_deadline_s):
-                    message = await read_frame(self._reader, decoder)
-                if message is None:
+                if (message := await self._next()) is None:
                     break
                 if isinstance(message, Failed):
                     reason, failed = message.reason, True
@@ -177,6 +177,15 @@ class ChannelClient:
             self._pinging.cancel()
             self._writer.transport.abort()
             self._give_up(WorkerLost(self.welcome.worker_id, reason, engine_failed=failed))
+
+    async def _next(self) -> ToIngress | None:
+        message: ToIngress | None
+        if self._frames.has_next:
+            message = await self._frames.next()
+        else:
+            async with asyncio.timeout(self._stall_deadline_s):
+                message = await self._frames.next()
+        return message
 
     def _take(self, message: Welcome | Accepted | Refused | StepOutputs) -> None:
         if isinstance(message, Accepted | Refused):

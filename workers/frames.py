@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -11,6 +12,7 @@ from eagleray.core.errors import EagleRayError
 
 MAX_FRAME_BYTES: Final = 64 * 2**20
 _LENGTH_BYTES: Final = 4
+_READ_BYTES: Final = 2**20
 
 
 class ChannelError(EagleRayError):
@@ -24,23 +26,52 @@ def encode_frame(message: msgspec.Struct) -> bytes:
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 
 
-async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """The next message, or None when the other side has closed between two frames or cannot be reached.
+class FrameReader:
+    """Messages of one connection. Reads whatever has come at once: a message costs no wake-up of its own."""
 
-    Raises ``ChannelError`` for anything that is not a whole frame of a known message.
-    """
-    length = 0
-    try:
-        length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
-        if length > MAX_FRAME_BYTES:
-            raise ChannelError(f"a frame announces {length} bytes; the limit is {MAX_FRAME_BYTES}")
-        return _decode(decoder, await reader.readexactly(length))
-    except asyncio.IncompleteReadError as error:
-        if error.partial or length:
-            raise ChannelError("the connection closed inside a frame") from None
-        return None
-    except OSError:  # reset, or timed out, or no route any more
-        return None
+    def __init__(self, reader: asyncio.StreamReader, messages: Any) -> None:
+        """``messages``: the union of what the other side may send."""
+        self._reader = reader
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+        self._received = bytearray()
+        self._bodies: deque[bytes] = deque()
+
+    @property
+    def has_next(self) -> bool:
+        """A whole message is here: ``next`` will not wait."""
+        return bool(self._bodies)
+
+    async def next(self) -> Any:
+        """The next message, or None when the other side has closed between two frames or cannot be reached.
+
+        Raises ``ChannelError`` for anything that is not a whole frame of a known message.
+        """
+        while not self._bodies:
+            try:
+                data = await self._reader.read(_READ_BYTES)
+            except OSError:  # reset, or timed out, or no route any more
+                return None
+            if not data:
+                if self._received:
+                    raise ChannelError("the connection closed inside a frame")
+                return None
+            self._received += data
+            self._cut()
+        return _decode(self._decoder, self._bodies.popleft())
+
+    def _cut(self) -> None:
+        """Move whole frames from what was received to the bodies."""
+        received, start = self._received, 0
+        while len(received) - start >= _LENGTH_BYTES:
+            body = start + _LENGTH_BYTES
+            length = int.from_bytes(received[start:body], "big")
+            if length > MAX_FRAME_BYTES:
+                raise ChannelError(f"a frame announces {length} bytes; the limit is {MAX_FRAME_BYTES}")
+            if len(received) < body + length:
+                break
+            start = body + length
+            self._bodies.append(bytes(received[body:start]))
+        del received[:start]
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:

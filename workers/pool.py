@@ -15,6 +15,7 @@ from eagleray.workers.client import ChannelClient
 
 RECONNECT_MIN_S: Final = 0.1
 RECONNECT_MAX_S: Final = 2.0
+FOLLOW_INTERVAL_S: Final = 0.5  # a connection that is not needed any more ends this much later
 
 logger = logging.getLogger("eagleray")
 
@@ -94,7 +95,7 @@ class ConnectedWorkers:
         self._changed.set()
         try:
             while not client.is_lost and (self._is_listed(address) or client.has_requests):
-                await self.wait_for_change(RECONNECT_MAX_S)  # with each snapshot
+                await client.wait_lost(FOLLOW_INTERVAL_S)
         finally:
             if self._clients.get(address) is client:
                 del self._clients[address]

@@ -17,7 +17,7 @@ IDLE_TICK_S: Final = 0.1
 
 
 class StepLoop:
-    """Runs ``engine.step`` while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
+    """Runs the engine's loop while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
     thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more."""
 
     def __init__(
@@ -33,7 +33,8 @@ class StepLoop:
         self._on_step, self._on_tick, self._on_failure = on_step, on_tick, on_failure
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._turn_start_s = clock.now_s()
+        self._turn_start_s = self._step_start_s = clock.now_s()
+        self._is_idle = True  # nothing is being computed
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
 
     @property
@@ -42,7 +43,7 @@ class StepLoop:
 
     @property
     def step_running_s(self) -> float:
-        """How long the turn under way has been running: commands, one tick, one step. From any thread; an idle turn is
+        """How long the turn under way has been running: one step, commands, one tick. From any thread; an idle turn is
         over after ``IDLE_TICK_S``."""
         return self._clock.now_s() - self._turn_start_s
 
@@ -51,7 +52,8 @@ class StepLoop:
         self._thread.start()
 
     def call(self, command: Command) -> None:
-        """Have ``command(engine)`` run between two steps. From any thread; returns at once."""
+        """Have ``command(engine)`` run when one step is over and the next has not begun. From any thread; returns at
+        once."""
         self._commands.put(command)
 
     def stop(self, deadline_s: float) -> None:
@@ -62,22 +64,26 @@ class StepLoop:
 
     def _run(self) -> None:
         try:
-            idle = True
             while not self._stopping.is_set():
                 self._turn_start_s = self._clock.now_s()
-                self._run_commands(wait=idle)
-                self._on_tick()
-                idle = not self._engine.has_work or self._step()
+                self._turn()
         except BaseException as error:
             self._on_failure(error)
 
-    def _step(self) -> bool:
-        """One step; True when there was nothing that could be scheduled."""
-        start_s = self._clock.now_s()
-        outcome = self._engine.step()
-        if not outcome.is_idle:
-            self._on_step(outcome, self._clock.now_s() - start_s)
-        return outcome.is_idle
+    def _turn(self) -> None:
+        """The step under way ends, commands that came meanwhile are run, the next step begins; while it computes, what
+        the last one brought is told, even if nothing can follow it."""
+        self._engine.wait()
+        step_s = self._clock.now_s() - self._step_start_s
+        try:
+            self._run_commands(wait=self._is_idle)
+            self._step_start_s = self._clock.now_s()
+            self._is_idle = not self._engine.begin()
+        finally:
+            outcome = self._engine.report()
+            if outcome is not None:
+                self._on_step(outcome, step_s)
+        self._on_tick()
 
     def _run_commands(self, wait: bool) -> None:
         """All commands that are there; with ``wait``, give the first one a while to come."""

@@ -241,11 +241,11 @@ class Worker:
             return
         self.failure = error
         self._drained.set()
-        self._channel.broadcast(Failed(f"its engine failed: {error!r}"))
-        threading.Thread(target=self._close_connections, name="worker-stop", daemon=True).start()
+        last_words = Failed(f"its engine failed: {error!r}")
+        threading.Thread(target=self._close_connections, args=(last_words,), name="worker-stop", daemon=True).start()
 
-    def _close_connections(self) -> None:
-        self._channel.stop()
+    def _close_connections(self, last_words: Failed | None = None) -> None:
+        self._channel.stop(last_words)
         self._hand_over.stop()
 
     def _take_snapshot(self) -> WorkerSnapshot:

@@ -28,7 +28,13 @@ from provenance import provenance
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 # out_features, in_features of Qwen3-0.6B, and a slice of its head.
-SHAPES: Final = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072), "head": (32000, 1024)}
+SHAPES: Final = {
+    "qkv": (4096, 1024),
+    "o": (1024, 2048),
+    "gate_up": (6144, 1024),
+    "down": (1024, 3072),
+    "head": (32000, 1024),
+}
 _BITS: Final = {"bfloat16": 16, "w8a8": 8, "int8": 8, "int4": 4}
 _ROTATED_BYTES: Final = 512 * 2**20
 _MAX_COPIES: Final = 16

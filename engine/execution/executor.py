@@ -20,7 +20,7 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
-from eagleray.engine.execution.memory_plan import plan_memory
+from eagleray.engine.execution.memory_plan import format_size, plan_memory, weight_bytes
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
@@ -34,6 +34,7 @@ from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
+_LOAD_DEADLINE_S: Final = 24 * 3600.0  # nor does the slowest disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class LocalExecutor:
         model_config: ModelConfig,
         model_identity: str,
         max_model_tokens: int,
-        num_threads: int | None = None,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self.kv = kv
         self.layout: KVLayout = kv.layout
@@ -72,8 +73,7 @@ class LocalExecutor:
         self.model_identity = model_identity
         self.max_model_tokens = max_model_tokens
         self._runner = runner
-        set_num_threads = None if num_threads is None else partial(torch.set_num_threads, num_threads)
-        self._thread = ThreadPoolExecutor(1, "eagleray-step", initializer=set_num_threads)
+        self._thread = thread
 
     def submit(self, plan: StepPlan) -> LocalStep:
         return LocalStep(self._thread.submit(self._runner.run, plan))
@@ -92,21 +92,46 @@ def build_executor(
     shared_kv: bool = False,
     progress: Callable[[int, int], None] | None = None,
     end_phase: Callable[[str], None] = lambda name: None,
+    kernels: Kernels | None = None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
     Args:
         num_threads: torch threads for computing; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
-        progress: called after each tensor with (tensors loaded, tensors in all).
-        end_phase: called with the name of each part of the work when it is done.
+        progress: called after each tensor with (tensors loaded, tensors in all), on the thread that will compute.
+        end_phase: called with the name of each part of the work when it is done, on that thread too.
+        kernels: to compute with; None: those that ``engine.kernels`` selects.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
+    # OpenMP keeps helpers for every thread that ever computed. Once there are more of them than cores, none spins for
+    # work any more and every operation waits for one to wake up: so loading, too, computes on the thread of the steps.
+    set_num_threads = None if num_threads is None else partial(torch.set_num_threads, num_threads)
+    thread = ThreadPoolExecutor(1, "eagleray-step", initializer=set_num_threads)
+    try:
+        loading = thread.submit(_load, model, engine, device, shared_kv, progress, end_phase, kernels, thread)
+        return loading.result(timeout=_LOAD_DEADLINE_S)
+    except BaseException:
+        thread.shutdown(wait=False)
+        raise
+
+
+def _load(
+    model: ModelConfigSection,
+    engine: EngineConfig,
+    device: str,
+    shared_kv: bool,
+    progress: Callable[[int, int], None] | None,
+    end_phase: Callable[[str], None],
+    kernels: Kernels | None,
+    thread: ThreadPoolExecutor,
+) -> LocalExecutor:
     config = load_model_config(model.folder)
     dtype = config.resolve_dtype(model.dtype, device)
-    kernels = _select_kernels(model, engine, dtype, device, num_threads)
+    kernels = kernels or _select_kernels(model, engine, dtype, device)
     end_phase("kernels")
+    _check_weights_fit(config, dtype, kernels)
     identity = compute_model_identity(model.folder, model.revision, model.quantization)
     packed_files = _packed_weight_files(model, identity)
     try:
@@ -127,7 +152,7 @@ def build_executor(
         model_config=config,
         model_identity=identity,
         max_model_tokens=max_model_tokens,
-        num_threads=num_threads,
+        thread=thread,
     )
 
 
@@ -138,6 +163,17 @@ def _kv_memory_bytes(model: ModelConfigSection, engine: EngineConfig, config: Mo
     pool = PoolConfig(replicas=1, engine=engine)
     alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool)
     return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
+
+
+def _check_weights_fit(config: ModelConfig, dtype: str, kernels: Kernels) -> None:
+    """A plan counts on packed weights. Where there is no compiler each worker has its own, unpacked."""
+    needed_bytes, available_bytes = weight_bytes(config, dtype, is_packed=False), available_host_bytes()
+    if kernels.linear_format is None and available_bytes is not None and needed_bytes > available_bytes:
+        way_out = (
+            f"the weights take {format_size(needed_bytes)} with these kernels, {format_size(available_bytes)} are "
+        )
+        way_out += "free; install a C compiler, or take a smaller model"
+        raise ConfigError("engine.kernels", kernels.description, way_out)
 
 
 def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
@@ -151,10 +187,8 @@ def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeig
     return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
-def _select_kernels(
-    model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str, num_threads: int | None
-) -> Kernels:
-    num_threads = num_threads or torch.get_num_threads()
+def _select_kernels(model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str) -> Kernels:
+    num_threads = torch.get_num_threads()
     try:
         kernels = select_kernels(
             engine.kernels, TORCH_DTYPES[dtype], device, num_threads, quantization=model.quantization

@@ -102,10 +102,11 @@ class WorkerNeeds:
         least_tokens = longest_tokens
         if config.model.max_model_tokens is None:  # then the pool may limit it
             least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
+        is_packed = engine.kernels != "torch"
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         return cls(
-            weights_bytes=weight_bytes(model, dtype),
-            shares_weights=engine.kernels != "torch" and config.model.packed_weights_bytes > 0 and dtype != "float16",
+            weights_bytes=weight_bytes(model, dtype, is_packed),
+            shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
             private_bytes=private_bytes + activation_bytes(model, engine, dtype),
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),
@@ -124,14 +125,17 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
     return (-(-num_tokens // layout.block_size_tokens) + 1) * layout.block_bytes
 
 
-def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them."""
+def weight_bytes(model: ModelConfig, dtype: str, is_packed: bool = True) -> int:
+    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them. Not
+    packed, they are all of ``dtype``, and a tied head is the embedding."""
     hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
     attention = hidden * model.head_dim * (heads + model.num_heads)
     linears = model.num_layers * (attention + 3 * hidden * model.intermediate_size) + hidden * model.vocab_size
-    stored = DTYPE_BYTES[model.dtype]
+    embedding = hidden * model.vocab_size
+    if not is_packed:
+        return DTYPE_BYTES[dtype] * (linears + (0 if model.tie_word_embeddings else embedding))
     computed = DTYPE_BYTES["bfloat16"] if model.dtype == "bfloat16" else DTYPE_BYTES[dtype]
-    return linears * computed + hidden * model.vocab_size * stored
+    return linears * computed + embedding * DTYPE_BYTES[model.dtype]
 
 
 def activation_bytes(model: ModelConfig, engine: EngineConfig, dtype: str) -> int:

@@ -89,12 +89,13 @@ class KVManager:
     def note_computed(self, request: Request, num_computed_tokens: int) -> None:
         """KV up to here has been written: full blocks become findable."""
         first_new = request.num_computed_tokens // self.block_size_tokens
+        end = num_computed_tokens // self.block_size_tokens
         request.num_computed_tokens = num_computed_tokens
-        if not self._enable_prefix_caching:
+        if first_new >= end or not self._enable_prefix_caching:
             return
         self._extend_hashes(request)
         table = self._tables[request.request_id]
-        for index in range(first_new, num_computed_tokens // self.block_size_tokens):
+        for index in range(first_new, end):
             self.cache.store(table[index], CachedBlock(request.block_hashes[0], request.block_hashes[index]))
 
     def free(self, request: Request) -> None:
@@ -140,6 +141,8 @@ class KVManager:
         self.cache.check()
 
     def _extend_hashes(self, request: Request) -> None:
+        if (len(request.block_hashes) + 1) * self.block_size_tokens > request.num_tokens:
+            return  # no new full block, as after most tokens
         extend_block_hashes(
             request.block_hashes, self._root_of(request.spec.tenant_salt), request.token_ids, self.block_size_tokens
         )

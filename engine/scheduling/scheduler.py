@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from typing import Final
 
 from eagleray.core.config import EngineConfig
 from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
 from eagleray.engine.scheduling.policy import ORDERS
+
+_COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
 
 
 class Scheduler:
@@ -109,14 +112,19 @@ class Scheduler:
             self._admit(runs)
         return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in))
 
-    def note_step(self, plan: StepPlan) -> None:
-        """The step has been computed: tokens count as computed, full blocks become findable."""
+    def note_step(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
+        """The step has been computed: tokens count as computed, full blocks become findable. Returns the runs that
+        count, those of requests that have not ended or been handed over meanwhile."""
+        computed = []
         for run in plan.runs:
             request = self._requests.get(run.spec.request_id)
-            if request is not None and request.state in (RequestState.PREFILLING, RequestState.DECODING):
-                self._kv.note_computed(request, run.end)
-                if run.samples and request.state is RequestState.PREFILLING:
-                    request.move(RequestState.DECODING)
+            if request is None or request.spec is not run.spec or request.state not in _COMPUTING:
+                continue
+            self._kv.note_computed(request, run.end)
+            if run.samples and request.state is RequestState.PREFILLING:
+                request.move(RequestState.DECODING)
+            computed.append((run, request))
+        return computed
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every block is accounted for."""

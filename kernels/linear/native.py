@@ -31,7 +31,7 @@ class NativeLinear:
             raise ValueError(
                 f"x is {x.dtype} {list(x.shape)}; this layer takes float32 [..., {in_features}] and gives float32"
             )
-        rows = x.reshape(-1, in_features)
+        rows = x if x.ndim == 2 else x.reshape(-1, in_features)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
@@ -47,7 +47,7 @@ class NativeLinear:
             address(self.bias),
             address(residual),
             out.data_ptr(),
-            len(rows),
+            rows.shape[0],
             in_features,
             self.out_features,
             self.library.num_threads,

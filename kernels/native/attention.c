@@ -14,17 +14,9 @@
 #include "transpose.h"
 
 enum {
-    KEYS = 64,          /* positions in one tile of keys */
-    SPLIT_TILES = 8,    /* tiles whose softmax runs on before it is joined to what came before */
-    QUERY_ROWS = 48,    /* of one tile of queries */
-    MAX_HEAD_DIM = 256, /* and a multiple of PANEL on every CPU */
+    KEYS = 64,       /* positions in one tile of keys */
+    SPLIT_TILES = 8, /* tiles whose softmax runs on before it is joined to what came before */
     SPLIT_KEYS = KEYS * SPLIT_TILES,
-};
-
-/* The softmax of every row of a tile so far: values weighted by exp(score - maximum), and the sum of the weights. */
-struct partial {
-    float values[QUERY_ROWS * MAX_HEAD_DIM]; /* rows row_stride apart */
-    float maximum[QUERY_ROWS], weight[QUERY_ROWS];
 };
 
 struct scratch {
@@ -32,10 +24,7 @@ struct scratch {
     float keys[MAX_HEAD_DIM * KEYS];   /* transposed */
     float values[KEYS * MAX_HEAD_DIM]; /* padded, where they must be */
     float weights[QUERY_ROWS * KEYS];
-    struct partial split;
 };
-
-INLINE int64_t row_stride(const struct batch *batch) { return ceil_divide(batch->head_dim, PANEL) * PANEL; }
 
 static void load_query(const struct batch *batch, const struct tile *tile, float *query) {
     for (int64_t row = 0; row < tile->num_rows; row++) {
@@ -157,10 +146,9 @@ INLINE void prefetch_rows(const struct batch *batch, const void *const *rows, in
 }
 
 INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int64_t first, struct scratch *scratch,
-                        const int element) {
+                        struct partial *split, const int element) {
     int64_t count = smaller(KEYS, tile->end_key - first), next_count = smaller(KEYS, tile->end_key - first - KEYS);
     int64_t stride = row_stride(batch), to_value = batch->num_kv_heads * batch->block_size * batch->head_dim;
-    struct partial *split = &scratch->split;
     const void *rows[KEYS], *next_rows[KEYS];
     find_keys(batch, tile, first, count, rows);
     prefetch_rows(batch, rows, count, to_value);
@@ -187,26 +175,26 @@ INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int6
     }
 }
 
-static void clear(const struct batch *batch, const struct tile *tile, struct partial *partial) {
+void clear_partial(const struct batch *batch, const struct tile *tile, struct partial *partial) {
     memset(partial->values, 0, tile->num_rows * row_stride(batch) * sizeof(float));
     memset(partial->weight, 0, sizeof partial->weight);
     for (int64_t row = 0; row < tile->num_rows; row++) partial->maximum[row] = -INFINITY;
 }
 
-static void attend_split(const struct batch *batch, const struct tile *tile, int64_t split, struct scratch *scratch) {
+static void attend_loaded(const struct batch *batch, const struct tile *tile, int64_t split, struct scratch *scratch,
+                          struct partial *found) {
     int64_t begin = larger(split * SPLIT_KEYS, tile->first_key / KEYS * KEYS);
     int64_t end = smaller((split + 1) * SPLIT_KEYS, tile->end_key);
-    clear(batch, tile, &scratch->split);
+    clear_partial(batch, tile, found);
     for (int64_t first = begin; first < end; first += KEYS)
         if (batch->kv_element == BFLOAT16)
-            attend_keys(batch, tile, first, scratch, BFLOAT16);
+            attend_keys(batch, tile, first, scratch, found, BFLOAT16);
         else
-            attend_keys(batch, tile, first, scratch, FLOAT32);
+            attend_keys(batch, tile, first, scratch, found, FLOAT32);
 }
 
 /* Add what the next split found to what those before it did. */
-static void join(const struct batch *batch, const struct tile *tile, const struct partial *split,
-                 struct partial *total) {
+void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split, struct partial *total) {
     int64_t stride = row_stride(batch);
     for (int64_t row = 0; row < tile->num_rows; row++) {
         if (split->maximum[row] == -INFINITY) continue;
@@ -220,7 +208,7 @@ static void join(const struct batch *batch, const struct tile *tile, const struc
     }
 }
 
-static void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total) {
+void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total) {
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t token, head;
         locate_row(batch, tile, row, &token, &head);
@@ -231,37 +219,98 @@ static void store_output(const struct batch *batch, const struct tile *tile, con
     }
 }
 
-static void attend_tile(const struct batch *batch, int64_t index) {
-    struct tile tile = find_tile(batch, index);
+static void attend_split(const struct batch *batch, const struct tile *tile, int64_t split, struct partial *found) {
     struct scratch scratch;
-    struct partial total;
-    load_query(batch, &tile, scratch.query);
-    clear(batch, &tile, &total);
-    for (int64_t split = tile.first_key / SPLIT_KEYS; split * SPLIT_KEYS < tile.end_key; split++) {
-        attend_split(batch, &tile, split, &scratch);
-        join(batch, &tile, &scratch.split, &total);
+    load_query(batch, tile, scratch.query);
+    attend_loaded(batch, tile, split, &scratch, found);
+}
+
+static void attend_tile(const struct batch *batch, const struct tile *tile, const struct tile *next) {
+    (void)next;
+    struct scratch scratch;
+    struct partial found, total;
+    load_query(batch, tile, scratch.query);
+    clear_partial(batch, tile, &total);
+    for (int64_t split = tile->first_key / SPLIT_KEYS; split * SPLIT_KEYS < tile->end_key; split++) {
+        attend_loaded(batch, tile, split, &scratch, &found);
+        join_split(batch, tile, &found, &total);
     }
-    store_output(batch, &tile, &total);
+    store_output(batch, tile, &total);
+}
+
+static const struct method vector_method = {
+    .tile_rows = QUERY_ROWS,
+    .split_rows = QUERY_ROWS,
+    .split_keys = SPLIT_KEYS,
+    .attend_tile = attend_tile,
+    .attend_split = attend_split,
+};
+
+static const struct method *choose_method(const struct batch *batch) {
+#if defined(__AMX_BF16__)
+    if (batch->element == BFLOAT16 && batch->kv_element == BFLOAT16 && batch->scale > 0) return &amx_method;
+#endif
+    (void)batch;
+    return &vector_method;
+}
+
+static int64_t count_tiles(const struct batch *batch) {
+    int64_t tiles = 0;
+    for (int64_t b = 0; b < batch->num_sequences; b++) tiles += num_tiles(batch, b);
+    return tiles;
 }
 
 /* Few tiles with long contexts, for several threads: all splits of all tiles at the same time, then the joining. */
-static void attend_in_splits(const struct batch *batch, int64_t tiles, int64_t splits, struct partial *found,
-                             int num_threads) {
+static int attend_in_splits(const struct batch *batch, const struct method *method, int64_t tiles, int64_t splits,
+                            int num_threads) {
+    struct partial *found = malloc(tiles * splits * sizeof *found);
+    if (!found) return 0;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (int64_t task = 0; task < tiles * splits; task++) {
         struct tile tile = find_tile(batch, task / splits);
-        struct scratch scratch;
-        load_query(batch, &tile, scratch.query);
-        attend_split(batch, &tile, task % splits, &scratch);
-        memcpy(&found[task], &scratch.split, sizeof *found);
+        method->attend_split(batch, &tile, task % splits, &found[task]);
     }
     for (int64_t index = 0; index < tiles; index++) {
         struct tile tile = find_tile(batch, index);
         struct partial total;
-        clear(batch, &tile, &total);
-        for (int64_t split = 0; split < splits; split++) join(batch, &tile, &found[index * splits + split], &total);
+        clear_partial(batch, &tile, &total);
+        for (int64_t split = 0; split < splits; split++) join_split(batch, &tile, &found[index * splits + split], &total);
         store_output(batch, &tile, &total);
     }
+    free(found);
+    return 1;
+}
+
+/* Tiles [index, end), of which those of one sequence's heads come one after the other. */
+static void attend_tiles(const struct batch *batch, const struct method *method, int64_t index, int64_t end) {
+    struct tile tile = find_tile(batch, index);
+    while (index < end) {
+        struct tile next = tile;
+        if (++index < end && ++next.kv_head == batch->num_kv_heads) next = find_tile(batch, index);
+        method->attend_tile(batch, &tile, &next);
+        tile = next;
+    }
+}
+
+static void attend(struct batch *batch, int num_threads) {
+    const struct method *method = choose_method(batch);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < batch->num_sequences; b++)
+        longest = larger(longest, batch->prefix_lengths[b] + batch->query_starts[b + 1] - batch->query_starts[b]);
+    int64_t splits = ceil_divide(longest, method->split_keys);
+    batch->tile_rows = method->split_rows;
+    int64_t tiles = count_tiles(batch);
+    if (num_threads > 1 && tiles < 2 * num_threads && splits > 1 &&
+        attend_in_splits(batch, method, tiles, splits, num_threads))
+        return;
+    batch->tile_rows = method->tile_rows;
+    tiles = count_tiles(batch);
+    /* A thread takes several heads of a sequence that is one tile per head: their pages are neighbours. */
+    int64_t together = tiles == batch->num_sequences * batch->num_kv_heads ? batch->num_kv_heads / num_threads : 1;
+    int64_t step = larger(1, together);
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && tiles > step)
+    for (int64_t index = 0; index < tiles; index += step)
+        attend_tiles(batch, method, index, smaller(index + step, tiles));
 }
 
 /* Returns 0, or -1 without having written anything if a block lies outside the pool. */
@@ -293,25 +342,9 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
         .scale = scale,
         .element = element,
         .kv_element = kv_element,
-        .tile_rows = QUERY_ROWS,
     };
     for (int64_t i = 0; i < table_starts[num_sequences]; i++)
         if (blocks[i] < 0 || blocks[i] >= num_blocks) return -1;
-    int64_t tiles = 0, longest = 0;
-    for (int64_t b = 0; b < num_sequences; b++) {
-        tiles += num_tiles(&batch, b);
-        longest = larger(longest, prefix_lengths[b] + query_starts[b + 1] - query_starts[b]);
-    }
-    int64_t splits = ceil_divide(longest, SPLIT_KEYS);
-    if (num_threads > 1 && tiles < 2 * num_threads && splits > 1) {
-        struct partial *found = malloc(tiles * splits * sizeof *found);
-        if (found) {
-            attend_in_splits(&batch, tiles, splits, found, num_threads);
-            free(found);
-            return 0;
-        }
-    }
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && tiles > 1)
-    for (int64_t index = 0; index < tiles; index++) attend_tile(&batch, index);
+    attend(&batch, num_threads);
     return 0;
 }

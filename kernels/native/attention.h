@@ -3,6 +3,11 @@
 
 #include "vectors.h"
 
+enum {
+    QUERY_ROWS = 48,    /* of one partial result, at most */
+    MAX_HEAD_DIM = 256, /* and a multiple of PANEL on every CPU */
+};
+
 struct batch {
     const void *query; /* [tokens, num_heads, head_dim] */
     int64_t token_stride, head_stride;
@@ -77,6 +82,15 @@ static inline uint64_t visible_in_tree(const struct batch *batch, const struct t
     return seen | bits_between(begin - first, prefix - first);
 }
 
+/* Of a tile whose rows are known: what they see. */
+static inline void bound_tile(const struct batch *batch, struct tile *tile) {
+    tile->is_tree = batch->tree_masks && batch->tree_masks[batch->query_starts[tile->sequence]];
+    tile->first_key = first_visible(batch, tile, 0);
+    for (int64_t row = 1; tile->is_tree && row < tile->num_rows; row++)
+        tile->first_key = smaller(tile->first_key, first_visible(batch, tile, row));
+    tile->end_key = slot_of(batch, tile, tile->num_rows - 1) + 1;
+}
+
 /* Number `index` of the tiles of all sequences, counted sequence by sequence. */
 static inline struct tile find_tile(const struct batch *batch, int64_t index) {
     struct tile tile = {0};
@@ -86,11 +100,7 @@ static inline struct tile find_tile(const struct batch *batch, int64_t index) {
     tile.kv_head = index % batch->num_kv_heads;
     tile.first_row = index / batch->num_kv_heads * batch->tile_rows;
     tile.num_rows = smaller(batch->tile_rows, num_rows - tile.first_row);
-    tile.is_tree = batch->tree_masks && batch->tree_masks[batch->query_starts[tile.sequence]];
-    tile.first_key = first_visible(batch, &tile, 0);
-    for (int64_t row = 1; tile.is_tree && row < tile.num_rows; row++)
-        tile.first_key = smaller(tile.first_key, first_visible(batch, &tile, row));
-    tile.end_key = slot_of(batch, &tile, tile.num_rows - 1) + 1;
+    bound_tile(batch, &tile);
     return tile;
 }
 
@@ -99,6 +109,32 @@ INLINE void locate_row(const struct batch *batch, const struct tile *tile, int64
     *token = token_of(batch, tile, row);
     *head = tile->kv_head * group_size(batch) + (tile->first_row + row) % group_size(batch);
 }
+
+/* The softmax of every row of a tile so far: values weighted by exp(score - maximum), and the sum of the weights. */
+struct partial {
+    float values[QUERY_ROWS * MAX_HEAD_DIM]; /* rows row_stride apart */
+    float maximum[QUERY_ROWS], weight[QUERY_ROWS];
+};
+
+/* A way to compute attention. Tiles and splits are its own measure of the work. */
+struct method {
+    int64_t tile_rows, split_rows; /* of a tile of queries, and of one whose splits are computed apart */
+    int64_t split_keys;            /* splits begin at multiples of it */
+    /* `next`: the tile that the thread is to compute afterwards, or the same once more. */
+    void (*attend_tile)(const struct batch *batch, const struct tile *tile, const struct tile *next);
+    void (*attend_split)(const struct batch *batch, const struct tile *tile, int64_t split, struct partial *found);
+};
+
+#if defined(__AMX_BF16__)
+extern const struct method amx_method;
+#endif
+
+/* For all methods alike; in attention.c. */
+void clear_partial(const struct batch *batch, const struct tile *tile, struct partial *partial);
+void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split, struct partial *total);
+void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total);
+
+INLINE int64_t row_stride(const struct batch *batch) { return ceil_divide(batch->head_dim, PANEL) * PANEL; }
 
 /* Where the keys of `count` positions from `first` begin. Their values lie num_kv_heads pages further. */
 static inline void find_keys(const struct batch *batch, const struct tile *tile, int64_t first, int64_t count,

@@ -13,17 +13,17 @@ def rms_norm(library: NativeLibrary, x: torch.Tensor, weight: torch.Tensor, eps:
     """See ``api.rms_norm``."""
     size = x.shape[-1]
     require(weight, (size,), x.dtype, "weight")
-    rows = x.reshape(-1, size)
+    rows = x if x.ndim == 2 else x.reshape(-1, size)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     library.rms_norm(
         rows.data_ptr(),
         rows.stride(0),
         weight.data_ptr(),
         eps,
         out.data_ptr(),
-        len(rows),
+        rows.shape[0],
         size,
         ELEMENTS[x.dtype],
         library.num_threads,

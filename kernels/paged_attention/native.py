@@ -23,12 +23,12 @@ def paged_attention(
     _, num_heads, _ = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the native kernel takes up to {MAX_HEAD_DIM}")
-    if plan.block_size_tokens != block_size or len(plan.slots_T) != len(query):
+    if plan.block_size_tokens != block_size or plan.slots_T.shape[0] != query.shape[0]:
         batch = f"{len(plan.slots_T)} tokens in blocks of {plan.block_size_tokens}"
         raise ValueError(f"the plan is for {batch}; there are {len(query)} in blocks of {block_size}")
     if query.stride(2) != 1:
         query = query.contiguous()
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = query.new_empty(query.shape)
     tables = plan.tables
     status = library.paged_attention(
         query.data_ptr(),
@@ -38,7 +38,7 @@ def paged_attention(
         num_blocks,
         kv_layer.stride(0),
         out.data_ptr(),
-        len(tables.prefix_lengths),
+        tables.prefix_lengths.shape[0],
         tables.query_starts.data_ptr(),
         tables.prefix_lengths.data_ptr(),
         tables.table_starts.data_ptr(),

@@ -152,7 +152,7 @@ async def test_the_request_is_described_under_the_conventions_names(exported: Ex
 
 async def test_a_request_that_is_hung_up_on_has_a_trace_that_says_so(exported: Exported) -> None:
     tracer, exporter = exported
-    await accounts_of(tracer, new_spec(max_tokens=300), hang_up_after=3)
+    await accounts_of(tracer, new_spec(max_tokens=800), hang_up_after=1)
     root, phases = split(exporter.get_finished_spans())
     assert root.attributes is not None and root.attributes["eagleray.outcome"] == "aborted"
     assert phases[-1].end_time == root.end_time

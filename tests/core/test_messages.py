@@ -27,6 +27,7 @@ from eagleray.core.messages import (
     TokenOutput,
     ToWorker,
     Welcome,
+    merged,
 )
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.sampling_params import SamplingParams
@@ -97,3 +98,24 @@ def test_a_message_without_a_field_that_it_must_have_is_refused() -> None:
 def test_a_step_of_one_token_is_a_small_message() -> None:
     """Defaults do not travel: a decoding request costs little more than its id, its token and its text."""
     assert len(msgspec.msgpack.encode(StepOutputs((TokenOutput("a", 1, token_ids=(5,), texts=("b",)),)))) < 90
+
+
+def test_consecutive_outputs_are_joined_and_nothing_of_them_is_lost() -> None:
+    scores = [TokenLogprobs(token_id, -1.0, 1) for token_id in range(3)]
+    outputs = [
+        TokenOutput("a", position, token_ids=(position,), texts=(str(position),), logprobs=(scores[position],))
+        for position in range(3)
+    ]
+    last = msgspec.structs.replace(outputs[-1], finish_reason=FinishReason.STOP, stop_reason="2")
+    [joined] = merged([*outputs[:-1], last])
+    assert joined == TokenOutput(
+        "a", 0, token_ids=(0, 1, 2), texts=("0", "1", "2"), logprobs=tuple(scores),
+        finish_reason=FinishReason.STOP, stop_reason="2",
+    )  # fmt: skip
+
+
+def test_what_only_a_workers_first_output_tells_begins_an_output_of_its_own() -> None:
+    first = TokenOutput("a", 0, token_ids=(5,), timing=RequestTiming(), num_cached_tokens=3)
+    other_worker = TokenOutput("a", 1, token_ids=(6,), timing=RequestTiming(queue_s=1.0))
+    assert merged([first, other_worker]) == [first, other_worker]
+    assert merged([]) == []

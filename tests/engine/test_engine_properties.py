@@ -274,6 +274,7 @@ def test_decoding_requests_are_not_kept_waiting_by_a_long_prompt() -> None:
     engine.add(new_spec("decoding", [1] * 4, 10))
     engine.step()
     engine.add(new_spec("long", [2] * 60, 1))
+    engine.step()  # was under way when the long one came
     for _ in range(5):
         outcome = engine.step()
         assert "decoding" in {output.request_id for output in outcome.outputs}

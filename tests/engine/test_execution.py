@@ -315,6 +315,13 @@ def test_length_limit_is_the_models_the_users_or_the_pools(checkpoint: Path):
         limit(100, 300)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_quantisation_that_the_shapes_rule_out_is_refused_by_name(checkpoint: Path, kernels: str) -> None:
+    model = ModelConfigSection(path=str(checkpoint), quantization="int4", packed_weights_bytes=0)
+    with pytest.raises(ConfigError, match=r"model\.quantization.*groups of 128 input features"):
+        build_executor(model, EngineConfig(num_blocks=8, kernels=kernels), num_threads=1)
+
+
 def test_model_identity_is_that_of_the_content(checkpoint: Path, tmp_path: Path):
     original = compute_model_identity(checkpoint)
     copy = tmp_path / "copy"
@@ -323,6 +330,7 @@ def test_model_identity_is_that_of_the_content(checkpoint: Path, tmp_path: Path)
         (copy / name).write_bytes((checkpoint / name).read_bytes())
     assert compute_model_identity(copy) == original
     assert compute_model_identity(copy, revision="2") != original
+    assert len({compute_model_identity(copy, "", name) for name in (None, "w8a8", "int8", "int4")}) == 4
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)

@@ -76,6 +76,14 @@ def test_weights_take_two_bytes_where_the_checkpoint_or_the_computation_has_two(
     assert weight_bytes(MODEL, "float32") == weight_bytes(MODEL, "bfloat16") == 2 * parameters
 
 
+def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_costs_nothing() -> None:
+    parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 1024 * 32000
+    assert weight_bytes(MODEL, "float32", is_packed=False) == 4 * parameters
+    torch_pool = {"replicas": 1, "engine": {"kernels": "torch"}}
+    plan = plan_memory(config("12GiB", prefill=torch_pool, decode=torch_pool), MODEL, None)
+    assert plan.weights_bytes == 2 * 4 * parameters
+
+
 def test_a_budget_that_is_too_small_is_refused_and_the_least_that_is_named_is_enough() -> None:
     message = refusal(config("1GiB"))
     assert message.startswith("memory.budget_bytes='1GiB': the least that would do is")

@@ -155,7 +155,7 @@ def serve(
             starts, [run.start for run in runs], [tables[b] for b in members], BLOCK_SIZE_TOKENS, "cpu"
         )
         input_ids = torch.tensor([sequences[b][p] for b, run in zip(members, runs, strict=True) for p in run])
-        hidden = decoder(input_ids, torch.tensor([p for run in runs for p in run]), kv, plan)
+        hidden = decoder.forward(input_ids, torch.tensor([p for run in runs for p in run]), kv, plan)
         step_logits = decoder.compute_logits(hidden)
         for b, start, end in zip(members, starts, starts[1:], strict=False):
             logits[b].append(step_logits[start:end])

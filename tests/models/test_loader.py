@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +72,17 @@ def test_the_views_cover_every_parameter_exactly_once() -> None:
         view.zero_()
     for view in checkpoint_views(decoder).values():
         view.add_(1)
-    assert all(bool((parameter == 1).all()) for parameter in decoder.parameters())
+    assert all(bool((parameter == 1).all()) for parameter in _parameters(decoder))
+
+
+def _parameters(part: object) -> Iterator[torch.nn.Parameter]:
+    """Every parameter that the decoder or one of its parts holds; a shared one as often as it is held."""
+    for held in vars(part).values():
+        for value in held if isinstance(held, list) else [held]:
+            if isinstance(value, torch.nn.Parameter):
+                yield value
+            elif type(value).__module__.startswith("eagleray.models.") and hasattr(value, "__dict__"):
+                yield from _parameters(value)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

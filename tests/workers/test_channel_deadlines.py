@@ -28,7 +28,7 @@ from eagleray.workers import frames
 from eagleray.workers.build import WorkerParts
 from eagleray.workers.channel import Channel
 from eagleray.workers.client import ChannelClient
-from eagleray.workers.frames import encode_frame, read_frame
+from eagleray.workers.frames import FrameReader, encode_frame
 from eagleray.workers.pool import ConnectedWorkers
 from eagleray.workers.worker import Worker
 
@@ -94,9 +94,8 @@ async def to_the_end(reader: asyncio.StreamReader) -> bytes:
         return b""
 
 
-async def next_message(connection: Connection) -> Any:
-    decoder = msgspec.msgpack.Decoder(ToIngress)
-    return await asyncio.wait_for(read_frame(connection[0], decoder), SETTLE_DEADLINE_S)
+async def next_message(frames: FrameReader) -> Any:
+    return await asyncio.wait_for(frames.next(), SETTLE_DEADLINE_S)
 
 
 async def test_whoever_connects_and_says_nothing_is_cut_off(channel: Channel, events: Events) -> None:
@@ -123,9 +122,10 @@ async def test_an_ingress_that_pings_stays(channel: Channel, events: Events) -> 
         connection[1].write(encode_frame(Ping()))
         await asyncio.wait([reading], timeout=SILENCE_DEADLINE_S / 5)
     connection[1].write(encode_frame(Ping()))
-    await next_message(connection)  # its welcome
+    heard = FrameReader(connection[0], ToIngress)
+    await next_message(heard)  # its welcome
     channel.send({1: Accepted("still here")})
-    assert await next_message(connection) == Accepted("still here")
+    assert await next_message(heard) == Accepted("still here")
     for _, writer in (connection, silent):
         writer.close()
 
@@ -134,11 +134,12 @@ async def test_a_message_that_is_too_long_costs_its_own_connection_and_no_other(
     channel: Channel, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlucky, lucky = await connect(channel, Hello("1")), await connect(channel, Hello("2"))
-    await next_message(unlucky)
-    await next_message(lucky)
+    heard = FrameReader(lucky[0], ToIngress)
+    for welcome in (heard, FrameReader(unlucky[0], ToIngress)):
+        await next_message(welcome)
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 100)
     channel.send({1: Accepted("x" * 200), 2: Accepted("short")})
-    assert await next_message(lucky) == Accepted("short")
+    assert await next_message(heard) == Accepted("short")
     await to_the_end(unlucky[0])
     assert await asyncio.wait_for(events.disconnects.get(), SETTLE_DEADLINE_S) == 1
     for _, writer in (unlucky, lucky):

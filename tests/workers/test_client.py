@@ -27,7 +27,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role
 from eagleray.router.fake_workers import fake_welcome
 from eagleray.workers.client import ChannelClient
-from eagleray.workers.frames import encode_frame, read_frame
+from eagleray.workers.frames import FrameReader, encode_frame
 
 SETTLE_DEADLINE_S = 5.0
 SPEC = RequestSpec(request_id="a", token_ids=(1, 2), num_prompt_tokens=2, sampling=SamplingParams())
@@ -63,7 +63,8 @@ class ScriptedWorker:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        while (message := await read_frame(reader, msgspec.msgpack.Decoder(ToWorker))) is not None:
+        frames = FrameReader(reader, ToWorker)
+        while (message := await frames.next()) is not None:
             (self.pings if isinstance(message, Ping) else self.heard).put_nowait(message)
         self.closed.set()
 

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from eagleray.core.messages import Abort, Hello, ToWorker
 from eagleray.workers import frames
-from eagleray.workers.frames import MAX_FRAME_BYTES, ChannelError, encode_frame, read_frame
-
-DECODER = msgspec.msgpack.Decoder(ToWorker)
+from eagleray.workers.frames import MAX_FRAME_BYTES, ChannelError, FrameReader, encode_frame
 
 
 def framed(body: bytes) -> bytes:
@@ -26,9 +24,9 @@ async def read_all(received: bytes) -> list[Any]:
     reader = asyncio.StreamReader()
     reader.feed_data(received)
     reader.feed_eof()
-    messages = []
+    frame_reader, messages = FrameReader(reader, ToWorker), []
     async with asyncio.timeout(5):
-        while (message := await read_frame(reader, DECODER)) is not None:
+        while (message := await frame_reader.next()) is not None:
             messages.append(message)
     return messages
 
@@ -48,13 +46,29 @@ async def test_a_frame_that_announces_too_much_is_refused_before_it_is_waited_fo
     reader = asyncio.StreamReader()
     reader.feed_data((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
     with pytest.raises(ChannelError, match=str(MAX_FRAME_BYTES)):
-        await asyncio.wait_for(read_frame(reader, DECODER), 5)
+        await asyncio.wait_for(FrameReader(reader, ToWorker).next(), 5)
 
 
 def test_a_message_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 10)
     with pytest.raises(ChannelError, match=r"Abort of .* bytes is over the limit of 10"):
         encode_frame(Abort("a long request id"))
+
+
+async def test_frames_that_have_come_together_are_read_together_however_they_were_cut() -> None:
+    sent = [Abort(f"request {number}") for number in range(5)]
+    received = b"".join(map(encode_frame, sent))
+    for cut in range(len(received)):
+        reader = asyncio.StreamReader()
+        frame_reader = FrameReader(reader, ToWorker)
+        reader.feed_data(received[:cut])
+        heard = [await frame_reader.next()] if cut >= len(encode_frame(sent[0])) else []
+        while frame_reader.has_next:
+            heard.append(await frame_reader.next())
+        assert heard == sent[: len(heard)] and len(encode_frame(sent[0])) * (len(heard) + 1) > cut
+        reader.feed_data(received[cut:])
+        heard += [await frame_reader.next() for _ in sent[len(heard) :]]
+        assert heard == sent
 
 
 NOT_MESSAGES = {
@@ -93,11 +107,11 @@ def test_any_bytes_are_messages_or_an_error(garbage: bytes, as_one_frame: bool) 
 async def test_a_connection_that_is_reset_is_the_end() -> None:
     reader = asyncio.StreamReader()
     reader.set_exception(ConnectionResetError())
-    assert await read_frame(reader, DECODER) is None
+    assert await FrameReader(reader, ToWorker).next() is None
 
 
 @pytest.mark.parametrize("error", [TimeoutError(110, "timed out"), OSError(113, "no route to host")])
 async def test_a_connection_whose_other_side_cannot_be_reached_any_more_is_the_end(error: OSError) -> None:
     reader = asyncio.StreamReader()
     reader.set_exception(error)
-    assert await read_frame(reader, DECODER) is None
+    assert await FrameReader(reader, ToWorker).next() is None

@@ -1,0 +1,175 @@
+"""An offline engine under a stopwatch: prompts in, the time of every step out."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import FrameType
+from typing import Any, Final
+
+import torch
+
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import Config
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.engine import Engine, StepOutcome
+from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.kernels.native.build import NativeUnavailable, supported_levels
+from eagleray.kernels.native.library import load_library
+from eagleray.kernels.select import Kernels, native_kernels, select_kernels, user_cache_folder
+from eagleray.models.registry import load_model_config
+from eagleray.text.output import OutputText
+from eagleray.text.tokenizer import Tokenizer
+
+PROMPT_TOKENS: Final = 32  # of the requests that decode
+_FIRST_ID, _NUM_IDS = 8, 240  # prompts are made of these, which every vocabulary here has
+_UNTIMED_STEPS: Final = 4  # after all requests of a batch have begun
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Requests that decode together. Durations are from one step's outputs to the next one's."""
+
+    batch: int
+    step_s: Sequence[float]
+    kernel_s: float  # of all these steps, when kernels are timed
+
+
+class KernelClock:
+    """Adds up the time that kernels take. Of kernels that call each other the innermost counts."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self._num_calls = 0
+
+    def timed(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls_before, start_s = self._num_calls, time.perf_counter()
+            result = kernel(*arguments)
+            if self._num_calls == calls_before:
+                self.total_s += time.perf_counter() - start_s
+                self._num_calls += 1
+            return result
+
+        return call
+
+    def kernels(self, dtype: torch.dtype, num_threads: int) -> Kernels:
+        """Those that an engine would select, timed: of native ones without the Python around them."""
+        try:
+            library = load_library(supported_levels()[0], user_cache_folder(), num_threads)
+        except NativeUnavailable:
+            kernels = select_kernels("torch", dtype, "cpu", num_threads)
+            operations: dict[str, Any] = {field.name: getattr(kernels, field.name) for field in fields(kernels)}
+            timed = {name: self.timed(operation) for name, operation in operations.items() if callable(operation)}
+            kernels = replace(kernels, **{**timed, "prepare_linear": kernels.prepare_linear})
+        else:
+            functions = {field.name: getattr(library, field.name) for field in fields(library)}
+            timed: dict[str, Any] = {
+                name: self.timed(function) for name, function in functions.items() if callable(function)
+            }
+            kernels = native_kernels(replace(library, **timed), dtype)
+        prepare = kernels.prepare_linear
+        return replace(kernels, prepare_linear=lambda weight, bias: self.timed(prepare(weight, bias)))
+
+
+class CallCounter:
+    """Counts calls of Python and C functions, on this thread and on those that start while it is entered."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._is_over = False
+
+    def __enter__(self) -> CallCounter:
+        threading.setprofile(self._note)
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        threading.setprofile(None)  # type: ignore[arg-type]
+        sys.setprofile(None)
+        self._is_over = True
+
+    @property
+    def num_calls(self) -> int:
+        return self._counts["call"] + self._counts["c_call"]
+
+    def _note(self, frame: FrameType, event: str, argument: object) -> None:
+        if self._is_over:
+            sys.setprofile(None)  # on the other threads only they themselves can
+        else:
+            self._counts[event] += 1
+
+
+class BenchmarkEngine:
+    """One model and its engine; every prompt is a new one, so that no prefix is ever cached."""
+
+    def __init__(self, config: Config, clock: KernelClock | None = None) -> None:
+        self.config = config
+        self.model_config = load_model_config(config.model.folder)
+        self.dtype = self.model_config.resolve_dtype(config.model.dtype, "cpu")
+        self._tokenizer = Tokenizer.from_folder(config.model.folder)
+        self._clock = clock or KernelClock()
+        num_threads = config.decode.num_threads
+        kernels = clock.kernels(getattr(torch, self.dtype), num_threads) if clock else None
+        self._executor: LocalExecutor = build_executor(
+            config.model, config.decode.engine, num_threads=num_threads, kernels=kernels
+        )
+        self._engine = Engine(self._executor, config.decode.engine, SystemClock(), self._new_text)
+        self._numbers = itertools.count(1)
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def prefill(self, num_tokens: int) -> float:
+        """Seconds until the first token of a prompt of so many."""
+        self._add(num_tokens, max_tokens=1)
+        start_s = time.perf_counter()
+        while self._engine.has_work:
+            self._engine.step()
+        return time.perf_counter() - start_s
+
+    def decode(self, batch: int, num_steps: int) -> Decoding:
+        """Steps of ``batch`` requests that all decode, ``num_steps`` of them."""
+        for _ in range(batch):
+            self._add(PROMPT_TOKENS, max_tokens=num_steps + _UNTIMED_STEPS + batch)
+        while self._decoding(self._engine.step()) < batch:
+            pass
+        for _ in range(_UNTIMED_STEPS):
+            self._engine.step()
+        ends_s, kernel_s = [time.perf_counter()], self._clock.total_s
+        for _ in range(num_steps):
+            self._engine.step()
+            ends_s.append(time.perf_counter())
+        result = Decoding(batch, [b - a for a, b in itertools.pairwise(ends_s)], self._clock.total_s - kernel_s)
+        self._end_all()
+        return result
+
+    @staticmethod
+    def _decoding(outcome: StepOutcome) -> int:
+        return len(outcome.outputs) if outcome.decode_only else 0
+
+    def _end_all(self) -> None:
+        for request in list(self._engine.scheduler):
+            self._engine.end(request.request_id)
+
+    def _add(self, num_tokens: int, max_tokens: int) -> None:
+        number = next(self._numbers)
+        token_ids = tuple(
+            _FIRST_ID + (number * 7919 + place * (number % 13 + 1)) % _NUM_IDS for place in range(num_tokens)
+        )
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=number)
+        self._engine.add(
+            RequestSpec(
+                request_id=str(number), token_ids=token_ids, num_prompt_tokens=num_tokens, sampling=sampling,
+                tenant_salt=str(number),
+            )
+        )  # fmt: skip
+
+    def _new_text(self, spec: RequestSpec) -> OutputText:
+        return OutputText(self._tokenizer, spec.sampling, spec.token_ids)

@@ -1,0 +1,104 @@
+"""What the machine allows: bytes and operations of a step, over what this machine reads and multiplies per second."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from eagleray.core.kv_layout import DTYPE_BYTES
+from eagleray.models.model_config import ModelConfig
+
+_STREAMED_BYTES: Final = 512 * 2**20  # far more than any cache
+_GEMM_SHAPE: Final = (1024, 2048, 4096)
+_REPEATS: Final = 5
+_CHILD_DEADLINE_S: Final = 600.0
+WEIGHT_BYTES: Final = {"none": None, "w8a8": 1.0, "int8": 1.0, "int4": 0.5}  # per weight; None: of the format
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step. Embedding rows, norms and activations are left out; of the KV, what is read."""
+
+    num_bytes: float
+    flop: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured in this run, with as many threads as the engine has."""
+
+    read_bytes_per_s: float
+    flop_per_s: float  # of a large product in the format that the engine computes in
+
+    def floor_s(self, work: Work) -> float:
+        """No step that reads and multiplies so much is shorter."""
+        return max(work.num_bytes / self.read_bytes_per_s, work.flop / self.flop_per_s)
+
+
+def step_work(config: ModelConfig, dtype: str, bytes_per_weight: float, first: int, last: int, batch: int) -> Work:
+    """``batch`` sequences that compute the tokens at positions ``first`` to ``last - 1`` each, and sample one."""
+    num_tokens = batch * (last - first)
+    weights, head = layer_weights(config), config.vocab_size * config.hidden_size
+    kv_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
+    # A query at position p attends to p + 1 keys: a product with each key, and one with each value.
+    num_pairs = batch * (last * (last + 1) - first * (first + 1)) / 2
+    attention_flop = 4 * config.num_layers * config.num_heads * config.head_dim * num_pairs
+    return Work(
+        num_bytes=bytes_per_weight * (weights + head) + batch * last * kv_bytes,
+        flop=2 * weights * num_tokens + 2 * head * batch + attention_flop,
+    )
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Elements of all linear layers but the head."""
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.hidden_size * (2 * query + 2 * kv)
+    return config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+
+
+def bytes_per_weight(config: ModelConfig, dtype: str, quantization: str) -> float:
+    """As few as hold what the checkpoint knows: float32 made from bfloat16 has two bytes of information."""
+    return WEIGHT_BYTES[quantization] or min(DTYPE_BYTES[dtype], DTYPE_BYTES[config.dtype])
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own: with what computes here on several threads the engine would share them."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result(_CHILD_DEADLINE_S)
+
+
+def measure_machine(dtype: str, num_threads: int) -> Machine:
+    """The best of several attempts each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return Machine(_read_bytes_per_s(), _flop_per_s(getattr(torch, dtype)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_bytes_per_s() -> float:
+    matrix, vector = torch.ones(_STREAMED_BYTES // 4 // 4096, 4096), torch.ones(4096)
+    return _STREAMED_BYTES / _shortest_s(lambda: matrix @ vector)
+
+
+def _flop_per_s(dtype: torch.dtype) -> float:
+    rows, depth, columns = _GEMM_SHAPE
+    x, weight = torch.ones(rows, depth, dtype=dtype), torch.ones(columns, depth, dtype=dtype)
+    return 2 * rows * depth * columns / _shortest_s(lambda: torch.nn.functional.linear(x, weight))
+
+
+def _shortest_s(action: Callable[[], object]) -> float:
+    action()
+    durations_s = []
+    for _ in range(_REPEATS):
+        start_s = time.perf_counter()
+        action()
+        durations_s.append(time.perf_counter() - start_s)
+    return min(durations_s)

@@ -1,0 +1,283 @@
+"""What serving costs beside the model: time added to the first token, processor time per token and per request.
+
+    python benchmarks/overhead.py --json result.json --markdown > result.md
+
+Starts the real service (Ray Serve, ingress, prefill and decode worker, the prefix index's server) with executors that
+compute nothing. ``results/README.md`` says how the numbers are meant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from measure import Distribution, distribution
+from null_engine import MAX_MODEL_TOKENS
+from null_service import MAX_STREAMS, DirectEngine, NullService, null_service
+from provenance import Provenance, provenance
+from report import Section, to_markdown, to_terminal
+from rich.console import Console
+from stream_load import Job, Window
+
+SHORT_PROMPT: Final = "Say."
+LONG_PROMPT: Final = " ".join(["The plane carries tokens."] * 40)
+PACED_STREAMS: Final = 16
+PACED_STEP_US: Final = 20_000  # 50 tokens/s of each stream
+ENDLESS_TOKENS: Final = MAX_MODEL_TOKENS - 4096
+CONNECTIONS: Final = 8
+GAP_S: Final = 0.01  # between single requests, so that none meets what the one before has left to do
+SETTLE_S: Final = 1.0
+NUM_SALTS: Final = 2000  # requests of one part that share no cached prefix
+DIRECT_REPEATS: Final = 300
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is measured. ``direct_prompt``: what the engine alone is asked, to be subtracted."""
+
+    name: str
+    new_job: Callable[[NullService, float], Job]
+    direct_prompt: str | None = None
+    per_token: bool = False
+    per_request: bool = False
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Windows of all rounds, and the engine's own time to a first token where it matters."""
+
+    part: Part
+    windows: Sequence[Window]
+    direct_s: float | None
+
+    def cpu_per(self, count: Callable[[Window], int], pid: int | None = None) -> float:
+        """Median over the rounds of processor seconds per counted thing: of one process, or of all."""
+        return statistics.median(
+            sum(use.cpu_s for process, use in window.processes.items() if pid in (None, process)) / count(window)
+            for window in self.windows
+        )
+
+    @property
+    def first_event_s(self) -> Distribution:
+        measured = distribution(s for window in self.windows for s in window.first_event_s)
+        assert measured is not None, f"{self.part.name}: no request was both sent and answered in a window"
+        return measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about one run."""
+
+    origin: Provenance
+    options: argparse.Namespace
+    processes: Mapping[int, str]
+    parts: Sequence[PartResult]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    run = measure(options)
+    title = f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}"
+    shown = sections(run)
+    if options.markdown:
+        print(f"{title}\n\n{to_markdown(shown)}")
+    else:
+        Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
+    if options.json:
+        options.json.write_bytes(_as_json(run))
+    return 0
+
+
+def measure(options: argparse.Namespace) -> Run:
+    """All parts one after the other, and so again for each round: what drifts meets all of them alike."""
+    origin = provenance()
+    direct = DirectEngine()
+    asked = {part.direct_prompt for part in PARTS if part.direct_prompt is not None}
+    direct_s = {
+        prompt: statistics.median(direct.first_token_s(prompt) for _ in range(DIRECT_REPEATS)) for prompt in asked
+    }
+    windows: dict[str, list[Window]] = {part.name: [] for part in PARTS}
+    with null_service() as service:
+        for _ in range(options.rounds):
+            for part in PARTS:
+                windows[part.name].append(service.measure(part.new_job(service, options.window_s)))
+        processes = service.processes
+    results = [
+        PartResult(part, windows[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
+        for part in PARTS
+    ]
+    return Run(origin, options, processes, results)
+
+
+# ---- the parts
+
+
+def _idle(service: NullService, window_s: float) -> Job:
+    """One request, and then nothing."""
+    job = _job(service, SHORT_PROMPT, num_tokens=1, num_bodies=1, window_s=window_s)
+    return msgspec.structs.replace(job, num_rounds=1)
+
+
+def _single(prompt: str) -> Callable[[NullService, float], Job]:
+    def new_job(service: NullService, window_s: float) -> Job:
+        job = _job(service, prompt, num_tokens=1, num_bodies=NUM_SALTS, window_s=window_s)
+        return msgspec.structs.replace(job, gap_s=GAP_S)
+
+    return new_job
+
+
+def _requests(service: NullService, window_s: float) -> Job:
+    job = _job(service, SHORT_PROMPT, num_tokens=1, num_bodies=NUM_SALTS, window_s=window_s)
+    return msgspec.structs.replace(job, num_connections=CONNECTIONS)
+
+
+def _streams(num_streams: int, step_us: int) -> Callable[[NullService, float], Job]:
+    def new_job(service: NullService, window_s: float) -> Job:
+        job = _job(service, SHORT_PROMPT, ENDLESS_TOKENS, num_streams, window_s, step_us)
+        return msgspec.structs.replace(job, num_connections=num_streams)
+
+    return new_job
+
+
+PARTS: Final = (
+    Part("idle", _idle),
+    Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT),
+    Part("first token, split over two workers", _single(LONG_PROMPT), direct_prompt=LONG_PROMPT),
+    Part(f"requests of one token, {CONNECTIONS} at once", _requests, per_request=True),
+    Part(f"{PACED_STREAMS} streams of 50 tokens/s", _streams(PACED_STREAMS, PACED_STEP_US), per_token=True),
+    Part(f"{MAX_STREAMS} streams, as fast as they go", _streams(MAX_STREAMS, 0), per_token=True),
+)
+
+
+def _job(service: NullService, prompt: str, num_tokens: int, num_bodies: int, window_s: float, step_us: int = 0) -> Job:
+    bodies = tuple(_body(service.model, prompt, num_tokens, step_us, str(salt)) for salt in range(num_bodies))
+    return Job(
+        host="", port=0, pids=(), path="/v1/chat/completions", bodies=bodies, num_connections=1, settle_s=SETTLE_S,
+        window_s=window_s,
+    )  # fmt: skip
+
+
+def _body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> str:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": num_tokens,
+        "seed": step_us,  # what the null engine takes its pace from
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_timing": True,
+        "cache_salt": salt,
+    }
+    return msgspec.json.encode(body).decode()
+
+
+# ---- what is shown
+
+
+def sections(run: Run) -> list[Section]:
+    names = list(run.processes.values())
+    return [
+        Section(("first token, ms", "p50", "p95", "engine alone", "added, p50", "added, p95"), _first_rows(run)),
+        Section(("processor time", "all", *names, "client"), _cpu_rows(run)),
+        Section(("counts", "tokens/s", "tokens per event", "bytes per token", "waits per 1,000 tokens"), _counts(run)),
+        Section(("account of the server, mean ms", *ACCOUNTS), _account_rows(run)),
+    ]
+
+
+ACCOUNTS: Final = ("queue_s", "prefill_s", "network_s", "time_to_first_token_s")
+
+
+def _first_rows(run: Run) -> list[Sequence[str]]:
+    return [
+        (part.part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
+        for part in run.parts
+        if (own_s := part.direct_s) is not None and (first := part.first_event_s)
+    ]
+
+
+def _cpu_rows(run: Run) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        name = part.part.name
+        if part.part.per_token:
+            shares = [part.cpu_per(lambda window: window.num_tokens, pid) for pid in (None, *run.processes)]
+            client_s = statistics.median(window.client_cpu_s / window.num_tokens for window in part.windows)
+            rows.append((f"{name}, us per token", *(f"{1e6 * s:.1f}" for s in (*shares, client_s))))
+        elif part.part.per_request:
+            shares = [part.cpu_per(lambda window: window.num_answers, pid) for pid in (None, *run.processes)]
+            client_s = statistics.median(window.client_cpu_s / window.num_answers for window in part.windows)
+            rows.append((f"{name}, ms per request", *(f"{1e3 * s:.2f}" for s in (*shares, client_s))))
+        elif part.part.name == "idle":
+            shares = [part.cpu_per(lambda window: 1, pid) / run.options.window_s for pid in (None, *run.processes)]
+            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+    return rows
+
+
+def _counts(run: Run) -> list[Sequence[str]]:
+    return [
+        (
+            part.part.name,
+            f"{sum(window.num_tokens / window.duration_s for window in part.windows) / len(part.windows):,.0f}",
+            f"{sum(window.num_tokens for window in part.windows) / sum(w.num_events for w in part.windows):.2f}",
+            f"{sum(window.num_bytes for window in part.windows) / sum(w.num_tokens for w in part.windows):.0f}",
+            f"{1000 * sum(map(_num_waits, part.windows)) / sum(w.num_tokens for w in part.windows):.0f}",
+        )
+        for part in run.parts
+        if part.part.per_token
+    ]
+
+
+def _num_waits(window: Window) -> int:
+    return sum(use.num_waits for use in window.processes.values())
+
+
+def _account_rows(run: Run) -> list[Sequence[str]]:
+    return [
+        (
+            part.part.name,
+            *(_ms(statistics.fmean(window.accounts_s[name] for window in part.windows)) for name in ACCOUNTS),
+        )
+        for part in run.parts
+        if part.direct_s is not None
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def _as_json(run: Run) -> bytes:
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.options).items()}
+    everything = {
+        "provenance": asdict(run.origin),
+        "options": options,
+        "processes": run.processes,
+        "parts": [
+            {"name": part.part.name, "engine_alone_s": part.direct_s, "windows": part.windows} for part in run.parts
+        ],
+    }
+    return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="overhead.py",
+        description="Measure what serving costs beside the model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--window-s", type=float, default=5.0, help="how long each part is measured, in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="how often; medians are shown")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What processes used, as Linux tells it in /proc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+_PROC: Final = Path("/proc")
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
+
+class ProcessUse(msgspec.Struct, frozen=True):
+    """Of one process with all its threads, since it began or between two readings."""
+
+    cpu_s: float  # user and system; in steps of a clock tick, 10 ms
+    num_waits: int  # voluntary context switches of the threads that live: how often one of them went to sleep
+
+    def since(self, earlier: ProcessUse) -> ProcessUse:
+        return ProcessUse(self.cpu_s - earlier.cpu_s, self.num_waits - earlier.num_waits)
+
+
+def read_use(pid: int) -> ProcessUse:
+    """Raises ``FileNotFoundError`` for a process that is gone."""
+    fields = _stat_fields(pid)
+    user_ticks, system_ticks = int(fields[11]), int(fields[12])  # fields 14 and 15 of proc(5)
+    waits = (_num_waits(task) for task in (_PROC / str(pid) / "task").iterdir())
+    return ProcessUse((user_ticks + system_ticks) / _TICKS_PER_S, sum(waits))
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Every process below ``pid``: its id, and the title that it goes by."""
+    children: dict[int, list[int]] = {}
+    for child, parent in _parents():
+        children.setdefault(parent, []).append(child)
+    found, left = {}, children.get(pid, [])
+    while left:
+        child = left.pop()
+        found[child] = _title(child)
+        left.extend(children.get(child, ()))
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                yield int(entry.name), int(_stat_fields(int(entry.name))[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """From the third on: the second, the name, may hold blanks and brackets."""
+    return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def _num_waits(task: Path) -> int:
+    try:
+        status = (task / "status").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # the thread has just ended
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary_ctxt_switches"))
+
+
+def _title(pid: int) -> str:
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return words[0] if words[0].startswith("ray::") else " ".join(words[:2]).strip()

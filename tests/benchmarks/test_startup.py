@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import os
+
+import startup
+
+PRINTED = """   0.6 s  imports: 0.62 s
+   0.6 s  memory: 3.7GiB, of which weights 15.3MiB
+   0.6 s  starting the prefix index (valkey-server)
+   3.1 s  Ray: 2.33 s
+   6.2 s  prefill a: 1 of 74 tensors loaded
+   6.3 s  prefill a: process 1.30 s, import 1.20 s, KV pool 0.01 s
+   6.4 s  decode b: process 1.10 s, import 1.40 s, KV pool 0.00 s
+   6.9 s  workers joined: 0.04 s
+   6.9 s  ready: eagleray-demo at http://127.0.0.1:1"""
+
+
+def test_phases_are_read_from_what_serve_prints_and_of_workers_the_longest() -> None:
+    assert startup.phases_of(PRINTED.splitlines()) == {
+        "imports": 0.62, "Ray": 2.33, "worker: process": 1.3, "worker: import": 1.4, "worker: KV pool": 0.01,
+        "workers joined": 0.04,
+    }  # fmt: skip
+
+
+def test_memory_of_a_process_is_read_from_the_kernel() -> None:
+    own = next(startup.memory_below(os.getpid()))
+    assert own.resident_bytes >= own.proportional_bytes >= own.unique_bytes > 2**20
+    assert own.resident_bytes % 4096 == 0
