@@ -105,7 +105,7 @@ class WorkerNeeds:
         is_packed = engine.kernels != "torch"
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         return cls(
-            weights_bytes=weight_bytes(model, dtype, is_packed),
+            weights_bytes=weight_bytes(model, dtype, is_packed, config.model.quantization),
             shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
             private_bytes=private_bytes + activation_bytes(model, engine, dtype),
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
@@ -125,9 +125,11 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
     return (-(-num_tokens // layout.block_size_tokens) + 1) * layout.block_bytes
 
 
-def weight_bytes(model: ModelConfig, dtype: str, is_packed: bool = True) -> int:
-    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them. Not
-    packed, they are all of ``dtype``, and a tied head is the embedding."""
+def weight_bytes(
+    model: ModelConfig, dtype: str, is_packed: bool = True, quantization: str | None = None
+) -> int:
+    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them, less
+    where they are quantised. Not packed, they are all of ``dtype``, and a tied head is the embedding."""
     hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
     attention = hidden * model.head_dim * (heads + model.num_heads)
     linears = model.num_layers * (attention + 3 * hidden * model.intermediate_size) + hidden * model.vocab_size
@@ -135,6 +137,8 @@ def weight_bytes(model: ModelConfig, dtype: str, is_packed: bool = True) -> int:
     if not is_packed:
         return DTYPE_BYTES[dtype] * (linears + (0 if model.tie_word_embeddings else embedding))
     computed = DTYPE_BYTES["bfloat16"] if model.dtype == "bfloat16" else DTYPE_BYTES[dtype]
+    if quantization is not None:  # one byte per weight, int4 half of one; and its scales, the head in int8
+        computed = 1
     return linears * computed + embedding * DTYPE_BYTES[model.dtype]
 
 

@@ -67,13 +67,18 @@ def test_pools_share_what_the_budget_leaves_and_the_total_stays_within_it() -> N
 def test_weights_count_once_where_they_are_shared_and_once_per_worker_where_not() -> None:
     shared = plan_memory(config("8GiB"), MODEL, None)
     assert shared.weights_bytes == weight_bytes(MODEL, "float32")
-    for private in ({"packed_weights_bytes": 0}, {"dtype": "bfloat16"}):
+    for private in ({"packed_weights_bytes": 0}, {"dtype": "float16"}):
         assert plan_memory(config("8GiB", model=private), MODEL, None).weights_bytes == 2 * shared.weights_bytes
 
 
 def test_weights_take_two_bytes_where_the_checkpoint_or_the_computation_has_two() -> None:
     parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 2 * 1024 * 32000
     assert weight_bytes(MODEL, "float32") == weight_bytes(MODEL, "bfloat16") == 2 * parameters
+
+
+def test_quantised_linear_layers_count_a_byte_per_weight() -> None:
+    linears = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 1024 * 32000
+    assert weight_bytes(MODEL, "bfloat16", quantization="w8a8") == linears + 2 * 1024 * 32000
 
 
 def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_costs_nothing() -> None:
