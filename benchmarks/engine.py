@@ -75,7 +75,10 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     try:
         run = measure(options)
     except ConfigError as error:
@@ -189,11 +192,16 @@ class _OtherProcesses:
     """How much of the cores others have used since this was made; 0 where the system does not tell."""
 
     def __init__(self) -> None:
-        self._busy_s, self._own_s, self._start_s = _busy_s(), time.process_time(), time.perf_counter()
+        self._busy_s, self._own_s, self._start_s = _busy_s(), _own_s(), time.perf_counter()
 
     def share(self) -> float:
-        others_s = (_busy_s() - self._busy_s) - (time.process_time() - self._own_s)
+        others_s = (_busy_s() - self._busy_s) - (_own_s() - self._own_s)
         return max(0.0, others_s / ((time.perf_counter() - self._start_s) * (os.cpu_count() or 1)))
+
+
+def _own_s() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _busy_s() -> float:
@@ -201,7 +209,7 @@ def _busy_s() -> float:
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split()[1:9]
     except OSError:
-        return time.process_time()
+        return _own_s()
     user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, fields)
     return (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
 

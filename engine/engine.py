@@ -154,11 +154,11 @@ class Engine:
 
     def end(self, request_id: str, state: RequestState = RequestState.ABORTED) -> bool:
         """Free everything of a request, whatever it is doing. False when it is not here (any more)."""
-        self._outputs.pop(request_id, None)
-        request = self._scheduler.get(request_id)
-        if request is None:
+        if self._outputs.pop(request_id, None) is None:
             return False
-        self._scheduler.end(request, state)
+        request = self._scheduler.get(request_id)
+        if request is not None:  # else it has ended, and only its last output was still to be reported
+            self._scheduler.end(request, state)
         return True
 
     def state_of(self, request_id: str) -> RequestState | None:

@@ -8,8 +8,9 @@ that was freed too early, shared wrongly, swapped or transferred wrongly, or nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -35,7 +36,8 @@ def fake_layout(block_size_tokens: int) -> KVLayout:
 
 
 class FakeExecutor:
-    """Implements ``Executor``: computes each step when it is submitted; what it met is raised by ``result()``.
+    """Implements ``Executor``: computes a step as late as possible, when somebody waits for it. So whatever is done in
+    the meantime to blocks that the step uses shows.
 
     Args:
         eos_rate: probability that a token is the request's first end-of-sequence token; otherwise none is sampled.
@@ -67,10 +69,7 @@ class FakeExecutor:
         self._model_key = xxhash.xxh3_64_intdigest(model_identity.encode())
 
     def submit(self, plan: StepPlan) -> FakeStep:
-        try:
-            return FakeStep(self._run(plan), None)
-        except Exception as error:
-            return FakeStep(StepResult(), error)
+        return FakeStep(partial(self._run, plan))
 
     def close(self) -> None:
         """Offer the pool to no new reader."""
@@ -143,15 +142,12 @@ class FakeExecutor:
 
 @dataclass(frozen=True, slots=True)
 class FakeStep:
-    """A step that is over."""
+    """A step that will be computed."""
 
-    outcome: StepResult
-    error: Exception | None
+    compute: Callable[[], StepResult]
 
     def result(self) -> StepResult:
-        if self.error is not None:
-            raise self.error
-        return self.outcome
+        return self.compute()
 
 
 def prefix_hashes(token_ids: Sequence[int], model_key: int) -> npt.NDArray[np.uint64]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -349,3 +350,16 @@ def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(checkpoint: Pat
                 file.write(b"x")
         identities.add(compute_model_identity(tmp_path))
     assert len(identities) == 3
+
+
+def test_everything_is_loaded_on_the_thread_that_will_compute(checkpoint: Path):
+    threads = set()
+    engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    executor = build_executor(
+        ModelConfigSection(path=str(checkpoint)),
+        engine,
+        num_threads=1,
+        progress=lambda loaded, total: threads.add(threading.current_thread().name),
+    )
+    executor.close()
+    assert len(threads) == 1 and next(iter(threads)).startswith("eagleray-step")

@@ -1,0 +1,99 @@
+"""The offline benchmark: its floors by hand, its counters, and the whole program on the demo model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from engine_runs import CallCounter, KernelClock
+from floors import Machine, Work, bytes_per_weight, step_work
+
+from eagleray.models.model_config import ModelConfig
+from engine import main
+
+CONFIG = ModelConfig(
+    model_type="llama", vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1,
+    head_dim=3, max_position_embeddings=64, sliding_window=(None, None), dtype="bfloat16",
+)  # fmt: skip
+WEIGHTS = 2 * (4 * 6 + 4 * 3 + 4 * 3 + 6 * 4 + 3 * 4 * 6)  # of both layers: query, key, value, output, gate, up, down
+HEAD = 10 * 4
+
+
+def test_a_decoding_step_reads_all_weights_once_and_the_kv_of_every_sequence() -> None:
+    work = step_work(CONFIG, "bfloat16", bytes_per_weight=2.0, first=7, last=8, batch=3)
+    kv_bytes_per_token = 2 * 2 * 1 * 3 * 2  # layers, key and value, heads, head_dim, bytes
+    assert work.num_bytes == 2 * (WEIGHTS + HEAD) + 3 * 8 * kv_bytes_per_token
+    attention = 3 * 8 * 2 * (2 * 2 * 2 * 3)  # sequences, keys, layers, two products of two operations, heads, head_dim
+    assert work.flop == 2 * 3 * (WEIGHTS + HEAD) + attention
+
+
+def test_a_prompt_in_chunks_is_as_many_operations_as_in_one_piece_but_for_the_head() -> None:
+    def flop(first: int, last: int) -> float:
+        return step_work(CONFIG, "bfloat16", 2.0, first, last, 1).flop
+
+    assert flop(0, 5) + flop(5, 9) == flop(0, 9) + 2 * HEAD
+
+
+def test_no_step_is_shorter_than_its_bytes_or_its_operations_take() -> None:
+    machine = Machine(read_bytes_per_s=10.0, flop_per_s=100.0)
+    assert machine.floor_s(Work(num_bytes=50.0, flop=100.0)) == 5.0
+    assert machine.floor_s(Work(num_bytes=50.0, flop=1000.0)) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [("float32", "none", 2), ("bfloat16", "none", 2), ("float32", "int8", 1.0), ("bfloat16", "int4", 0.5)],
+)
+def test_weights_have_as_many_bytes_as_they_need(dtype: str, quantization: str, expected: float) -> None:
+    assert bytes_per_weight(CONFIG, dtype, quantization) == expected
+
+
+def test_of_kernels_that_call_each_other_the_innermost_is_timed_once() -> None:
+    clock = KernelClock()
+    seen: list[float] = []
+    inner = clock.timed(lambda: None)
+    outer = clock.timed(lambda: (inner(), seen.append(clock.total_s)))
+    outer()
+    assert clock.total_s == seen[0] > 0
+
+
+def test_calls_are_counted_on_threads_too_and_only_while_it_is_entered() -> None:
+    def work(times: int) -> None:
+        for _ in range(times):
+            abs(-1)
+
+    def counted(times: int) -> int:
+        with CallCounter() as counter:
+            thread = threading.Thread(target=work, args=(times,))
+            thread.start()
+            thread.join(5.0)
+        before = counter.num_calls
+        work(1000)
+        assert counter.num_calls == before
+        return counter.num_calls
+
+    assert 400 <= counted(600) - counted(100) <= 600
+
+
+@pytest.mark.slow
+def test_the_program_measures_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result.json"
+    few = ("--prefill-tokens", "40", "--decode-tokens", "3", "--batches", "1", "2", "--repeats", "1")
+    assert main([*few, "--markdown", "--json", str(result)]) == 0
+    assert "| decode 2 |" in capsys.readouterr().out
+    written = json.loads(result.read_bytes())
+    assert [figure["name"] for figure in written["figures"]] == ["prefill 40", "decode 1", "decode 2"]
+    for split in written["splits"]:
+        assert 0 < split["outside_s"] < split["step_s"] and split["num_calls"] > 0
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["--json", str(tmp_path / "missing" / "result.json")])
+
+
+def test_a_model_that_is_not_there_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "/nowhere"]) == 2
+    assert "model.path" in capsys.readouterr().err
