@@ -23,9 +23,9 @@ import msgspec
 from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock
 from floors import WEIGHT_BYTES, Machine, bytes_per_weight, in_child, measure_machine, step_work
 from provenance import Provenance, provenance
+from random_checkpoint import SHAPES, checkpoint_folder
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
-from shapes import SHAPES, checkpoint_folder
 
 from eagleray.core.config import Config, parse_config
 from eagleray.core.errors import ConfigError

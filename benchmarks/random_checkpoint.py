@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import shutil
 import string
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from eagleray.models.random_weights import save_random_checkpoint
@@ -74,16 +76,32 @@ SHAPES: Final[Mapping[ShapeName, Mapping[str, Any]]] = MappingProxyType(
 )
 
 
+def checkpoint_folder(shape: ShapeName, cache: Path) -> Path:
+    """The checkpoint of a shape, written below ``cache`` unless it is there."""
+    folder = cache / f"{shape}-random"
+    if not folder.exists():
+        write_random_checkpoint(folder, shape)
+    return folder
+
+
 def write_random_checkpoint(folder: Path, shape: ShapeName) -> None:
-    """Make ``folder`` a Hugging Face checkpoint: bfloat16 weights, the same every time, and a tokenizer that fills
-    the vocabulary. A folder that holds it already is left as it is."""
+    """Make ``folder`` a Hugging Face checkpoint: bfloat16 weights, the same every time, and a tokenizer that fills the
+    vocabulary. It appears whole or not at all. Raises ``OSError`` when there is something else in its place."""
     config = SHAPES[shape]
-    written = folder / "config.json"
-    if (folder / "tokenizer.json").exists() and json.loads(written.read_text(encoding="utf-8")) == config:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_random_checkpoint(folder, config, _SEED, torch.bfloat16)
-    settings = {
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        save_random_checkpoint(unfinished, config, _SEED)
+        (unfinished / "tokenizer_config.json").write_text(json.dumps(_tokenizer_settings(config)), encoding="utf-8")
+        _filled_tokenizer(config["vocab_size"]).save(str(unfinished / "tokenizer.json"))
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tokenizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_TOKEN,
         "eos_token": END_TOKEN,
@@ -92,8 +110,6 @@ def write_random_checkpoint(folder: Path, shape: ShapeName) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    _filled_tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))  # last: its presence says "complete"
 
 
 def _filled_tokenizer(vocab_size: int) -> Tokenizer:

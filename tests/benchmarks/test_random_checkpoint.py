@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_checkpoint import FIRST_TEXT_TOKEN_ID, write_random_checkpoint
+from random_checkpoint import FIRST_TEXT_TOKEN_ID, checkpoint_folder, write_random_checkpoint
 
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
@@ -39,8 +39,8 @@ def test_the_tokenizer_fills_the_vocabulary_with_tokens_that_are_texts_of_their_
     assert len(set(texts)) == len(texts) and all(text.isprintable() for text in texts)
 
 
-def test_a_checkpoint_that_is_there_is_not_written_again(folder: Path):
-    weights = folder / "model.safetensors"
+def test_a_checkpoint_that_is_there_is_used_as_it_is(tmp_path: Path):
+    weights = checkpoint_folder("tiny", tmp_path) / "model.safetensors"
     before_ns = weights.stat().st_mtime_ns
-    write_random_checkpoint(folder, "tiny")
+    assert checkpoint_folder("tiny", tmp_path) == weights.parent
     assert weights.stat().st_mtime_ns == before_ns
