@@ -1,0 +1,56 @@
+"""How much of the cores somebody else used while something was timed. Linux only: it reads ``/proc``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Final
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_PROC: Final = Path("/proc")
+
+
+class OtherProcesses:
+    """From its construction on, all processes but those of the given trees."""
+
+    def __init__(self, *own_pids: int) -> None:
+        self._own_pids = own_pids
+        self._start_s = time.perf_counter()
+        self._busy_s, self._own_s = _busy_s(), _trees_s(own_pids)
+
+    def share(self) -> float:
+        """Of the time of all cores, what others used; what a hypervisor took away counts as theirs."""
+        others_s = (_busy_s() - self._busy_s) - (_trees_s(self._own_pids) - self._own_s)
+        return max(0.0, others_s / ((time.perf_counter() - self._start_s) * (os.cpu_count() or 1)))
+
+
+def _busy_s() -> float:
+    """Of all cores, since the machine started: user, nice, system, interrupts and stolen time."""
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(
+        int, (_PROC / "stat").read_text(encoding="ascii").split()[1:9]
+    )
+    return (user + nice + system + sum(interrupts_and_stolen)) / _TICKS_PER_S
+
+
+def _trees_s(roots: tuple[int, ...]) -> float:
+    """Time of these processes and of all below them, also of those that ended and were waited for."""
+    children: dict[int, list[int]] = defaultdict(list)
+    used_s: dict[int, float] = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdecimal():
+            try:
+                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+            except OSError:  # it has just ended
+                continue
+            # After the command, which may contain anything, in parentheses: state, parent, ... (proc_pid_stat(5)).
+            fields = stat.rpartition(")")[2].split()
+            children[int(fields[1])].append(int(entry.name))
+            used_s[int(entry.name)] = sum(map(int, fields[11:15])) / _TICKS_PER_S
+    pending, total_s = list(roots), 0.0
+    while pending:
+        pid = pending.pop()
+        total_s += used_s.get(pid, 0.0)
+        pending += children[pid]
+    return total_s
