@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import subprocess
 import sys
@@ -149,7 +148,7 @@ async def _measure(name: str, driver: Driver, case: Case, work: Work, max_others
     """One measurement that nobody disturbed; before it those that somebody did, up to ``_ATTEMPTS`` in all."""
     attempts: list[Measurement] = []
     while len(attempts) < _ATTEMPTS and not (attempts and attempts[-1].is_kept):
-        others = OtherProcesses(os.getpid(), driver.pid)
+        others = OtherProcesses(driver.pid)
         first_s = 0.0
         if case.output_tokens > 1:
             first_s = await driver.generate(_prompts(case), 1, _GENERATE_TIMEOUT_S)

@@ -13,17 +13,20 @@ _PROC: Final = Path("/proc")
 
 
 class OtherProcesses:
-    """From its construction on, all processes but those of the given trees."""
+    """From its construction on: all processes but this one and those of one tree, which is what is timed."""
 
-    def __init__(self, *own_pids: int) -> None:
-        self._own_pids = own_pids
+    def __init__(self, tree_pid: int) -> None:
+        self._tree_pid = tree_pid
         self._start_s = time.perf_counter()
-        self._busy_s, self._own_s = _busy_s(), _trees_s(own_pids)
+        self._busy_s, self._own_s = _busy_s(), self._measured_s()
 
     def share(self) -> float:
         """Of the time of all cores, what others used; what a hypervisor took away counts as theirs."""
-        others_s = (_busy_s() - self._busy_s) - (_trees_s(self._own_pids) - self._own_s)
+        others_s = (_busy_s() - self._busy_s) - (self._measured_s() - self._own_s)
         return max(0.0, others_s / ((time.perf_counter() - self._start_s) * (os.cpu_count() or 1)))
+
+    def _measured_s(self) -> float:
+        return time.process_time() + _tree_s(self._tree_pid)
 
 
 def _busy_s() -> float:
@@ -34,8 +37,8 @@ def _busy_s() -> float:
     return (user + nice + system + sum(interrupts_and_stolen)) / _TICKS_PER_S
 
 
-def _trees_s(roots: tuple[int, ...]) -> float:
-    """Time of these processes and of all below them, also of those that ended and were waited for."""
+def _tree_s(root: int) -> float:
+    """Time of a process and of all below it, also of those that ended and were waited for."""
     children: dict[int, list[int]] = defaultdict(list)
     used_s: dict[int, float] = {}
     for entry in _PROC.iterdir():
@@ -48,7 +51,7 @@ def _trees_s(roots: tuple[int, ...]) -> float:
             fields = stat.rpartition(")")[2].split()
             children[int(fields[1])].append(int(entry.name))
             used_s[int(entry.name)] = sum(map(int, fields[11:15])) / _TICKS_PER_S
-    pending, total_s = list(roots), 0.0
+    pending, total_s = [root], 0.0
     while pending:
         pid = pending.pop()
         total_s += used_s.get(pid, 0.0)
