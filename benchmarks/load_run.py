@@ -99,13 +99,18 @@ def show(run: Run, source: str) -> None:
 
 
 def as_json(run: Run) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(as_dict(run))) + b"\n"
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """Everything but the key."""
     scaling = run.workload.scaling
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(run.options).items()
         if name != _SECRET
     }
-    everything = {
+    return {
         "provenance": asdict(run.origin),
         "options": options,
         "server": asdict(run.served),
@@ -113,7 +118,6 @@ def as_json(run: Run) -> bytes:
         "report": asdict(run.result),
         "requests": [_request_row(outcome) for outcome in run.outcomes],
     }
-    return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"
 
 
 def _request_row(outcome: Outcome) -> dict[str, Any]:
