@@ -13,7 +13,6 @@ from typing import Any, Final
 
 _LONGEST_LINE_BYTES: Final = 2**20
 _STOP_TIMEOUT_S: Final = 20.0
-_LAST_WORDS: Final = 600  # characters of the last line of standard error, which explains a failure
 
 
 class DriverError(RuntimeError):
@@ -53,10 +52,14 @@ class Driver:
         except TimeoutError:
             raise DriverError(f"no answer in {timeout_s:g} s") from None
         if not line:
-            written = self._log.read_text(encoding="utf-8", errors="replace").strip()
-            raise DriverError(f"ended: {written.rpartition(chr(10))[2][:_LAST_WORDS]}")
+            raise DriverError(f"ended: {last_line(self._log)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def last_line(log: Path) -> str:
+    """Where a program says why it ends."""
+    return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
 
 
 @asynccontextmanager

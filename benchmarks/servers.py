@@ -18,6 +18,7 @@ from typing import Final
 
 import httpx
 from contenders import vllm_environment
+from driver import last_line
 from random_checkpoint import FIRST_TEXT_TOKEN_ID
 
 _START_TIMEOUT_S: Final = 300.0
@@ -25,8 +26,6 @@ _STOP_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.2
 _PROBE_TIMEOUT_S: Final = 10.0
 _KV_GIB: Final = 2
-_MAX_MODEL_TOKENS: Final = 2048
-_LAST_WORDS: Final = 600  # characters of a log that explain a failure
 
 
 class StartError(RuntimeError):
@@ -52,7 +51,7 @@ def _eagleray_split(checkpoint: Path, options: argparse.Namespace) -> Server:
 def _our_server(checkpoint: Path, options: argparse.Namespace, prefill: int, threads: int) -> Server:
     command = [sys.executable, "-m", "eagleray.cli", "serve", "--model", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--prefill", str(prefill), "--decode", "1", "--port", str(options.port)]
-    settings = {"model.max_model_tokens": _MAX_MODEL_TOKENS}
+    settings = {"model.max_model_tokens": options.prompt_tokens + options.output_tokens}
     for pool in ("prefill", "decode"):
         settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": _KV_GIB * 2**30}
     for assignment in (*(f"{key}={value}" for key, value in settings.items()), *options.set):
@@ -64,7 +63,8 @@ def _vllm(checkpoint: Path, options: argparse.Namespace) -> Server:
     if options.vllm_python is None:
         raise StartError("no --vllm-python was given")
     command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--port", str(options.port), "--max-model-len", str(_MAX_MODEL_TOKENS), "--no-enable-prefix-caching"]
+    command += ["--port", str(options.port), "--no-enable-prefix-caching"]
+    command += ["--max-model-len", str(options.prompt_tokens + options.output_tokens)]
     environment = {
         **vllm_environment(options.vllm_python),
         "OMP_NUM_THREADS": str(options.threads),
@@ -130,7 +130,7 @@ async def _until_it_answers(process: asyncio.subprocess.Process, port: int, log:
                         return
                 await asyncio.sleep(_POLL_S)
             reason = f"ended with {process.returncode}"
-    raise StartError(f"{reason}: {log.read_text(encoding='utf-8', errors='replace').strip()[-_LAST_WORDS:]}")
+    raise StartError(f"{reason}: {last_line(log)}")
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
