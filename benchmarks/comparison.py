@@ -159,7 +159,7 @@ def _ratios(ours: str, peer: str, speeds: Mapping[str, Mapping[str, float]], cas
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for contender in comparison.kept():
         found = [m for m in comparison.measurements if m.contender == contender]
         kept = [m for m in found if m.is_kept]

@@ -84,7 +84,7 @@ def model_folder(contender: Contender, checkpoint: Path, python: Path) -> Path:
     folder = checkpoint.with_name(f"{checkpoint.name}-openvino-{contender.export}")
     if not (folder / "openvino_model.xml").exists():
         print(f"exporting {folder.name}", file=sys.stderr)
-        command = [python.with_name("optimum-cli"), "export", "openvino", "--model", checkpoint]
+        command: list[str | Path] = [python.with_name("optimum-cli"), "export", "openvino", "--model", checkpoint]
         command += ["--task", "text-generation-with-past", "--weight-format", contender.export, folder]
         subprocess.run(command, check=True, timeout=_EXPORT_TIMEOUT_S, stdout=subprocess.DEVNULL)
     return folder
