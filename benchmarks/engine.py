@@ -9,11 +9,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ from typing import Any, Final
 import msgspec
 from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock
 from floors import WEIGHT_BYTES, Machine, bytes_per_weight, in_child, measure_machine, step_work
+from interference import OtherProcesses
 from provenance import Provenance, provenance
+from random_checkpoint import SHAPES, checkpoint_folder
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
-from shapes import SHAPES, checkpoint_folder
 
 from eagleray.core.config import Config, parse_config
 from eagleray.core.errors import ConfigError
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> Run:
     """Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
-    others = _OtherProcesses()
+    others = OtherProcesses()
     with CallCounter() as counter:  # before the engine: threads are followed from their start
         engine = BenchmarkEngine(config)
         calls = _count_calls(engine, counter, options.batches)
@@ -186,32 +185,6 @@ def _splits(config: Config, calls: dict[int, float]) -> list[StepSplit]:
         splits.append(StepSplit(batch, step_s, step_s - decoding.kernel_s / len(decoding.step_s), num_calls))
     engine.close()
     return splits
-
-
-class _OtherProcesses:
-    """How much of the cores others have used since this was made; 0 where the system does not tell."""
-
-    def __init__(self) -> None:
-        self._busy_s, self._own_s, self._start_s = _busy_s(), _own_s(), time.perf_counter()
-
-    def share(self) -> float:
-        others_s = (_busy_s() - self._busy_s) - (_own_s() - self._own_s)
-        return max(0.0, others_s / ((time.perf_counter() - self._start_s) * (os.cpu_count() or 1)))
-
-
-def _own_s() -> float:
-    """Of this process and of its children that have ended."""
-    return sum(os.times()[:4])
-
-
-def _busy_s() -> float:
-    """Of all cores, since the machine started: user, nice, system, interrupts and what other machines stole."""
-    try:
-        fields = Path("/proc/stat").read_text(encoding="ascii").split()[1:9]
-    except OSError:
-        return _own_s()
-    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, fields)
-    return (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
 
 
 def _show(run: Run, as_markdown: bool) -> None:

@@ -68,6 +68,30 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a request must keep to be good, in seconds; None: anything will do."""
+
+    time_to_first_token_s: float | None
+    time_per_output_token_s: float | None
+
+    def is_kept(self, request: ScheduledRequest, answer: Answer) -> bool:
+        measured = (
+            (time_to_first_token_s(answer), self.time_to_first_token_s),
+            (time_per_output_token_s(request, answer), self.time_per_output_token_s),
+        )
+        return all(value <= limit for value, limit in measured if value is not None and limit is not None)
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Whole answers that kept the objective (DistServe, OSDI 2024)."""
+
+    objective: Objective
+    share: float  # of all requests, those that failed included
+    requests_per_s: float
+
+
+@dataclass(frozen=True)
 class Report:
     num_requests: int
     num_completed: int
@@ -77,6 +101,7 @@ class Report:
     prefix_hits: PrefixHits | None  # None: nothing was completed
     phases_mean_s: Mapping[str, float]  # of a request: ``PHASES`` by the server's account, and ``BEYOND``
     routing: Routing
+    goodput: Goodput | None  # None: no objective was given
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -96,27 +121,31 @@ def distribution(values: Iterable[float]) -> Distribution | None:
     return Distribution(statistics.fmean(ordered), p50, p95, p99)
 
 
-def report(outcomes: Sequence[Outcome], workload: Workload) -> Report:
+def report(outcomes: Sequence[Outcome], workload: Workload, objective: Objective | None = None) -> Report:
     """``outcomes`` are those of all requests of ``workload``, in order."""
     answered = [(outcome.request, outcome.answer) for outcome in outcomes if outcome.answer is not None]
     answers = [answer for _, answer in answered]
+    throughput = _throughput(outcomes, answers)
     return Report(
         num_requests=len(outcomes),
         num_completed=len(answers),
         errors=_counted(outcome.error for outcome in outcomes),
-        throughput=_throughput(outcomes, answers),
+        throughput=throughput,
         latencies_s=Latencies(
             send_delay=distribution(
                 outcome.sent_s - outcome.request.due_s for outcome in outcomes if outcome.sent_s is not None
             ),
-            time_to_first_token=distribution(answer.chunk_times_s[0] - answer.sent_s for answer in answers),
-            time_per_output_token=distribution(_time_per_output_token(answered)),
+            time_to_first_token=distribution(map(time_to_first_token_s, answers)),
+            time_per_output_token=distribution(
+                each for pair in answered if (each := time_per_output_token_s(*pair)) is not None
+            ),
             inter_token_latency=distribution(_gaps(answers)),
             end_to_end=distribution(answer.latency_s for answer in answers),
         ),
         prefix_hits=_prefix_hits(outcomes, workload),
         phases_mean_s=_phases(answers),
         routing=_routing(answers),
+        goodput=objective and _goodput(answered, len(outcomes), throughput.duration_s, objective),
     )
 
 
@@ -144,10 +173,22 @@ def _asked_rate(outcomes: Sequence[Outcome]) -> float | None:
     return len(due_s) / span_s if span_s else None
 
 
-def _time_per_output_token(answered: Sequence[tuple[ScheduledRequest, Answer]]) -> Iterator[float]:
-    for request, answer in answered:
-        if request.num_output_tokens > 1:
-            yield (answer.chunk_times_s[-1] - answer.chunk_times_s[0]) / (request.num_output_tokens - 1)
+def time_to_first_token_s(answer: Answer) -> float:
+    return answer.chunk_times_s[0] - answer.sent_s
+
+
+def time_per_output_token_s(request: ScheduledRequest, answer: Answer) -> float | None:
+    """None for an answer of one token."""
+    if request.num_output_tokens == 1:
+        return None
+    return (answer.chunk_times_s[-1] - answer.chunk_times_s[0]) / (request.num_output_tokens - 1)
+
+
+def _goodput(
+    answered: Sequence[tuple[ScheduledRequest, Answer]], num_requests: int, duration_s: float, objective: Objective
+) -> Goodput:
+    num_good = sum(objective.is_kept(request, answer) for request, answer in answered)
+    return Goodput(objective, num_good / num_requests, num_good / duration_s if duration_s else 0.0)
 
 
 def _gaps(answers: Sequence[Answer]) -> Iterator[float]:

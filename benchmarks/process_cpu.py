@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 _PROC: Final = Path("/proc")
-_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 class ProcessUse(msgspec.Struct, frozen=True):
@@ -25,10 +25,10 @@ class ProcessUse(msgspec.Struct, frozen=True):
 
 def read_use(pid: int) -> ProcessUse:
     """Raises ``FileNotFoundError`` for a process that is gone."""
-    fields = _stat_fields(pid)
+    fields = stat_fields(pid)
     user_ticks, system_ticks = int(fields[11]), int(fields[12])  # fields 14 and 15 of proc(5)
     waits = (_num_waits(task) for task in (_PROC / str(pid) / "task").iterdir())
-    return ProcessUse((user_ticks + system_ticks) / _TICKS_PER_S, sum(waits))
+    return ProcessUse((user_ticks + system_ticks) / TICKS_PER_S, sum(waits))
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -48,12 +48,12 @@ def _parents() -> Iterator[tuple[int, int]]:
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             try:
-                yield int(entry.name), int(_stat_fields(int(entry.name))[1])
+                yield int(entry.name), int(stat_fields(int(entry.name))[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has just ended
 
 
-def _stat_fields(pid: int) -> list[str]:
+def stat_fields(pid: int) -> list[str]:
     """From the third on: the second, the name, may hold blanks and brackets."""
     return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 

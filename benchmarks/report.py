@@ -86,6 +86,8 @@ def _request_rows(report: Report) -> list[tuple[str, str]]:
                 f"{hits.ideal:.3f} ({hits.ideal_unrounded:.3f} before block rounding)",
             ),
         ]
+    if goodput := report.goodput:
+        rows.append(("goodput", f"{goodput.requests_per_s:.2f} /s ({goodput.share:.1%} of the requests)"))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,20 @@ def service() -> FakeGenerationService:
 @pytest.fixture
 async def server_url(service: FakeGenerationService) -> AsyncIterator[str]:
     """The real HTTP front over ``service``, in the test's own event loop."""
-    settings = ApiSettings(model="fish", max_body_bytes=100_000, created_s=1_700_000_000)
+    async with _http_front(service, api_key=None) as url:
+        yield url
+
+
+@pytest.fixture
+async def locked_server_url(service: FakeGenerationService) -> AsyncIterator[str]:
+    """The same, which asks for a key."""
+    async with _http_front(service, api_key="key-of-the-server") as url:
+        yield url
+
+
+@asynccontextmanager
+async def _http_front(service: FakeGenerationService, api_key: str | None) -> AsyncIterator[str]:
+    settings = ApiSettings(model="fish", max_body_bytes=100_000, created_s=1_700_000_000, api_key=api_key)
     app = create_app(service, byte_tokenizer(), chatml_template(), settings)
     config = uvicorn.Config(app, port=0, lifespan="off", log_level="warning")
     config.load()

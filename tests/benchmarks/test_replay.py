@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 from load import LoadOptions, ServedModel, ServerError, ask_server, replay
+from load_run import Run, run_load
 from mooncake import TraceRequest, generate_trace
-from replay import Run, parse_options, run_replay
+from replay import parse_options
 from workload import Limits, build_workload
 
 from eagleray.core.errors import Overloaded
@@ -35,7 +36,7 @@ data: [DONE]
 
 
 async def replayed(url: str, *arguments: str, rows: list[TraceRequest] = ROWS) -> Run:
-    return await run_replay(parse_options(["--url", url, *FAST, *arguments]), rows)
+    return await run_load(parse_options(["--url", url, *FAST, *arguments]), rows)
 
 
 async def test_the_command_replays_ten_requests_and_writes_everything_down(

@@ -1,0 +1,143 @@
+"""The servers that are compared: how each is started, when it is ready, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+import httpx
+from contenders import vllm_environment
+from driver import last_line
+from random_checkpoint import FIRST_TEXT_TOKEN_ID
+
+_START_TIMEOUT_S: Final = 300.0
+_STOP_TIMEOUT_S: Final = 60.0
+_POLL_S: Final = 0.2
+_PROBE_TIMEOUT_S: Final = 10.0
+_KV_GIB: Final = 2
+
+
+class StartError(RuntimeError):
+    """A server that cannot be measured; the text says why."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """How one is started."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+
+
+def _eagleray(checkpoint: Path, options: argparse.Namespace) -> Server:
+    return _our_server(checkpoint, options, prefill=0, threads=options.threads)
+
+
+def _eagleray_split(checkpoint: Path, options: argparse.Namespace) -> Server:
+    return _our_server(checkpoint, options, prefill=1, threads=max(1, options.threads // 2))
+
+
+def _our_server(checkpoint: Path, options: argparse.Namespace, prefill: int, threads: int) -> Server:
+    command = [sys.executable, "-m", "eagleray.cli", "serve", "--model", str(checkpoint), "--dtype", "bfloat16"]
+    command += ["--prefill", str(prefill), "--decode", "1", "--port", str(options.port)]
+    settings = {"model.max_model_tokens": options.prompt_tokens + options.output_tokens}
+    for pool in ("prefill", "decode"):
+        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": _KV_GIB * 2**30}
+    for assignment in (*(f"{key}={value}" for key, value in settings.items()), *options.set):
+        command += ["--set", assignment]
+    return Server(command, {})
+
+
+def _vllm(checkpoint: Path, options: argparse.Namespace) -> Server:
+    if options.vllm_python is None:
+        raise StartError("no --vllm-python was given")
+    command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
+    command += ["--port", str(options.port), "--no-enable-prefix-caching"]
+    command += ["--max-model-len", str(options.prompt_tokens + options.output_tokens)]
+    environment = {
+        **vllm_environment(options.vllm_python),
+        "OMP_NUM_THREADS": str(options.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return Server(command, environment)
+
+
+def _vllm_eager(checkpoint: Path, options: argparse.Namespace) -> Server:
+    server = _vllm(checkpoint, options)
+    return replace(server, command=[*server.command, "--enforce-eager"])
+
+
+# By name, what builds one; raises ``StartError`` for what it lacks.
+SERVERS: Final[Mapping[str, Callable[[Path, argparse.Namespace], Server]]] = {
+    "eagleray": _eagleray,
+    "eagleray-split": _eagleray_split,
+    "vllm": _vllm,
+    "vllm-eager": _vllm_eager,
+}
+
+
+@asynccontextmanager
+async def running(server: Server, port: int) -> AsyncIterator[tuple[int, float]]:
+    """(process id, seconds until it answered); afterwards the server and all that it started are
+    gone. Raises ``StartError``."""
+    _require_free(port)
+    began_s = perf_counter()
+    with tempfile.NamedTemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *server.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+            env={**os.environ, **server.environment}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            await _until_it_answers(process, port, Path(log.name))
+            yield process.pid, perf_counter() - began_s
+        finally:
+            await _stop(process)
+
+
+def _require_free(port: int) -> None:
+    """Raises ``StartError``: a server that is left over would be measured instead."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise StartError(f"--port {port}: somebody serves there already; choose another")
+
+
+async def _until_it_answers(process: asyncio.subprocess.Process, port: int, log: Path) -> None:
+    """Until one token was generated: a server may list its model before its workers are up."""
+    reason = f"did not answer in {_START_TIMEOUT_S:g} s"
+    with suppress(TimeoutError):
+        async with (
+            asyncio.timeout(_START_TIMEOUT_S),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=_PROBE_TIMEOUT_S) as client,
+        ):
+            while process.returncode is None:
+                with suppress(httpx.HTTPError):
+                    models = await client.get("/v1/models")
+                    body = {"model": models.json()["data"][0]["id"], "prompt": [FIRST_TEXT_TOKEN_ID], "max_tokens": 1}
+                    if (await client.post("/v1/completions", json=body)).is_success:
+                        return
+                await asyncio.sleep(_POLL_S)
+            reason = f"ended with {process.returncode}"
+    raise StartError(f"{reason}: {last_line(log)}")
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError, TimeoutError):
+        process.terminate()
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            await process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
