@@ -35,6 +35,7 @@ from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
+from eagleray.workers.block_ops import select_block_ops
 from eagleray.workers.build import ExecutorFactory, WorkerParts
 from eagleray.workers.pool import ConnectedWorkers
 from eagleray.workers.worker import Worker
@@ -112,6 +113,7 @@ class WorkerReplica:
         def new_text_stream(spec: RequestSpec) -> OutputText:
             return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
 
+        block_ops = select_block_ops(pool.engine.kernels, executor.layout)
         epoch = time.time_ns() // 1_000_000
         parts = WorkerParts(
             worker_id=worker_id,
@@ -122,11 +124,13 @@ class WorkerReplica:
             new_text_stream=new_text_stream,
             clock=clock,
             host=ray.util.get_node_ip_address(),
+            block_ops=block_ops,
             cache_listener=self._start_publisher(worker_id, epoch),
         )
         if self._role is Role.PREFILL:
             return build_prefill_worker(parts)
-        return build_decode_worker(parts, make_transports(config.transfer.transports, {worker_id: executor.kv}))
+        transports = make_transports(config.transfer.transports, {worker_id: executor.kv}, block_ops)
+        return build_decode_worker(parts, transports)
 
     def _start_publisher(self, worker_id: str, epoch: int) -> IndexPublisher | None:
         """None without a server: then every ingress keeps an index, and hears of the cache over the direct channel."""

@@ -12,7 +12,6 @@ from eagleray.core.config import TransferConfig
 from eagleray.core.errors import TransferError, TransportUnavailable
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion
-from eagleray.kv_transfer.fingerprint import fingerprint
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.plan import blocks_per_piece
 from eagleray.kv_transfer.session import PullSession
@@ -172,9 +171,8 @@ class Pull:
         start_s = receiver.clock.now_s()
         own_ids = [self._order.block_ids[notice.index - self._order.first_block] for notice in notices]
         into = [receiver.blocks.block_views(block_id) for block_id in own_ids]
-        reader.read([notice.slot for notice in notices], into, lambda: self._is_cancelled)
-        for notice, views in zip(notices, into, strict=True):
-            digest = fingerprint(receiver.layout_digest, views)
+        fingerprints = reader.read([notice.slot for notice in notices], into, lambda: self._is_cancelled)
+        for notice, digest in zip(notices, fingerprints, strict=True):
             if digest != notice.fingerprint:
                 raise TransferError(
                     f"block {notice.index} arrived with fingerprint {digest.hex()}, announced was "

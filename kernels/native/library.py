@@ -31,8 +31,15 @@ _ARGUMENTS: Final = {
     "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
     "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 6, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
+    "fingerprint": (_ADDRESS, _LONG, *[_ADDRESS] * 3, _LONG, _ADDRESS),
 }
-_RESULTS: Final = {"panel_columns": _LONG, "rotate_and_store": _INT, "paged_attention": _INT, "sample_rows": _INT}
+_RESULTS: Final = {
+    "panel_columns": _LONG,
+    "rotate_and_store": _INT,
+    "paged_attention": _INT,
+    "sample_rows": _INT,
+    "fingerprint": _INT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,7 @@ class NativeLibrary:
     argmax_rows: Callable[..., None]
     sample_rows: Callable[..., int]
     copy_blocks: Callable[..., None]
+    fingerprint: Callable[..., int]
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
