@@ -6,6 +6,7 @@ import contextlib
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from eagleray.core.clock import Clock
 from eagleray.core.config import TransferConfig
@@ -17,6 +18,8 @@ from eagleray.kv_transfer.plan import blocks_per_piece
 from eagleray.kv_transfer.session import PullSession
 from eagleray.kv_transfer.transport import BlockReader, BlockStore, Transport
 from eagleray.kv_transfer.wire import Announcement, Heartbeat, Received, Release, Subscribe
+
+_REPORTS_PER_LEASE: Final = 8  # one that comes late must not cost the lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Pull:
         self._last_announced_s: float | None = None
         self._idle_since_s = receiver.clock.now_s()
         self._copying_s = 0.0
+        self._reported_s = receiver.clock.now_s()
 
     def cancel(self) -> None:
         """End a wait that is going on now, and allow no other one."""
@@ -180,9 +184,16 @@ class Pull:
                 )
             self._session.verified(notice)
         self._copying_s += receiver.clock.now_s() - start_s
-        if not (self._session.is_complete or self._lost):
-            link.send(Received(self._session.num_verified))
+        self._report_progress(link)
         return True
+
+    def _report_progress(self, link: Link) -> None:
+        """Now and then, so that the lease goes on: each report wakes the source, which costs as much as some blocks."""
+        now_s = self._receiver.clock.now_s()
+        is_due = now_s - self._reported_s >= self._receiver.config.lease_s / _REPORTS_PER_LEASE
+        if is_due and not (self._session.is_complete or self._lost):
+            link.send(Received(self._session.num_verified))
+            self._reported_s = now_s
 
     def _open_reader(self, link: Link) -> BlockReader:
         """With the first transport that connects these two workers."""
