@@ -29,7 +29,7 @@ _ARGUMENTS: Final = {
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
     ),
     "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
-    "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 6, _LONG, _INT),
+    "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 3, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
     "fingerprint": (_ADDRESS, _LONG, *[_ADDRESS] * 3, _LONG, _ADDRESS),
 }
