@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for num_rows, vocab_size in options.shapes:
         logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0)) * DEVIATION
         for name, batch in batches(num_rows, vocab_size).items():
-            ways = [lambda k=k, b=batch: k.sample_tokens(logits, b) for k in (TORCH_KERNELS, native)]
+            ways = [partial(kernels.sample_tokens, logits, batch) for kernels in (TORCH_KERNELS, native)]
             if not torch.equal(ways[0](), ways[1]()):
                 print(f"sampling: torch and native disagree: {num_rows} x {vocab_size}, {name}", file=sys.stderr)
                 return 1
