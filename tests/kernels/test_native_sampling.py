@@ -158,7 +158,10 @@ def test_a_share_that_ends_exactly_between_two_tokens_is_cut_where_the_reference
     for seed in range(12):
         logits = torch.rand(8, generator=generator(seed)).sort(descending=True).values * 3
         weights = weights_of(logits - logits[0])
-        shares = (weights.cumsum(0)[:-1].double() / weights.sum().double()).repeat_interleave(draws_each)
+        ends = weights.cumsum(0)[:-1].double() / weights.sum().double()
+        shares = torch.cat((ends, ends * (1 + 2.0**-42))).repeat_interleave(
+            draws_each
+        )  # before and after the cut moves
         rows = torch.arange(len(shares))
         random = random_rows(
             len(shares),
