@@ -45,9 +45,12 @@ def _check_transport(name: str, choice: int, transfer: TransferConfig) -> Findin
 
 def _pull_with(name: str, transfer: TransferConfig) -> list[PullResult]:
     """Pull the whole pool of another process, several times, by one transport."""
+    from eagleray.workers.block_ops import select_block_ops  # imports torch, which takes seconds
+
     with SourceProcess(LAYOUT, NUM_BLOCKS, transfer) as source:
         store, done = MemoryBlockStore(LAYOUT, NUM_BLOCKS), Calls[PullResult]()
-        receiver = KVReceiver(LAYOUT, store, SystemClock(), transfer, make_transports([name], {}))
+        ops = select_block_ops("auto", LAYOUT)
+        receiver = KVReceiver(LAYOUT, store, SystemClock(), transfer, make_transports([name], {}, ops))
         try:
             for number in range(NUM_PULLS):
                 request_id = f"pull-{number}"

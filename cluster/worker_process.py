@@ -19,6 +19,7 @@ from eagleray.router.prefix_index.factory import INDEX_NAMESPACE, build_index
 from eagleray.router.prefix_index.publisher import IndexPublisher
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
+from eagleray.workers.block_ops import select_block_ops
 from eagleray.workers.build import ExecutorFactory, WorkerParts
 from eagleray.workers.worker import Worker
 
@@ -72,6 +73,7 @@ def build_worker_process(
     def new_text_stream(spec: RequestSpec) -> OutputText:
         return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
 
+    block_ops = select_block_ops(pool.engine.kernels, executor.layout)
     publisher, publishing = _start_publisher(config, place, clock)
     parts = WorkerParts(
         worker_id=place.worker_id,
@@ -82,11 +84,12 @@ def build_worker_process(
         new_text_stream=new_text_stream,
         clock=clock,
         host=place.host,
+        block_ops=block_ops,
         cache_listener=publisher,
     )
     if place.role is Role.PREFILL:
         return WorkerProcess(build_prefill_worker(parts), publishing)
-    transports = make_transports(config.transfer.transports, {place.worker_id: executor.kv})
+    transports = make_transports(config.transfer.transports, {place.worker_id: executor.kv}, block_ops)
     return WorkerProcess(build_decode_worker(parts, transports), publishing)
 
 

@@ -97,7 +97,7 @@ def select_kernels(
     try:
         if device != "cpu" or dtype not in ELEMENTS:
             raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
-        library = _load_best(cache_folder or user_cache_folder() / "kernels", num_threads)
+        library = load_best_library(num_threads, cache_folder)
     except NativeUnavailable as error:
         if choice == "native":
             raise
@@ -105,15 +105,16 @@ def select_kernels(
     return native_kernels(library, dtype, quantization)
 
 
-def _load_best(cache_folder: Path, num_threads: int) -> NativeLibrary:
-    """An old compiler may not know the best level of a new CPU."""
+def load_best_library(num_threads: int, cache_folder: Path | None = None) -> NativeLibrary:
+    """The native library for this machine; see ``select_kernels``. Raises ``NativeUnavailable``."""
+    folder = cache_folder or user_cache_folder() / "kernels"
     best, *others = supported_levels()
     try:
-        return load_library(best, cache_folder, num_threads)
-    except NativeUnavailable as error:
+        return load_library(best, folder, num_threads)
+    except NativeUnavailable as error:  # an old compiler may not know the best level of a new CPU
         for level in others:
             with suppress(NativeUnavailable):
-                return load_library(level, cache_folder, num_threads)
+                return load_library(level, folder, num_threads)
         raise error
 
 

@@ -7,9 +7,23 @@ copy, a broken network card), not against an attacker, who would need a keyed ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import xxhash
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOps:
+    """What is done with the bytes of a block, as views of its layer groups; the same results, however it is done.
+
+    Both let other threads of this process run meanwhile.
+    """
+
+    fingerprint: Callable[[str, Sequence[memoryview]], bytes]
+    copy: Callable[[str, Sequence[memoryview], Sequence[memoryview]], bytes]
 
 
 def fingerprint(layout_digest: str, views: Sequence[memoryview]) -> bytes:
@@ -22,3 +36,13 @@ def fingerprint(layout_digest: str, views: Sequence[memoryview]) -> bytes:
         hasher.update(view)
     digest: bytes = hasher.digest()
     return digest
+
+
+def copy_block(layout_digest: str, origins: Sequence[memoryview], targets: Sequence[memoryview]) -> bytes:
+    """Copy a block, view by view of the same sizes; returns the fingerprint of what has been copied."""
+    for origin, target in zip(origins, targets, strict=True):
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(origin, np.uint8))
+    return fingerprint(layout_digest, targets)
+
+
+PORTABLE_BLOCK_OPS: Final = BlockOps(fingerprint, copy_block)

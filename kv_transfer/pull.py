@@ -6,18 +6,20 @@ import contextlib
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from eagleray.core.clock import Clock
 from eagleray.core.config import TransferConfig
 from eagleray.core.errors import TransferError, TransportUnavailable
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion
-from eagleray.kv_transfer.fingerprint import fingerprint
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.plan import blocks_per_piece
 from eagleray.kv_transfer.session import PullSession
 from eagleray.kv_transfer.transport import BlockReader, BlockStore, Transport
 from eagleray.kv_transfer.wire import Announcement, Heartbeat, Received, Release, Subscribe
+
+_REPORTS_PER_LEASE: Final = 8  # one that comes late must not cost the lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Pull:
         self._last_announced_s: float | None = None
         self._idle_since_s = receiver.clock.now_s()
         self._copying_s = 0.0
+        self._reported_s = receiver.clock.now_s()
 
     def cancel(self) -> None:
         """End a wait that is going on now, and allow no other one."""
@@ -172,9 +175,8 @@ class Pull:
         start_s = receiver.clock.now_s()
         own_ids = [self._order.block_ids[notice.index - self._order.first_block] for notice in notices]
         into = [receiver.blocks.block_views(block_id) for block_id in own_ids]
-        reader.read([notice.slot for notice in notices], into, lambda: self._is_cancelled)
-        for notice, views in zip(notices, into, strict=True):
-            digest = fingerprint(receiver.layout_digest, views)
+        fingerprints = reader.read([notice.slot for notice in notices], into, lambda: self._is_cancelled)
+        for notice, digest in zip(notices, fingerprints, strict=True):
             if digest != notice.fingerprint:
                 raise TransferError(
                     f"block {notice.index} arrived with fingerprint {digest.hex()}, announced was "
@@ -182,9 +184,16 @@ class Pull:
                 )
             self._session.verified(notice)
         self._copying_s += receiver.clock.now_s() - start_s
-        if not (self._session.is_complete or self._lost):
-            link.send(Received(self._session.num_verified))
+        self._report_progress(link)
         return True
+
+    def _report_progress(self, link: Link) -> None:
+        """Now and then, so that the lease goes on: each report wakes the source, which costs as much as some blocks."""
+        now_s = self._receiver.clock.now_s()
+        is_due = now_s - self._reported_s >= self._receiver.config.lease_s / _REPORTS_PER_LEASE
+        if is_due and not (self._session.is_complete or self._lost):
+            link.send(Received(self._session.num_verified))
+            self._reported_s = now_s
 
     def _open_reader(self, link: Link) -> BlockReader:
         """With the first transport that connects these two workers."""

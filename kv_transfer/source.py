@@ -20,6 +20,7 @@ from eagleray.core.clock import Clock
 from eagleray.core.config import TransferConfig
 from eagleray.core.errors import ConfigError, TransferError
 from eagleray.core.kv_region import KVRegion
+from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.reactor import Reactor, run_guarded
 from eagleray.kv_transfer.session import SourceLedger, SourceProgress
@@ -46,10 +47,11 @@ class KVSource:
         clock: Clock,
         config: TransferConfig,
         on_released: Callable[[str], None],
+        ops: BlockOps = PORTABLE_BLOCK_OPS,
     ) -> None:
         digest, block_size_tokens = region.layout.digest(), region.layout.block_size_tokens
         ledger = SourceLedger(region.epoch, digest, block_size_tokens, config.lease_s)
-        self._state = SourceState(ledger, blocks, clock, config, digest, region.layout.block_bytes)
+        self._state = SourceState(ledger, blocks, clock, config, digest, region.layout.block_bytes, ops)
         self._on_released = on_released
         self._listener = _Listener(region.address, self._accept, self._state.stopping)
         self._region = msgspec.structs.replace(region, address=self._listener.address)

@@ -11,7 +11,7 @@ from typing import Final
 from eagleray.core.clock import Clock
 from eagleray.core.config import TransferConfig
 from eagleray.core.errors import TransferError
-from eagleray.kv_transfer.fingerprint import fingerprint
+from eagleray.kv_transfer.fingerprint import BlockOps
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.plan import blocks_per_piece
 from eagleray.kv_transfer.session import LeaseState, SourceLease, SourceLedger
@@ -40,6 +40,7 @@ class SourceState:
     config: TransferConfig
     layout_digest: str
     block_bytes: int
+    ops: BlockOps
     readers: dict[str, ReaderConnection] = field(default_factory=dict)  # by request id
     lock: threading.Lock = field(default_factory=threading.Lock)  # around the ledger, its leases, and readers
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -139,7 +140,7 @@ class ReaderConnection:
             piece = self._source.ledger.next_piece(self._lease, max_blocks)
         if piece is None:
             return False
-        digest, blocks = self._source.layout_digest, self._source.blocks
-        fingerprints = [fingerprint(digest, blocks.block_views(slot)) for slot in piece.slots]
+        digest, blocks, ops = self._source.layout_digest, self._source.blocks, self._source.ops
+        fingerprints = [ops.fingerprint(digest, blocks.block_views(slot)) for slot in piece.slots]
         self._link.queue(piece.announcement(self._lease.request_id, fingerprints))
         return True

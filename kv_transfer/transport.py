@@ -24,8 +24,11 @@ class BlockStore(Protocol):
 class BlockReader(Protocol):
     """Reads blocks of one source for one pull."""
 
-    def read(self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]) -> None:
-        """Copy block ``slots[i]`` of the source into the views ``into[i]``.
+    def read(
+        self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]
+    ) -> list[bytes]:
+        """Copy block ``slots[i]`` of the source into the views ``into[i]``; returns the fingerprints of what arrived
+        there, which is cheapest while the bytes are at hand.
 
         On return, also by an exception, nothing writes into the views any more. Looks at ``should_stop`` between
         blocks. Raises ``TransferError`` when stopped or when bytes are missing: then ``into`` holds anything.

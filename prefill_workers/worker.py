@@ -17,7 +17,7 @@ def build_prefill_worker(parts: WorkerParts) -> Worker:
     engine = Engine(parts.executor, parts.engine, parts.clock, parts.new_text_stream)
 
     def new_source(on_released: Callable[[str], None]) -> KVSource:
-        return KVSource(parts.region(), parts.executor.kv, parts.clock, parts.transfer, on_released)
+        return KVSource(parts.region(), parts.executor.kv, parts.clock, parts.transfer, on_released, parts.block_ops)
 
     def new_hand_over(schedule: Schedule) -> SourceHandOver:
         return SourceHandOver(new_source, schedule)

@@ -14,6 +14,7 @@ from eagleray.core.snapshot import Role
 from eagleray.engine.engine import Engine, EngineExecutor
 from eagleray.engine.outputs import TextStreamFactory
 from eagleray.engine.scheduling.plan import StepHandle, StepPlan
+from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.workers.hand_over import HandOver, Schedule
 from eagleray.workers.worker import CacheListener, Worker
@@ -64,6 +65,7 @@ class WorkerParts:
     new_text_stream: TextStreamFactory
     clock: Clock
     host: str = "127.0.0.1"
+    block_ops: BlockOps = PORTABLE_BLOCK_OPS
     cache_listener: CacheListener | None = None  # none: ingresses hear of the cache on their connections
 
     def region(self) -> KVRegion:

@@ -6,6 +6,7 @@ however the process ends, and no size limit of a shared-memory file system appli
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from typing import Final
@@ -17,10 +18,13 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 
 HEADER_BYTES: Final = 4096  # one page before the blocks: holds the cookie, and keeps them aligned
 COOKIE_BYTES: Final = 16
+_MADV_POPULATE_WRITE: Final = 23  # <linux/mman.h>; Python has no name for it
+_POPULATE_PIECE_BYTES: Final = 64 * 2**20
 
 
 class KVMemory:
-    """``num_blocks`` blocks of ``layout``, zero-filled; the system provides pages as they are first touched.
+    """``num_blocks`` blocks of ``layout``, zero-filled. Pages of shared memory are provided now, where the system can:
+    else the first hand-over into a block would take several times as long. Others come as they are first touched.
 
     Raises ``ConfigError`` when it does not fit into the memory that is free, or when sharing is not possible here.
     """
@@ -35,6 +39,8 @@ class KVMemory:
         self._fd = _create_memory_file(num_bytes) if shared else -1
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._mapping = mmap.mmap(self._fd, num_bytes, flags=flags)
+        if shared:
+            _populate(self._mapping)
         self._view = memoryview(self._mapping)
         self._cookie = os.urandom(COOKIE_BYTES)
         self._view[:COOKIE_BYTES] = self._cookie
@@ -103,3 +109,10 @@ def _create_memory_file(num_bytes: int) -> int:
     fd = os.memfd_create("eagleray-kv", os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
+
+
+def _populate(mapping: mmap.mmap) -> None:
+    """Have all pages provided. In pieces: other threads of this process wait while the system provides one."""
+    with contextlib.suppress(OSError):  # Linux before 5.14: they come when they are touched
+        for start in range(0, len(mapping), _POPULATE_PIECE_BYTES):
+            mapping.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_PIECE_BYTES, len(mapping) - start))

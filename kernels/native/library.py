@@ -34,8 +34,9 @@ _ARGUMENTS: Final = {
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
     ),
     "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
-    "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 6, _LONG, _INT),
+    "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 3, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
+    "fingerprint": (_ADDRESS, _LONG, *[_ADDRESS] * 3, _LONG, _ADDRESS),
 }
 _RESULTS: Final = {
     "panel_columns": _LONG,
@@ -43,6 +44,7 @@ _RESULTS: Final = {
     "rotate_and_store": _INT,
     "paged_attention": _INT,
     "sample_rows": _INT,
+    "fingerprint": _INT,
 }
 
 
@@ -65,6 +67,7 @@ class NativeLibrary:
     argmax_rows: Callable[..., None]
     sample_rows: Callable[..., int]
     copy_blocks: Callable[..., None]
+    fingerprint: Callable[..., int]
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:

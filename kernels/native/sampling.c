@@ -5,12 +5,9 @@
  * so far get their noise computed, some tens in a row of any length. The result is that of the reference, which
  * computes all of them.
  */
-#include "vectors.h"
+#include "truncation.h"
 
-enum {
-    BLOCK = 256,            /* tokens that are looked at together; their bounds fit into the first-level cache */
-    MANY_TOKENS = 1 << 15,  /* from where on a second thread saves more than it costs */
-};
+enum { MANY_TOKENS = 1 << 15 }; /* from where on a second thread saves more than it costs */
 
 /* ---- noise: see kernels/sampling/noise.py, which it equals bit for bit */
 
@@ -112,30 +109,36 @@ static struct candidate best_logit(const float *logits, int64_t size) {
     return (struct candidate){maximum, 0};
 }
 
-/* Scores of a block without their noise, and bounds of them with it; returns whether a bound reaches the best. */
-INLINE int bound_scores(const float *logits, int64_t count, float maximum, float temperature, uint64_t key,
-                        int64_t first, float best, float *scores, float *bounds) {
+/* Bounds of scores with their noise, minus infinity for what is not kept; returns whether one reaches the best. */
+INLINE int bound_scores(const float *scores, int64_t count, float lowest, uint64_t key, int64_t first, float best,
+                        float *bounds) {
     int in_reach = 0;
     for (int64_t i = 0; i < count; i++) {
-        scores[i] = (logits[i] - maximum) / temperature;
-        bounds[i] = scores[i] + gumbel_bound(token_bits(key, first + i));
+        float bound = scores[i] + gumbel_bound(token_bits(key, first + i));
+        bounds[i] = scores[i] >= lowest ? bound : -INFINITY;
         in_reach |= bounds[i] >= best;
     }
     return in_reach;
 }
 
-/* argmax of (logit - maximum) / temperature + noise, the lowest token among equals. */
-static int64_t sample_row(const float *logits, int64_t size, float temperature, uint64_t key) {
-    struct candidate top = best_logit(logits, size);
-    if (isinf(top.score)) return top.token; /* everything is forbidden, or something has no rival */
-    struct candidate best = {gumbel(token_bits(key, top.token)), top.token};
+INLINE int any_at_least(const float *scores, int64_t count, float lowest) {
+    int any = 0;
+    for (int64_t i = 0; i < count; i++) any |= scores[i] >= lowest;
+    return any;
+}
+
+/* argmax of score + noise over what is kept, the lowest token among equals; top is the token with the best score. */
+static int64_t draw(const struct row *row, int64_t top, uint64_t key, struct limit limit) {
+    struct candidate best = {gumbel(token_bits(key, top)), top};
     float scores[BLOCK], bounds[BLOCK];
-    for (int64_t first = 0; first < size; first += BLOCK) {
-        int64_t count = smaller(BLOCK, size - first);
-        if (!bound_scores(logits + first, count, top.score, temperature, key, first, best.score, scores, bounds))
-            continue;
+    for (int64_t first = 0; first < row->size; first += BLOCK) {
+        int64_t count = smaller(BLOCK, row->size - first);
+        row_scores(row, first, count, scores);
+        if (!any_at_least(scores, count, limit.lowest)) continue;
+        if (!bound_scores(scores, count, limit.lowest, key, first, best.score, bounds)) continue;
         for (int64_t i = 0; i < count; i++) {
             if (!(bounds[i] >= best.score)) continue;
+            if (scores[i] == limit.lowest && first + i > limit.last_token) continue;
             float score = scores[i] + gumbel(token_bits(key, first + i));
             if (score > best.score || (score == best.score && first + i < best.token))
                 best = (struct candidate){score, first + i};
@@ -150,18 +153,38 @@ void argmax_rows(const float *logits, int64_t stride, int64_t *out, int64_t rows
     for (int64_t row = 0; row < rows; row++) out[row] = best_logit(logits + row * stride, size).token;
 }
 
-/* out[n]: a draw from row rows[n] of logits [num_rows, size]. Returns 0, or -1 without having drawn anything if a row
- * is none of logits.
+/* The rows to draw from, and how. */
+struct draws {
+    const int64_t *rows;
+    const float *temperature;
+    const int64_t *seed, *choice, *position;
+    const int64_t *top_k;       /* the size of the vocabulary: all; or none: nothing is cut off, in this and the next */
+    const double *top_p;        /* 1: all */
+    const float *lowest_score;  /* minus infinity: all */
+};
+
+static int64_t sample_row(const float *logits, int64_t size, const struct draws *draws, int64_t n, uint64_t *keys) {
+    struct candidate top = best_logit(logits, size);
+    if (isinf(top.score)) return top.token; /* everything is forbidden, or something has no rival */
+    struct row row = {logits, size, top.score, draws->temperature[n]};
+    struct limit limit = {-INFINITY, size};
+    if (draws->top_k && (draws->top_k[n] < size || draws->top_p[n] < 1.0))
+        limit = truncate(&row, draws->top_k[n], draws->top_p[n], keys);
+    if (draws->lowest_score && draws->lowest_score[n] > limit.lowest)
+        limit = (struct limit){draws->lowest_score[n], size};
+    uint64_t key = row_key(draws->seed[n], draws->choice[n], draws->position[n]);
+    return draw(&row, top.token, key, limit);
+}
+
+/* out[n]: a draw from row draws->rows[n] of logits [num_rows, size]; keys [num_draws, size]: room to work in. Returns
+ * 0, or -1 without having drawn anything if a row is none of logits.
  */
-int sample_rows(const float *logits, int64_t stride, int64_t num_rows, int64_t size, const int64_t *rows,
-                const float *temperature, const int64_t *seed, const int64_t *choice, const int64_t *position,
-                int64_t *out, int64_t num_drawn, int num_threads) {
-    for (int64_t n = 0; n < num_drawn; n++)
-        if (rows[n] < 0 || rows[n] >= num_rows) return -1;
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_drawn * size >= MANY_TOKENS)
-    for (int64_t n = 0; n < num_drawn; n++) {
-        uint64_t key = row_key(seed[n], choice[n], position[n]);
-        out[n] = sample_row(logits + rows[n] * stride, size, temperature[n], key);
-    }
+int sample_rows(const float *logits, int64_t stride, int64_t num_rows, int64_t size, const struct draws *draws,
+                uint64_t *keys, int64_t *out, int64_t num_draws, int num_threads) {
+    for (int64_t n = 0; n < num_draws; n++)
+        if (draws->rows[n] < 0 || draws->rows[n] >= num_rows) return -1;
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_draws * size >= MANY_TOKENS)
+    for (int64_t n = 0; n < num_draws; n++)
+        out[n] = sample_row(logits + draws->rows[n] * stride, size, draws, n, keys + n * size);
     return 0;
 }

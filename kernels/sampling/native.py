@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+
 import torch
 from torch import Tensor
 
 from eagleray.kernels.native.arguments import require
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.sampling import reference
-from eagleray.kernels.sampling.batch import RandomRows, SamplingBatch
+from eagleray.kernels.sampling.batch import MinP, RandomRows, SamplingBatch, TopKTopP
 
 
 def sample_tokens(library: NativeLibrary, logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -16,7 +19,6 @@ def sample_tokens(library: NativeLibrary, logits: Tensor, batch: SamplingBatch) 
     logits = reference.adjust(logits, batch)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    require(logits[:1], (min(1, len(logits)), logits.shape[1]), torch.float32, "logits")
     random = batch.random
     if random is not None and len(random.rows) == len(logits):
         return sample_random(library, logits, random)
@@ -28,29 +30,48 @@ def sample_tokens(library: NativeLibrary, logits: Tensor, batch: SamplingBatch) 
 
 
 def sample_random(library: NativeLibrary, logits: Tensor, random: RandomRows) -> Tensor:
-    """See ``reference.sample_random``. Raises ``IndexError`` for a row that is none of ``logits``."""
-    num_drawn = len(random.rows)
-    rows, temperature = random.rows, random.temperature
-    if random.top_k_top_p is not None or random.min_p is not None:
-        logits = reference.truncated_scores(logits, random)
-        rows, temperature = torch.arange(num_drawn), torch.ones(num_drawn)
-    token_ids = torch.empty(num_drawn, dtype=torch.int64)
-    require(rows, (num_drawn,), torch.int64, "rows")
-    require(temperature, (num_drawn,), torch.float32, "temperature")
-    counters = {"seed": random.seed, "choice": random.choice, "position": random.position}
-    for name, counter in counters.items():
-        require(counter, (num_drawn,), torch.int64, name)
+    """See ``reference.sample_random``; each row of ``logits`` contiguous. Raises ``IndexError`` for a row that is none
+    of ``logits``."""
+    if logits.dtype is not torch.float32 or logits.stride(-1) != 1:
+        raise ValueError(f"logits are {logits.dtype} with strides {logits.stride()}; rows must be contiguous float32")
+    num_draws, vocab_size = len(random.rows), logits.shape[1]
+    per_draw = {"rows": random.rows, "seed": random.seed, "choice": random.choice, "position": random.position}
+    for name, values in per_draw.items():
+        require(values, (num_draws,), torch.int64, name)
+    require(random.temperature, (num_draws,), torch.float32, "temperature")
+    truncation = _top_k_top_p(random.top_k_top_p, num_draws, vocab_size)
+    lowest_score = _lowest_score(random.min_p, num_draws)
+    token_ids, keys = torch.empty(num_draws, dtype=torch.int64), torch.empty(num_draws, vocab_size, dtype=torch.int64)
+    draws = (random.rows, random.temperature, random.seed, random.choice, random.position, *truncation, lowest_score)
     status = library.sample_rows(
         logits.data_ptr(),
         logits.stride(0),
         *logits.shape,
-        rows.data_ptr(),
-        temperature.data_ptr(),
-        *(counter.data_ptr() for counter in counters.values()),
+        (ctypes.c_void_p * len(draws))(*(None if values is None else values.data_ptr() for values in draws)),
+        keys.data_ptr(),
         token_ids.data_ptr(),
-        num_drawn,
+        num_draws,
         library.num_threads,
     )
     if status != 0:
-        raise IndexError(f"rows {rows.tolist()} are not all within the {len(logits)} rows of logits")
+        raise IndexError(f"rows {random.rows.tolist()} are not all within the {len(logits)} rows of logits")
     return token_ids
+
+
+def _top_k_top_p(truncation: TopKTopP | None, num_draws: int, vocab_size: int) -> tuple[Tensor | None, Tensor | None]:
+    """int64 and float64 [num_draws]."""
+    if truncation is None:
+        return None, None
+    top_k = torch.full((num_draws,), vocab_size)
+    top_p = torch.ones(num_draws, dtype=torch.float64)
+    top_k[truncation.rows], top_p[truncation.rows] = truncation.top_k, truncation.top_p
+    return top_k, top_p
+
+
+def _lowest_score(truncation: MinP | None, num_draws: int) -> Tensor | None:
+    """float32 [num_draws]: what is below it, relative to the best, is cut off."""
+    if truncation is None:
+        return None
+    lowest = torch.full((num_draws,), -math.inf)
+    lowest[truncation.rows] = truncation.min_p.log()
+    return lowest

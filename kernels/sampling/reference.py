@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -11,6 +12,9 @@ from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRo
 from eagleray.kernels.sampling.noise import gumbel_noise
 
 _FORBIDDEN: Final = float("-inf")
+_LEAST_SCORE: Final = -28.0  # e^-28 < 2^-40
+_LOG2_E: Final = 6196328019  # times 2^32
+_POWER_SERIES: Final = tuple(round(2**31.5 * (-math.log(2)) ** n / math.factorial(n)) for n in range(8))
 
 
 def adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -70,15 +74,29 @@ def keep_top_k_top_p(scores: Tensor, truncation: TopKTopP) -> None:
     the ``top_k``, sum up to ``top_p`` (Holtzman et al., arXiv 1904.09751). Of equal tokens the lower ids stay."""
     chosen = scores[truncation.rows]
     token_ids = ranking_keys(chosen).topk(truncation.max_top_k, dim=-1).indices  # [K, max_top_k], best first
-    best = chosen.gather(1, token_ids).to(torch.float64)
     within_top_k = torch.arange(truncation.max_top_k, device=scores.device) < truncation.top_k[:, None]
-    # Not softmax: a running sum in float64 does not depend on how far other rows make this one wide.
-    weights = torch.where(within_top_k, (best - best[:, :1]).exp(), 0.0)
+    best = chosen.gather(1, token_ids)
+    weights = torch.where(within_top_k, weights_of(best - best[:, :1]), 0)
     cumulative = weights.cumsum(dim=-1)
     top_p = truncation.top_p[:, None]
-    within_top_p = (cumulative - weights < top_p * cumulative[:, -1:]) | (top_p >= 1.0)
+    wanted = top_p * cumulative[:, -1:].to(torch.float64)
+    within_top_p = ((cumulative - weights).to(torch.float64) < wanted) | (top_p >= 1.0)
     kept = torch.zeros_like(chosen, dtype=torch.bool).scatter_(1, token_ids, within_top_k & within_top_p)
     scores[truncation.rows] = chosen.masked_fill_(~kept, _FORBIDDEN)
+
+
+def weights_of(scores: Tensor) -> Tensor:
+    """int64, about 2^40 e^score for float32 ``scores``, at most 0; what is below 1 is 0.
+
+    By integers, whose sums are the same in whatever order, width and place they are added up: x = -score log2(e) is
+    n + f, and the power 2^-f a Taylor polynomial in f - 1/2, to five parts in 10^9.
+    """
+    x = (scores.clamp(min=_LEAST_SCORE) * -(2.0**24)).to(torch.int64) * _LOG2_E  # with 56 bits of fraction
+    fraction = ((x >> 26) & (2**30 - 1)) - 2**29  # 30 bits
+    power = torch.full_like(x, _POWER_SERIES[-1])  # 32 bits
+    for coefficient in reversed(_POWER_SERIES[:-1]):
+        power = ((power * fraction) >> 30) + coefficient
+    return (power << 8) >> (x >> 56)
 
 
 def keep_min_p(scores: Tensor, truncation: MinP) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eagleray.core.errors import TransferError, TransportUnavailable
 from eagleray.core.kv_region import KVRegion
+from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.transport import BlockStore
 
@@ -43,32 +44,43 @@ class LoopbackTransport:
 
     name = "loopback"
 
-    def __init__(self, stores: Mapping[str, BlockStore], fault: Fault = no_fault) -> None:
+    def __init__(
+        self, stores: Mapping[str, BlockStore], fault: Fault = no_fault, ops: BlockOps = PORTABLE_BLOCK_OPS
+    ) -> None:
         self._stores = stores
         self._fault = fault
+        self._ops = ops
 
     def open(self, source: KVRegion, link: Link) -> LoopbackReader:
         store = self._stores.get(source.worker_id)
         if store is None:
             raise TransportUnavailable(f"worker {source.worker_id} is not in this process")
-        return LoopbackReader(store, self._fault)
+        return LoopbackReader(store, self._fault, self._ops, source.layout.digest())
 
     def close(self) -> None:
         """Nothing is kept between pulls."""
 
 
 class LoopbackReader:
-    def __init__(self, store: BlockStore, fault: Fault) -> None:
+    def __init__(self, store: BlockStore, fault: Fault, ops: BlockOps, layout_digest: str) -> None:
         self._store = store
         self._fault = fault
+        self._ops = ops
+        self._layout_digest = layout_digest
 
-    def read(self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]) -> None:
+    def read(
+        self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]
+    ) -> list[bytes]:
+        fingerprints = []
         for slot, views in zip(slots, into, strict=True):
             if should_stop():
                 raise TransferError("the transfer was stopped here")
-            for target, origin in zip(views, self._store.block_views(slot), strict=True):
-                target[:] = origin
-            self._fault(slot, views)
+            fingerprint = self._ops.copy(self._layout_digest, self._store.block_views(slot), views)
+            if self._fault is not no_fault:
+                self._fault(slot, views)
+                fingerprint = self._ops.fingerprint(self._layout_digest, views)
+            fingerprints.append(fingerprint)
+        return fingerprints
 
     def close(self) -> None:
         """The store belongs to its worker."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from eagleray.core.errors import TransferError, TransportUnavailable
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef, local_host_id
+from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.link import Link
 
 
@@ -31,7 +32,8 @@ class SharedMemoryTransport:
 
     name = "shared_memory"
 
-    def __init__(self) -> None:
+    def __init__(self, ops: BlockOps = PORTABLE_BLOCK_OPS) -> None:
+        self._ops = ops
         self._lock = threading.Lock()
         self._mappings: dict[str, _Mapping] = {}  # by worker id
 
@@ -46,7 +48,7 @@ class SharedMemoryTransport:
             mapping = self._mappings.get(source.worker_id)
             if mapping is None or mapping.ref != ref:
                 mapping = self._mappings[source.worker_id] = _Mapping(ref, _map_file(ref))
-        return SharedMemoryReader(mapping.data, source.layout, source.group_offsets)
+        return SharedMemoryReader(mapping.data, source.layout, source.group_offsets, self._ops)
 
     def close(self) -> None:
         with self._lock:
@@ -60,25 +62,35 @@ class SharedMemoryTransport:
 
 
 class SharedMemoryReader:
-    """Copies with numpy, because that lets other threads of this process run meanwhile; a memoryview would not."""
-
-    def __init__(self, data: npt.NDArray[np.uint8], layout: KVLayout, group_offsets: Sequence[int]) -> None:
+    def __init__(
+        self, data: npt.NDArray[np.uint8], layout: KVLayout, group_offsets: Sequence[int], ops: BlockOps
+    ) -> None:
         self._data = data
+        self._ops = ops
+        self._layout_digest = layout.digest()
         sizes = [group.block_bytes(layout.block_size_tokens) for group in layout.groups]
         self._groups = list(zip(group_offsets, sizes, strict=True))
 
-    def read(self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]) -> None:
+    def read(
+        self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]
+    ) -> list[bytes]:
+        fingerprints = []
         for slot, views in zip(slots, into, strict=True):
             if should_stop():
                 raise TransferError("the transfer was stopped here")
-            for (offset, size), view in zip(self._groups, views, strict=True):
-                start = offset + slot * size
-                if slot < 0 or start + size > len(self._data):
-                    raise TransferError(f"block {slot} lies outside of the source's shared memory")
-                np.copyto(np.frombuffer(view, np.uint8), self._data[start : start + size])
+            fingerprints.append(self._ops.copy(self._layout_digest, self._block_views(slot), views))
+        return fingerprints
 
     def close(self) -> None:
         self._data = np.empty(0, np.uint8)  # not a slice, which would keep the mapping
+
+    def _block_views(self, slot: int) -> list[memoryview]:
+        """Of the source's block, read-only."""
+        starts = [offset + slot * size for offset, size in self._groups]
+        ends = [start + size for start, (_, size) in zip(starts, self._groups, strict=True)]
+        if slot < 0 or max(ends) > len(self._data):
+            raise TransferError(f"block {slot} lies outside of the source's shared memory")
+        return [self._data[start:end].data for start, end in zip(starts, ends, strict=True)]
 
 
 def _path(ref: SharedMemoryRef) -> str:

@@ -55,10 +55,13 @@ class WatchedReader:
         self._inner = inner
         self._transport = transport
 
-    def read(self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]) -> None:
+    def read(
+        self, slots: Sequence[int], into: Sequence[Sequence[memoryview]], should_stop: Callable[[], bool]
+    ) -> list[bytes]:
         self._transport.before_read(slots)
-        self._inner.read(slots, into, should_stop)
+        fingerprints = self._inner.read(slots, into, should_stop)
         self._transport.reads(tuple(slots))
+        return fingerprints
 
     def close(self) -> None:
         self._inner.close()

@@ -11,6 +11,7 @@ from torch import Tensor
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.sampling import api, native
 from eagleray.kernels.sampling.batch import LogitBias, MinP, RandomRows, SamplingBatch, TopKTopP
+from eagleray.kernels.sampling.reference import weights_of
 
 INFINITY = math.inf
 
@@ -149,3 +150,23 @@ def test_rows_without_truncation_mix_with_those_that_have_it(library: NativeLibr
     logits = torch.randn(30, 1000, generator=generator(5)) * 3
     random = truncated(torch.tensor([1, 4, 5]), 1000, name, num_rows=8, rows=torch.arange(10, 18))
     assert_same(library, logits, SamplingBatch(random=random))
+
+
+def test_a_share_that_ends_exactly_between_two_tokens_is_cut_where_the_reference_cuts(library: NativeLibrary) -> None:
+    """A weight that differs in one unit of 2^-40 would move the cut, and the tokens beside it are drawn often."""
+    draws_each = 12
+    for seed in range(12):
+        logits = torch.rand(8, generator=generator(seed)).sort(descending=True).values * 3
+        weights = weights_of(logits - logits[0])
+        ends = weights.cumsum(0)[:-1].double() / weights.sum().double()
+        shares = torch.cat((ends, ends * (1 + 2.0**-42))).repeat_interleave(
+            draws_each
+        )  # before and after the cut moves
+        rows = torch.arange(len(shares))
+        random = random_rows(
+            len(shares),
+            seed,
+            temperature=torch.ones(len(shares)),
+            top_k_top_p=TopKTopP(rows, torch.full((len(shares),), 8), shares, 8),
+        )
+        assert_same(library, logits.expand(len(shares), 8).contiguous(), SamplingBatch(random=random))

@@ -197,6 +197,19 @@ def test_a_busy_source_is_waited_for_and_a_silent_one_is_not(bench: Bench) -> No
     assert "no sign of life for stall_deadline_s=5" in result.reason
 
 
+def test_progress_is_reported_when_the_lease_needs_it_and_not_with_every_piece(bench: Bench) -> None:
+    clock = ManualClock()
+    bench.receiver(clock=clock).pull("r", bench.played.region, 0, range(8), bench.done)
+    link = bench.played.accept()
+    link.wait_for(Subscribe)
+    clock.advance(CONFIG.lease_s / 8)
+    link.send(Announcement("r", bench.played.notices(*range(8)), 32, is_last=True, token_ids=(7,)))
+    assert link.wait_for(Release) == Release()
+    assert link.poll_frame() == Received(2)  # after the first of four pieces
+    with pytest.raises(TransferError, match="closed"):  # so nothing else was said
+        link.poll_frame()
+
+
 def test_stopped_sources_hold_up_the_others_no_longer_than_the_deadline(bench: Bench) -> None:
     config = TransferConfig(stall_deadline_s=0.3, num_threads=2)
     receiver = bench.receiver([TcpTransport()], config)

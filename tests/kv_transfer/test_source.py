@@ -14,7 +14,7 @@ from eagleray.core.config import TransferConfig
 from eagleray.core.errors import ConfigError, TransferError
 from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.kv_transfer.fake import Calls, MemoryBlockStore
-from eagleray.kv_transfer.fingerprint import fingerprint
+from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, fingerprint
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.session import LAST_WORDS_S, SourceLedger, SourceProgress
 from eagleray.kv_transfer.source import KVSource
@@ -249,7 +249,7 @@ def test_a_reader_in_the_middle_of_its_bytes_gets_them_and_then_the_reason(bench
 def test_a_first_reader_that_gave_up_does_not_take_the_second_one_along() -> None:
     ledger = SourceLedger(1, LAYOUT.digest(), LAYOUT.block_size_tokens, CONFIG.lease_s)
     store, clock = MemoryBlockStore(LAYOUT, 2), ManualClock()
-    state = SourceState(ledger, store, clock, CONFIG, LAYOUT.digest(), LAYOUT.block_bytes)
+    state = SourceState(ledger, store, clock, CONFIG, LAYOUT.digest(), LAYOUT.block_bytes, PORTABLE_BLOCK_OPS)
     pairs = [socket.socketpair() for _ in range(2)]
     first, second = (ReaderConnection(state, Link(ours, clock, 5.0, "reader")) for ours, _ in pairs)
     for _, theirs in pairs:
