@@ -67,7 +67,7 @@ def test_pools_share_what_the_budget_leaves_and_the_total_stays_within_it() -> N
 def test_weights_count_once_where_they_are_shared_and_once_per_worker_where_not() -> None:
     shared = plan_memory(config("8GiB"), MODEL, None)
     assert shared.weights_bytes == weight_bytes(MODEL, "float32")
-    for private in ({"packed_weights_bytes": 0}, {"dtype": "bfloat16"}):
+    for private in ({"packed_weights_bytes": 0}, {"dtype": "float16"}):
         assert plan_memory(config("8GiB", model=private), MODEL, None).weights_bytes == 2 * shared.weights_bytes
 
 
