@@ -125,9 +125,7 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
     return (-(-num_tokens // layout.block_size_tokens) + 1) * layout.block_bytes
 
 
-def weight_bytes(
-    model: ModelConfig, dtype: str, is_packed: bool = True, quantization: str | None = None
-) -> int:
+def weight_bytes(model: ModelConfig, dtype: str, is_packed: bool = True, quantization: str | None = None) -> int:
     """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them, less
     where they are quantised. Not packed, they are all of ``dtype``, and a tied head is the embedding."""
     hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads

@@ -19,8 +19,8 @@ class LinearProduct(Protocol):
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], in ``dtype`` or else that of ``x``; ``residual`` is of the shape and
-        dtype of the result."""
+        """[..., in_features] -> [..., out_features], in ``dtype`` or else that of ``x``; ``residual`` is of
+        the shape and dtype of the result."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def quantize_weight(weight: torch.Tensor, quantization: Quantization) -> Quantiz
     scales = torch.empty(in_features // group, out_features)
     for first in range(0, out_features, _ROWS_AT_ONCE):  # a float32 copy of a large weight never exists whole
         rows = slice(first, first + _ROWS_AT_ONCE)
-        grouped = weight[rows].float().unflatten(1, (-1, group))
+        grouped = weight[rows].float().view(-1, in_features // group, group)
         scale = grouped.abs().amax(-1) / _LARGEST[quantization]
         scales[:, rows] = scale.T
         values[rows] = _round(grouped, scale).flatten(1).to(torch.int8)

@@ -73,8 +73,7 @@ def request_tiles() -> bool:
     """Ask Linux for the state of AMX tiles, which it gives to processes that ask only; whether it was granted."""
     if platform.system() != "Linux":
         return False
-    status: int = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
-    return status == 0
+    return bool(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 def _cpu_features() -> set[str]:
