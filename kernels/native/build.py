@@ -59,7 +59,7 @@ def _amx_is_permitted() -> bool:
     """Asks for it. The first CPUs with AMX had its bfloat16 and AVX512_BF16 too, and all later ones have."""
     if platform.system() != "Linux":
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 def build_library(level: str, cache_folder: Path) -> Path:
