@@ -73,13 +73,17 @@ struct rotation {
 /* Dimension i turns together with i + head_dim / 2. From and to may be the same. */
 INLINE void rotate_head(const void *head, const void *cos, const void *sin, void *out, int64_t head_dim,
                         const int element, const int out_element) {
-    for (int64_t i = 0; i < head_dim / 2; i++) {
-        int64_t j = i + head_dim / 2;
-        float first = load_element(head, i, element), second = load_element(head, j, element);
-        float turned = first * load_element(cos, i, element) - second * load_element(sin, i, element);
-        store_element(out, j, second * load_element(cos, j, element) + first * load_element(sin, j, element),
-                      out_element);
-        store_element(out, i, turned, out_element);
+    int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i += LANES) {
+        int64_t j = i + half, count = half - i;
+        vector first = load_some(element_at(head, i, element), count, element);
+        vector second = load_some(element_at(head, j, element), count, element);
+        vector first_turned = first * load_some(element_at(cos, i, element), count, element) -
+                              second * load_some(element_at(sin, i, element), count, element);
+        vector second_turned = second * load_some(element_at(cos, j, element), count, element) +
+                               first * load_some(element_at(sin, j, element), count, element);
+        store_some((void *)element_at(out, i, out_element), first_turned, count, out_element);
+        store_some((void *)element_at(out, j, out_element), second_turned, count, out_element);
     }
 }
 
@@ -104,9 +108,10 @@ INLINE void rotate_and_store_token(const struct rotation *job, void *heads, cons
     const void *values = element_at(heads, (job->num_heads + job->num_kv_heads) * head_dim, element);
     int64_t first_value = first + job->num_kv_heads * page;
     for (int64_t h = 0; h < job->num_kv_heads; h++)
-        for (int64_t i = 0; i < head_dim; i++)
-            store_element(job->kv, first_value + h * page + i, load_element(values, h * head_dim + i, element),
-                          kv_element);
+        for (int64_t i = 0; i < head_dim; i += LANES)
+            store_some((void *)element_at(job->kv, first_value + h * page + i, kv_element),
+                       load_some(element_at(values, h * head_dim + i, element), head_dim - i, element), head_dim - i,
+                       kv_element);
 }
 
 /* Returns 0, or -1 without having written anything if a slot lies outside the pool. */

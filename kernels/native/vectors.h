@@ -75,14 +75,19 @@ INLINE vector load_vector(const void *source, int element) {
     return (vector)(__builtin_convertvector(*(const half_vector *)source, bit_vector) << 16);
 }
 
+/* As to_bfloat16, in the low half of each lane. */
+INLINE bit_vector bfloat16_bits(vector value) {
+    bit_vector bits = (bit_vector)value, is_nan = (bit_vector)(value != value);
+    bit_vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (is_nan & 0x7fc0) | (~is_nan & rounded);
+}
+
 INLINE void store_vector(void *target, vector value, int element) {
     if (element == FLOAT32) {
         *(loose_vector *)target = value;
         return;
     }
-    bit_vector bits = (bit_vector)value, is_nan = (bit_vector)(value != value);
-    bit_vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(half_vector *)target = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), half_vector);
+    *(half_vector *)target = __builtin_convertvector(bfloat16_bits(value), half_vector);
 }
 
 /* The same for the end of a row: no more than `count` elements are touched; lanes beyond are zero. */
@@ -105,10 +110,7 @@ INLINE void store_some(void *target, vector value, int64_t count, int element) {
 
 /* As if stored and loaded again. */
 INLINE vector round_to(vector value, int element) {
-    if (element == FLOAT32) return value;
-    uint16_t buffer[LANES];
-    store_vector(buffer, value, element);
-    return load_vector(buffer, element);
+    return element == FLOAT32 ? value : (vector)(bfloat16_bits(value) << 16);
 }
 
 INLINE vector choose(mask_vector mask, vector if_set, vector otherwise) {
