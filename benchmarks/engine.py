@@ -28,6 +28,7 @@ from rich.console import Console
 
 from eagleray.core.config import Config, parse_config
 from eagleray.core.errors import ConfigError
+from eagleray.kernels.native.build import NativeUnavailable
 
 _KV_MEMORY_BYTES: Final = 2**30
 _COUNTED_STEPS: Final = 8
@@ -174,9 +175,12 @@ def _decode_floor(engine: BenchmarkEngine, machine: Machine, options: argparse.N
 
 
 def _splits(config: Config, calls: dict[int, float]) -> list[StepSplit]:
-    """On an engine of its own, whose kernels are timed: that costs a little."""
+    """On an engine of its own, whose kernels are timed: that costs a little. None without native kernels."""
     clock = KernelClock()
-    engine = BenchmarkEngine(config, clock)
+    try:
+        engine = BenchmarkEngine(config, clock)
+    except NativeUnavailable:
+        return []
     splits = []
     for batch, num_calls in calls.items():
         engine.decode(batch, 1)

@@ -20,9 +20,7 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine, StepOutcome
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
-from eagleray.kernels.native.build import NativeUnavailable, supported_levels
-from eagleray.kernels.native.library import load_library
-from eagleray.kernels.select import Kernels, native_kernels, select_kernels, user_cache_folder
+from eagleray.kernels.select import Kernels, load_best_library, native_kernels
 from eagleray.models.registry import load_model_config
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
@@ -59,23 +57,14 @@ class KernelClock:
 
         return call
 
-    def kernels(self, dtype: torch.dtype, num_threads: int) -> Kernels:
-        """Those that an engine would select, timed: of native ones without the Python around them."""
-        try:
-            library = load_library(supported_levels()[0], user_cache_folder(), num_threads)
-        except NativeUnavailable:
-            kernels = select_kernels("torch", dtype, "cpu", num_threads)
-            operations: dict[str, Any] = {field.name: getattr(kernels, field.name) for field in fields(kernels)}
-            timed = {name: self.timed(operation) for name, operation in operations.items() if callable(operation)}
-            kernels = replace(kernels, **{**timed, "prepare_linear": kernels.prepare_linear})
-        else:
-            functions = {field.name: getattr(library, field.name) for field in fields(library)}
-            timed: dict[str, Any] = {
-                name: self.timed(function) for name, function in functions.items() if callable(function)
-            }
-            kernels = native_kernels(replace(library, **timed), dtype)
-        prepare = kernels.prepare_linear
-        return replace(kernels, prepare_linear=lambda weight, bias: self.timed(prepare(weight, bias)))
+    def kernels(self, config: Config, dtype: torch.dtype) -> Kernels:
+        """The native ones, timed without the Python around them. Raises ``NativeUnavailable``."""
+        library = load_best_library(config.decode.num_threads)
+        functions = {field.name: getattr(library, field.name) for field in fields(library)}
+        timed: dict[str, Any] = {
+            name: self.timed(function) for name, function in functions.items() if callable(function)
+        }
+        return native_kernels(replace(library, **timed), dtype, config.model.quantization)
 
 
 class CallCounter:
@@ -116,7 +105,7 @@ class BenchmarkEngine:
         self._tokenizer = Tokenizer.from_folder(config.model.folder)
         self._clock = clock or KernelClock()
         num_threads = config.decode.num_threads
-        kernels = clock.kernels(getattr(torch, self.dtype), num_threads) if clock else None
+        kernels = clock.kernels(config, getattr(torch, self.dtype)) if clock else None
         self._executor: LocalExecutor = build_executor(
             config.model, config.decode.engine, num_threads=num_threads, kernels=kernels
         )
