@@ -60,7 +60,8 @@ def test_every_make_target_exists(root: Path, pages: Any) -> None:
 
 def test_every_option_of_the_benchmark_exists(root: Path, pages: Any) -> None:
     runs = [words[1].removeprefix("ARGS=").split() for words in _commands(pages, "make") if words[0] == "bench"]
-    source = (root / "benchmarks" / "replay.py").read_text(encoding="utf-8")
+    files = ("replay.py", "load_run.py")  # the second has the options that all loads share
+    source = "".join((root / "benchmarks" / name).read_text(encoding="utf-8") for name in files)
     assert runs
     for words in runs:
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
