@@ -15,9 +15,9 @@ from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.weight_files import weight_files
+from eagleray.models.weight_filling import fill_view, require_filled
 from eagleray.models.weight_names import EMBEDDING, LM_HEAD, checkpoint_views
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"  # old checkpoints store what follows from the configuration
 
 
@@ -28,6 +28,7 @@ def load_model(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
     kernels: Kernels = TORCH_KERNELS,
+    field: str = "model.path",
 ) -> Decoder:
     """Build the decoder and fill it from ``model.safetensors`` or from the files of ``model.safetensors.index.json``.
 
@@ -38,6 +39,7 @@ def load_model(
         device: where the weights go.
         progress: called after each tensor with (tensors loaded, tensors in all).
         kernels: to compute with, for this dtype and device.
+        field: of the configuration that named the folder.
 
     Raises:
         ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
@@ -45,55 +47,36 @@ def load_model(
     decoder = Decoder(config, dtype, device, kernels)
     views = checkpoint_views(decoder)
     loaded: set[str] = set()
-    for path, name, read in _stored_tensors(folder):
+    for path, name, read in _stored_tensors(folder, field):
         if name == LM_HEAD and config.tie_word_embeddings:
             continue  # compared with the embedding below, which may come in a later file
         if name.endswith(_DERIVED_SUFFIX):
             continue
-        _fill(views, path, name, read())
+        fill_view(views, name, read(), field, path)
         loaded.add(name)
         if progress is not None:
             progress(len(loaded), len(views))
-    missing = [name for name in views if name not in loaded]
-    if missing:
-        count = f"{len(missing)} tensors, the first of them {missing[0]}" if len(missing) > 1 else missing[0]
-        raise ConfigError("model.path", str(folder), f"the checkpoint lacks {count}; fetch it again, whole")
+    require_filled(views, loaded, field, folder)
     if config.tie_word_embeddings:
-        _require_tied(folder, decoder.embedding)
+        _require_tied(folder, field, decoder.embedding)
     decoder.prepare()
     return decoder
 
 
-def _fill(views: dict[str, torch.Tensor], path: Path, name: str, tensor: torch.Tensor) -> None:
-    view = views.get(name)
-    if view is None:
-        raise ConfigError(
-            "model.path", str(path), f"tensor {name} has no place in the model that config.json describes"
-        )
-    if tensor.shape != view.shape:
-        shapes = f"{list(tensor.shape)}, config.json implies {list(view.shape)}"
-        raise ConfigError("model.path", str(path), f"tensor {name} has shape {shapes}; the two do not belong together")
-    if tensor.dtype not in _DTYPES:
-        raise ConfigError(
-            "model.path", str(path), f"tensor {name} is {tensor.dtype}; quantised weights are not supported"
-        )
-    view.copy_(tensor)
-
-
-def _require_tied(folder: Path, embedding: torch.Tensor) -> None:
+def _require_tied(folder: Path, field: str, embedding: torch.Tensor) -> None:
     """Some checkpoints store a tied head as well. If it differs, tying would change the result."""
-    for path, name, read in _stored_tensors(folder):
+    for path, name, read in _stored_tensors(folder, field):
         if name == LM_HEAD and not torch.equal(read().to(embedding), embedding):
             way_out = f"set it to false: {path.name} holds a {LM_HEAD} that differs from {EMBEDDING}"
             raise ConfigError("config.json: tie_word_embeddings", True, way_out)
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Callable[[], torch.Tensor]]]:
+def _stored_tensors(folder: Path, field: str) -> Iterator[tuple[Path, str, Callable[[], torch.Tensor]]]:
     """(file, tensor name, reader) of every tensor; the reader is valid until the next one is asked for."""
-    for path in weight_files(folder):
+    for path in weight_files(folder, field):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  not a dictionary
                     yield path, name, partial(file.get_tensor, name)
         except SafetensorError as error:
-            raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
+            raise ConfigError(field, str(path), f"is damaged ({error}); fetch it again") from None
