@@ -23,6 +23,7 @@ class Attention:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        input_size: int | None = None,  # of what queries, keys and values are made from; None: hidden_size
     ) -> None:
         self.head_dim = config.head_dim
         self._kernels = kernels
@@ -30,7 +31,11 @@ class Attention:
         self.sliding_window = config.sliding_window[layer_index]
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = Linear(
-            config.hidden_size, (query_size, kv_size, kv_size), bias=config.qkv_bias, dtype=dtype, device=device
+            input_size or config.hidden_size,
+            (query_size, kv_size, kv_size),
+            bias=config.qkv_bias,
+            dtype=dtype,
+            device=device,
         )
         self.output = Linear(query_size, (config.hidden_size,), bias=config.output_bias, dtype=dtype, device=device)
         self.query_norm = self.key_norm = None
@@ -41,19 +46,22 @@ class Attention:
 
     def __call__(
         self,
-        hidden: torch.Tensor,  # [T, hidden]
+        hidden: torch.Tensor,  # [T, input_size]
         cos_T: torch.Tensor,  # [T, D]
         sin_T: torch.Tensor,
         kv_layer: torch.Tensor,  # [num_blocks, 2, HKV, block_size, D]; the step's tokens are written
         plan: AttentionPlan,
         residual: torch.Tensor,  # [T, hidden]
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden], added to ``residual``."""
+        """[T, input_size] -> [T, hidden], added to ``residual``."""
         num_tokens = hidden.shape[0]
         heads = self.qkv(hidden).view(num_tokens, -1, self.head_dim)
         query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self._head_norms)
         context = self._kernels.paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
         return self.output(context.view(num_tokens, -1), residual)
+
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.qkv, self.output)
 
 
 def _head_norms(query_norm: RMSNorm | None, key_norm: RMSNorm | None) -> HeadNorms | None:

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from eagleray.core.errors import ConfigError
 from eagleray.models.weight_files import weight_files
+from eagleray.models.weight_filling import check_tensor, require_all
 from eagleray.models.weight_names import EMBEDDING, LM_HEAD
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"  # old checkpoints store what follows from the configuration
 
 
@@ -23,16 +23,17 @@ class Checkpoint:
     Raises ``ConfigError`` for files that are missing or damaged. They must not change while this is in use.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, field: str = "model.path") -> None:
         self._folder = folder
+        self._field = field  # of the configuration, that named the folder
         self._path_of: dict[str, Path] = {}
         self._tensors: dict[str, torch.Tensor] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder, field):
             try:
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
             except SafetensorError as error:
-                raise ConfigError("model.path", str(path), f"is damaged ({error}); fetch it again") from None
+                raise ConfigError(field, str(path), f"is damaged ({error}); fetch it again") from None
             self._tensors |= tensors
             self._path_of |= dict.fromkeys(tensors, path)
 
@@ -50,11 +51,8 @@ class Checkpoint:
         for name, tensor in self._tensors.items():
             if name.endswith(_DERIVED_SUFFIX) or (name == LM_HEAD and is_head_tied):
                 continue
-            self._check_tensor(name, tensor, shapes.get(name))
-        missing = [name for name in shapes if name not in self._tensors]
-        if missing:
-            count = f"{len(missing)} tensors, the first of them {missing[0]}" if len(missing) > 1 else missing[0]
-            raise ConfigError("model.path", str(self._folder), f"the checkpoint lacks {count}; fetch it again, whole")
+            check_tensor(name, tensor, shapes.get(name), self._field, self._path_of[name])
+        require_all(shapes, self._tensors, self._field, self._folder)
 
     def check_tied_head(self) -> None:
         """Some checkpoints store a tied head as well. If it differs, tying would change the result: ``ConfigError``."""
@@ -62,15 +60,3 @@ class Checkpoint:
         if head is not None and not torch.equal(head, self._tensors[EMBEDDING]):
             way_out = f"set it to false: {self._path_of[LM_HEAD].name} holds a {LM_HEAD} that differs from {EMBEDDING}"
             raise ConfigError("config.json: tie_word_embeddings", True, way_out)
-
-    def _check_tensor(self, name: str, tensor: torch.Tensor, shape: torch.Size | None) -> None:
-        path = str(self._path_of[name])
-        if shape is None:
-            raise ConfigError("model.path", path, f"tensor {name} has no place in the model that config.json describes")
-        if tensor.shape != shape:
-            shapes = f"{list(tensor.shape)}, config.json implies {list(shape)}"
-            raise ConfigError("model.path", path, f"tensor {name} has shape {shapes}; the two do not belong together")
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(
-                "model.path", path, f"tensor {name} is {tensor.dtype}; quantised weights are not supported"
-            )

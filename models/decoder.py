@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import nn
 from torch.nn.functional import embedding
@@ -50,6 +52,9 @@ class DecoderLayer:
         after_attention = self.attention(self.attention_norm(hidden), cos_T, sin_T, kv_layer, plan, hidden)
         return self.mlp(self.mlp_norm(after_attention), after_attention)
 
+    def linears(self) -> tuple[Linear, ...]:
+        return (*self.attention.linears(), *self.mlp.linears())
+
 
 class Decoder:
     """Token ids to hidden states to logits, with KV in a paged pool that the caller owns.
@@ -65,7 +70,7 @@ class Decoder:
         kernels: Kernels = TORCH_KERNELS,
     ) -> None:
         self.config = config
-        self._dtype = dtype
+        self.dtype = dtype  # that it computes in
         # A loader may put another dtype here: the checkpoint's own, mapped from its file.
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
@@ -84,13 +89,18 @@ class Decoder:
         )
         self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
 
-    def layer_group(self, dtype: str) -> LayerGroup:
+    def layer_group(self, dtype: str, name: str = "target") -> LayerGroup:
         """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
-        return self.config.kv_layer_group(dtype)
+        return self.config.kv_layer_group(dtype, name)
 
     @torch.inference_mode()
     def forward(
-        self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan
+        self,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+        num_layers: int | None = None,
     ) -> torch.Tensor:
         """Compute a step's tokens and write their KV.
 
@@ -99,15 +109,45 @@ class Decoder:
             positions_T: int64 [T], position of each token in its sequence.
             kv: the pool [num_blocks, L, 2, HKV, block_size, D], contiguous; written at ``plan.slots_T``.
             plan: of this step.
+            num_layers: leave after the first so many, straight for the final norm; None: run all.
 
         Returns:
             [T, hidden], after the final norm.
         """
-        hidden = embedding(input_ids_T, self.embedding).to(self._dtype)
+        return self._run_layers(input_ids_T, positions_T, kv, plan, num_layers, ())[0]
+
+    @torch.inference_mode()
+    def forward_with_features(
+        self,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+        capture_layers: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward``, and beside its result what a draft head reads: the residual stream entering each of
+        ``capture_layers`` (rising), side by side, [T, len(capture_layers) * hidden]; without any, the result itself."""
+        return self._run_layers(input_ids_T, positions_T, kv, plan, None, capture_layers)
+
+    def _run_layers(
+        self,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+        num_layers: int | None,
+        capture_layers: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = embedding(input_ids_T, self.embedding).to(self.dtype)
         cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
-        for layer, kv_layer in zip(self.layers, kv.unbind(1), strict=True):
+        captured = []
+        layers = zip(self.layers, kv.unbind(1), strict=True)
+        for index, (layer, kv_layer) in enumerate(islice(layers, num_layers)):
+            if index in capture_layers:
+                captured.append(hidden)
             hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
-        return self.norm(hidden)
+        normed = self.norm(hidden)
+        return normed, torch.cat(captured, dim=-1) if captured else normed
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

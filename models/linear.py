@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from eagleray.kernels.linear.api import LinearProduct
+from eagleray.kernels.linear.api import LinearFormat, LinearProduct
 from eagleray.kernels.linear.reference import TorchLinear
 
 
@@ -52,6 +52,11 @@ class Linear:
         self._product = product
         if not self.shares_weight:
             self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
+
+    def prepare(self, linear_format: LinearFormat | None) -> None:
+        """Bring the weights, filled by now, into that format; None: leave them."""
+        if linear_format is not None:
+            self.adopt(linear_format.bind(linear_format.pack(self.weight.detach(), self.bias)))
 
     def weight_parts(self) -> tuple[torch.Tensor, ...]:
         """A view [out_features[i], in_features] per fused projection."""

@@ -32,6 +32,7 @@ def load_model(
     progress: OnTensors | None = None,
     kernels: Kernels = TORCH_KERNELS,
     packed_files: PackedWeightFiles | None = None,
+    field: str = "model.path",
 ) -> Decoder:
     """Build the decoder with the weights of ``model.safetensors``, or of the files of its index.
 
@@ -44,12 +45,13 @@ def load_model(
         kernels: to compute with, for this dtype and device.
         packed_files: where packed weights are kept for the next start and shared with other processes; None: this
             process packs for itself.
+        field: of the configuration that named the folder.
 
     Raises:
         QuantizationUnsupported: the kernels' formats cannot hold a weight of this shape.
         ConfigError: a file or tensor is missing, unexpected, damaged, or of the wrong shape or type.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, field)
     decoder = Decoder(config, dtype, device, kernels)  # its memory is not touched until it is filled
     views = checkpoint_views(decoder)
     checkpoint.check({name: view.shape for name, view in views.items()}, is_head_tied=config.tie_word_embeddings)

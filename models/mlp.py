@@ -23,3 +23,6 @@ class GatedMLP:
     def __call__(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden], added to ``residual``."""
         return self.down(self._silu_and_multiply(self.gate_up(hidden)), residual)
+
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.gate_up, self.down)

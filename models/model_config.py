@@ -115,6 +115,6 @@ class ModelConfig:
             return requested
         return "float32" if device == "cpu" else self.dtype
 
-    def kv_layer_group(self, dtype: str) -> LayerGroup:
+    def kv_layer_group(self, dtype: str, name: str = "target") -> LayerGroup:
         """What one block of this model's KV looks like with elements of ``dtype``, a key of ``DTYPE_BYTES``."""
-        return LayerGroup("target", self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+        return LayerGroup(name, self.num_layers, self.num_kv_heads, self.head_dim, dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ def random_model(
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(config, dtype, device)
     for name, view in checkpoint_views(decoder).items():
-        noise = torch.randn(view.shape, generator=generator)
-        if view.ndim == 2:
-            view.copy_(noise * view.shape[1] ** -0.5)
-        else:
-            view.copy_(noise * 0.1 + (0.0 if name.endswith(".bias") else 1.0))
+        view.copy_(random_tensor(name, view.shape, generator))
     return decoder
+
+
+def random_tensor(name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Float32 weights as a layer of that name has them: of a matrix, a bias or a norm."""
+    noise = torch.randn(tuple(shape), generator=generator)
+    if noise.ndim == 2:
+        return noise * math.pow(noise.shape[1], -0.5)
+    return noise * 0.1 + (0.0 if name.endswith(".bias") else 1.0)
 
 
 def save_random_checkpoint(folder: Path, config: Mapping[str, Any], seed: int) -> None:

@@ -54,43 +54,59 @@ _NEUTRAL_VALUES: Final[Mapping[str, tuple[object, ...]]] = {
 }
 
 
-def load_model_config(folder: Path) -> ModelConfig:
+def load_model_config(folder: Path, field: str = "model.path") -> ModelConfig:
     """Read ``config.json``, and the end-of-sequence ids of ``generation_config.json`` where there is one.
 
-    Raises ``ConfigError`` for everything in it that changes the result and that we do not support.
+    Raises ``ConfigError`` for everything in it that changes the result and that we do not support; where the folder
+    itself is wrong, for ``field``.
     """
-    fields = Fields(_read_json(folder / "config.json"))
+    fields = read_config_json(folder, field)
     family = _find_family(fields)
-    for name, neutral in _NEUTRAL_VALUES.items():
-        if fields.raw(name) is not None and fields.raw(name) not in neutral:
-            raise fields.error(name, "is not supported; use a checkpoint of the plain dense model without it")
-    config = family.read(fields)
+    architectures = fields.raw("architectures")
+    if architectures is not None and architectures != [family.architecture]:
+        way_out = f"is not supported; for {fields.raw('model_type')} it must be [{family.architecture}]"
+        raise fields.error("architectures", way_out)
+    config = read_decoder_config(fields)
     generation_path = folder / "generation_config.json"
     if not generation_path.exists():
         return config
-    eos_token_ids = Fields(_read_json(generation_path)).token_ids("eos_token_id")
+    eos_token_ids = Fields(_read_json(generation_path, field)).token_ids("eos_token_id")
     return replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
 
 
+def read_config_json(folder: Path, field: str) -> Fields:
+    """A checkpoint's ``config.json``. Raises ``ConfigError`` for ``field`` if that is no file with a JSON object."""
+    return Fields(_read_json(folder / "config.json", field))
+
+
+def read_decoder_config(fields: Fields) -> ModelConfig:
+    """What a ``config.json``, or the part of one that describes decoder layers, says. Raises ``ConfigError``."""
+    refuse_unsupported(fields)
+    return _find_family(fields).read(fields)
+
+
+def refuse_unsupported(fields: Fields) -> None:
+    """Raises ``ConfigError`` for what changes the result in any family and is supported in none."""
+    for name, neutral in _NEUTRAL_VALUES.items():
+        if fields.raw(name) is not None and fields.raw(name) not in neutral:
+            raise fields.error(name, "is not supported; use a checkpoint of the plain dense model without it")
+
+
 def _find_family(fields: Fields) -> Family:
-    model_type, architectures = fields.raw("model_type"), fields.raw("architectures")
+    model_type = fields.raw("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise fields.error("model_type", f"is not supported; supported: {', '.join(FAMILIES)}")
-    if architectures is not None and architectures != [family.architecture]:
-        raise fields.error("architectures", f"is not supported; for {model_type} it must be [{family.architecture}]")
     return family
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, field: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            "model.path", str(path.parent), f"has no {path.name}; give the folder of a checkpoint"
-        ) from None
+        raise ConfigError(field, str(path.parent), f"has no {path.name}; give the folder of a checkpoint") from None
     except (OSError, ValueError) as error:
-        raise ConfigError("model.path", str(path), f"cannot be read: {error}") from None
+        raise ConfigError(field, str(path), f"cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError("model.path", str(path), "must hold a JSON object")
+        raise ConfigError(field, str(path), "must hold a JSON object")
     return content

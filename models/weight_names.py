@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
+from eagleray.models.attention import Attention
 from eagleray.models.decoder import Decoder
 from eagleray.models.linear import Linear
+from eagleray.models.mlp import GatedMLP
 from eagleray.models.norm import RMSNorm
 
 EMBEDDING: Final = "model.embed_tokens.weight"
@@ -24,7 +26,7 @@ _LAYER_LINEARS: Final = (
     ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.down", ("mlp.down_proj",)),
 )
-_LAYER_NORMS: Final = (
+DECODER_LAYER_NORMS: Final = (
     ("input_layernorm", "attention_norm"),
     ("post_attention_layernorm", "mlp_norm"),
 )
@@ -32,6 +34,13 @@ _HEAD_NORMS: Final = (
     ("self_attn.q_norm", "attention.query_norm"),
     ("self_attn.k_norm", "attention.key_norm"),
 )
+
+
+class LayerParts(Protocol):
+    """A layer that names the parts all kinds have as the decoder's does."""
+
+    attention: Attention
+    mlp: GatedMLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ def linear_names(decoder: Decoder) -> Iterator[LinearNames]:
 def norm_views(decoder: Decoder) -> dict[str, torch.Tensor]:
     """A writable view of every norm's weight, by checkpoint name."""
     views = {"model.norm.weight": decoder.norm.weight.data}
-    names = _LAYER_NORMS + (_HEAD_NORMS if decoder.config.qk_norm else ())
+    names = DECODER_LAYER_NORMS + (_HEAD_NORMS if decoder.config.qk_norm else ())
     for index, layer in enumerate(decoder.layers):
         for name, module in names:
             norm: RMSNorm = attrgetter(module)(layer)
@@ -78,4 +87,25 @@ def checkpoint_views(decoder: Decoder) -> dict[str, torch.Tensor]:
         if not names.linear.shares_weight:
             views |= zip(names.weights, (part.detach() for part in names.linear.weight_parts()), strict=True)
         views |= zip(names.biases, (part.detach() for part in names.linear.bias_parts()), strict=True)
+    return views
+
+
+def layer_views(
+    prefix: str, layer: LayerParts, norms: Sequence[tuple[str, str]] = DECODER_LAYER_NORMS
+) -> dict[str, torch.Tensor]:
+    """The same for one layer, with ``prefix`` before each name.
+
+    ``norms``: of the layer besides those of the heads, as pairs (name in the checkpoint, our module).
+    """
+    views = {}
+    for name, module in (*norms, *(_HEAD_NORMS if layer.attention.query_norm is not None else ())):
+        norm: RMSNorm = attrgetter(module)(layer)
+        views[f"{prefix}{name}.weight"] = norm.weight.data
+    for module, projections in _LAYER_LINEARS:
+        linear: Linear = attrgetter(module)(layer)
+        names = [f"{prefix}{projection}" for projection in projections]
+        for name, part in zip(names, linear.weight_parts(), strict=True):
+            views[f"{name}.weight"] = part.detach()
+        for name, part in zip(names, linear.bias_parts(), strict=False):
+            views[f"{name}.bias"] = part.detach()
     return views

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ CONFIG = ModelConfig(
     qkv_bias=True,
     qk_norm=True,
 )
+ParametersOf = Callable[[object], Iterator[torch.nn.Parameter]]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -66,23 +67,13 @@ def test_every_tensor_arrives_in_its_place(tmp_path: Path, is_sharded: bool) -> 
     }
 
 
-def test_the_views_cover_every_parameter_exactly_once() -> None:
+def test_the_views_cover_every_parameter_exactly_once(parameters_of: ParametersOf) -> None:
     decoder = random_model(CONFIG, seed=1)
     for view in checkpoint_views(decoder).values():
         view.zero_()
     for view in checkpoint_views(decoder).values():
         view.add_(1)
-    assert all(bool((parameter == 1).all()) for parameter in _parameters(decoder))
-
-
-def _parameters(part: object) -> Iterator[torch.nn.Parameter]:
-    """Every parameter that the decoder or one of its parts holds; a shared one as often as it is held."""
-    for held in vars(part).values():
-        for value in held if isinstance(held, list) else [held]:
-            if isinstance(value, torch.nn.Parameter):
-                yield value
-            elif type(value).__module__.startswith("eagleray.models.") and hasattr(value, "__dict__"):
-                yield from _parameters(value)
+    assert all(bool((parameter == 1).all()) for parameter in parameters_of(decoder))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

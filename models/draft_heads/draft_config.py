@@ -1,0 +1,50 @@
+"""Draft heads as values: everything their networks need to know, whatever format a checkpoint has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eagleray.core.kv_layout import LayerGroup
+from eagleray.models.model_config import ModelConfig
+
+ProjectionNorm = Literal["none", "whole", "each"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagleConfig:
+    """An EAGLE head of version 1, 2 (which differ in how they are used, not in the network) or 3."""
+
+    layers: ModelConfig  # of the head's own layers; vocab_size is the target's
+    target_hidden_size: int
+    capture_layers: tuple[int, ...]  # whose input the head reads (version 3); none: the target's result (1 and 2)
+    draft_vocab_size: int
+    has_embedding: bool  # its own rather than the target's
+    has_lm_head: bool
+    fusion_bias: bool = False  # of the layer that fuses token and feature (1 and 2)
+    norm_before_residual: bool = False  # the residual stream starts from the normed feature (3)
+    projection_norm: ProjectionNorm = "none"  # over the captured streams, as a whole or each (3)
+    norm_output: bool = False  # what is fed back has passed the final norm (3)
+
+    @property
+    def is_eagle3(self) -> bool:
+        return bool(self.capture_layers)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of ``Decoder.forward_with_features``' second result, for this head."""
+        return self.target_hidden_size * max(1, len(self.capture_layers))
+
+    def kv_layer_group(self, dtype: str) -> LayerGroup:
+        """What one block of the head's KV looks like with elements of ``dtype``, a key of ``DTYPE_BYTES``."""
+        return self.layers.kv_layer_group(dtype, "draft")
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaConfig:
+    """Medusa heads; their width and vocabulary are the target's."""
+
+    num_heads: int
+    num_layers: int  # residual blocks of each head
+    hidden_size: int
+    vocab_size: int
