@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -134,7 +135,7 @@ class Reader:
     def hand_over(self, num_blocks: int) -> float:
         """Seconds from the end of prefill to the end of the pull."""
         number, blocks = len(self._done.values), range(num_blocks)
-        request_id = f"{id(self)}-{number}"
+        request_id = f"{uuid.uuid4().hex}-{number}"
         self._source.ask("open", self._verify, request_id)
         self._receiver.pull(request_id, self._source.regions[self._verify], 0, blocks, self._done)
         time.sleep(SETTLE_S)

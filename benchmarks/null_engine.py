@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from eagleray.core.config import EngineConfig, ModelConfigSection
+from eagleray.core.config import EngineConfig, ModelConfigSection, SpeculationConfig
 from eagleray.core.request import RequestSpec
 from eagleray.engine.execution.fake import fake_layout
 from eagleray.engine.execution.kv_memory import KVMemory
@@ -26,6 +26,8 @@ _MAX_STEP_S: Final = 1.0
 class NullExecutor:
     """Implements ``WorkerExecutor``. ``letter_ids``: the tokens that it says, over and over."""
 
+    has_draft_network = False
+
     def __init__(self, block_size_tokens: int, letter_ids: tuple[int, ...], shared_kv: bool = False) -> None:
         self.layout = fake_layout(block_size_tokens)
         self.num_blocks, self.num_host_blocks = NUM_BLOCKS, 0
@@ -39,7 +41,7 @@ class NullExecutor:
         step_s = max((_step_s(run.spec) for run in plan.runs), default=0.0)
         self._busy_until_s = max(self._busy_until_s, time.monotonic()) + step_s
         tokens = self._tokens
-        sampled = {run.spec.request_id: tokens[run.end % len(tokens)] for run in plan.runs if run.samples}
+        sampled = {run.spec.request_id: (tokens[run.end % len(tokens)],) for run in plan.runs if run.samples}
         return NullStep(StepResult(sampled), self._busy_until_s if step_s else 0.0)
 
 
@@ -64,6 +66,7 @@ def new_null_executor(
     shared_kv: bool,
     progress: Callable[[int, int], None] | None,
     end_phase: Callable[[str], None],
+    speculation: SpeculationConfig | None,
 ) -> NullExecutor:
     """``workers.build.ExecutorFactory``: in the place of the one that loads a model."""
     from eagleray.text.tokenizer import Tokenizer

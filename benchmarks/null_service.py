@@ -85,7 +85,7 @@ class DirectEngine:
         self._template = ChatTemplate.from_folder(folder, self._tokenizer)
         pool = config.decode.engine
         executor = new_null_executor(
-            config.model, pool, num_threads=None, shared_kv=False, progress=None, end_phase=_ignore
+            config.model, pool, num_threads=None, shared_kv=False, progress=None, end_phase=_ignore, speculation=None
         )
         self._engine = Engine(executor, pool, SystemClock(), self._new_text)
         self._num_requests = 0

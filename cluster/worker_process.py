@@ -13,6 +13,7 @@ from eagleray.core.snapshot import Role
 from eagleray.core.start_phases import StartPhases
 from eagleray.decode_workers.worker import build_decode_worker
 from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.kv_transfer.transports.select import make_transports
 from eagleray.prefill_workers.worker import build_prefill_worker
 from eagleray.router.prefix_index.factory import INDEX_NAMESPACE, build_index
@@ -68,12 +69,14 @@ def build_worker_process(
         shared_kv="shared_memory" in config.transfer.transports,
         progress=progress.tensors_loaded,
         end_phase=phases.end,
+        speculation=config.speculation,
     )
 
     def new_text_stream(spec: RequestSpec) -> OutputText:
         return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])
 
     block_ops = select_block_ops(pool.engine.kernels, executor.layout)
+    draft_policy = build_draft_policy(config.speculation, executor.has_draft_network)
     publisher, publishing = _start_publisher(config, place, clock)
     parts = WorkerParts(
         worker_id=place.worker_id,
@@ -84,6 +87,7 @@ def build_worker_process(
         new_text_stream=new_text_stream,
         clock=clock,
         host=place.host,
+        draft_policy=draft_policy,
         block_ops=block_ops,
         cache_listener=publisher,
     )

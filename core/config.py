@@ -18,6 +18,7 @@ from eagleray.core.errors import ConfigError
 
 DEMO_MODEL: Final = "demo"
 DEMO_MODEL_PATH: Final = Path(__file__).resolve().parent.parent / "models" / "demo"
+DEMO_DRAFT_PATH: Final = DEMO_MODEL_PATH / "draft"
 
 
 class _Frozen(BaseModel):
@@ -79,6 +80,58 @@ class EngineConfig(_Frozen):
     )
     watermark: float = Field(0.01, ge=0.0, lt=1.0, description="share of blocks kept free when admitting")
     step_deadline_s: float = Field(60.0, gt=0, description="a worker whose step takes longer is stuck: it is replaced")
+
+
+class SpeculationConfig(_Frozen):
+    """Guessing several tokens and verifying them in one step. What is answered does not depend on any of it, except
+    with ``acceptance: rejection``, where only its distribution does not."""
+
+    method: Literal["eagle3", "eagle", "medusa", "draft_model", "early_exit", "ngram"] = Field(
+        description="who guesses: a draft head, a smaller model, the model's own first layers, or the text so far"
+    )
+    model: str | None = Field(
+        None, description="folder of the draft head or smaller model, or 'demo' for the packaged head"
+    )
+    num_speculative_tokens: int = Field(3, ge=1, le=16, description="how many tokens ahead to guess")
+    tree_branching: int = Field(
+        1, ge=1, le=16, description="guesses that are followed up at each step ahead; 1: a chain"
+    )
+    tree_nodes: int = Field(
+        0, ge=0, le=63, description="guesses that are verified, the most probable ones; 0: as many as there are"
+    )
+    tree_paths: tuple[tuple[int, ...], ...] = Field(
+        (), description="a fixed tree instead: each guess by the ranks that lead to it, such as [0, 2]"
+    )
+    acceptance: Literal["target", "rejection"] = Field(
+        "target",
+        description="target: guesses equal to the model's own choice; rejection: with min(1, p / q), chains only",
+    )
+    adaptive: bool = Field(True, description="guess less, or not at all, where it would not pay")
+    early_exit_layers: int | None = Field(None, ge=1, description="layers that guess, for early_exit")
+    prompt_lookup_min: int = Field(2, ge=1, description="shortest passage that is looked up, for ngram")
+    prompt_lookup_max: int = Field(4, ge=1, description="longest passage that is looked up, for ngram")
+
+    @property
+    def folder(self) -> Path:
+        """Of the draft; empty for methods without one."""
+        return DEMO_DRAFT_PATH if self.model == DEMO_MODEL else Path(self.model or "").expanduser()
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> SpeculationConfig:
+        has_own_weights = self.method not in ("early_exit", "ngram")
+        if has_own_weights != (self.model is not None):
+            verb = "needs" if has_own_weights else "takes no"
+            raise ValueError(f"method {self.method} {verb} speculation.model, the folder of a draft")
+        if (self.method == "early_exit") != (self.early_exit_layers is not None):
+            raise ValueError("speculation.early_exit_layers belongs to method early_exit; set both or neither")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("speculation.prompt_lookup_min is larger than prompt_lookup_max; lower it")
+        has_tree = self.tree_branching > 1 or bool(self.tree_paths)
+        if has_tree and self.method == "ngram":
+            raise ValueError("method ngram finds one passage, no tree; leave tree_branching and tree_paths out")
+        if has_tree and self.acceptance == "rejection":
+            raise ValueError("acceptance rejection is for chains; leave tree_branching and tree_paths out")
+        return self
 
 
 class PoolConfig(_Frozen):
@@ -170,6 +223,7 @@ class Config(_Frozen):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     router: RouterConfig = RouterConfig()
+    speculation: SpeculationConfig | None = Field(None, description="guess tokens ahead; none: off")
     transfer: TransferConfig = TransferConfig()
     index: IndexConfig = IndexConfig()
     http: HTTPConfig = HTTPConfig()

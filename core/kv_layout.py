@@ -7,12 +7,12 @@ from typing import Final
 
 import msgspec
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class LayerGroup(msgspec.Struct, frozen=True):
-    """Layers of one kind whose KV lies together in a block (the target; later a draft head)."""
+class LayerGroup(msgspec.Struct, frozen=True, tag=True):
+    """Layers of one kind whose KV lies together in a block: the target's, or a draft network's."""
 
     name: str
     num_layers: int
@@ -29,11 +29,26 @@ class LayerGroup(msgspec.Struct, frozen=True):
         return self.num_layers * 2 * self.num_kv_heads * block_size_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
+class FeatureGroup(msgspec.Struct, frozen=True, tag=True):
+    """One vector per block: the target's feature of the last computed token in it. A draft head needs it for the first
+    token of the next block, wherever that is computed: after a prefix hit, a swap or on another worker."""
+
+    name: str
+    width: int
+    dtype: str  # a key of DTYPE_BYTES
+
+    def block_shape(self, block_size_tokens: int) -> tuple[int]:
+        return (self.width,)
+
+    def block_bytes(self, block_size_tokens: int) -> int:
+        return self.width * DTYPE_BYTES[self.dtype]
+
+
 class KVLayout(msgspec.Struct, frozen=True):
-    """Layout of one block over all layer groups. Blocks of a group lie back to back; groups are separate regions."""
+    """Layout of one block over all its groups. Blocks of a group lie back to back; groups are separate regions."""
 
     block_size_tokens: int
-    groups: tuple[LayerGroup, ...]
+    groups: tuple[LayerGroup | FeatureGroup, ...]
     version: int = LAYOUT_VERSION
 
     @property
@@ -54,7 +69,9 @@ class KVLayout(msgspec.Struct, frozen=True):
             ours, theirs = ([group.name for group in layout.groups] for layout in (self, other))
             return f"layer groups {ours} here, {theirs} there"
         for mine, its in zip(self.groups, other.groups, strict=True):
-            for name in LayerGroup.__struct_fields__:
+            if type(mine) is not type(its):
+                return f"{mine.name} is a {type(mine).__name__} here, a {type(its).__name__} there"
+            for name in mine.__struct_fields__:
                 if getattr(mine, name) != getattr(its, name):
                     return f"{mine.name}.{name} {getattr(mine, name)} here, {getattr(its, name)} there"
         return None

@@ -16,7 +16,7 @@ from eagleray.workers.worker import Worker
 
 def build_decode_worker(parts: WorkerParts, transports: list[Transport]) -> Worker:
     """Not started yet. ``transports`` in order of preference."""
-    engine = Engine(parts.executor, parts.engine, parts.clock, parts.new_text_stream)
+    engine = Engine(parts.executor, parts.engine, parts.clock, parts.new_text_stream, parts.draft_policy)
     receiver = KVReceiver(parts.executor.layout, parts.executor.kv, parts.clock, parts.transfer, transports)
 
     def new_hand_over(schedule: Schedule) -> ReaderHandOver:

@@ -18,10 +18,12 @@ from eagleray.core.errors import InvalidRequest
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.messages import TokenOutput
 from eagleray.core.request import Request, RequestSpec, RequestState
-from eagleray.engine.outputs import NewToken, RequestOutputs, TextStreamFactory
+from eagleray.engine.outputs import NewTokens, RequestOutputs, TextStreamFactory
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import Executor, ScheduledRun, StepHandle, StepPlan, StepResult
 from eagleray.engine.scheduling.scheduler import Scheduler
+from eagleray.engine.speculation.controller import DraftPolicy, NoDrafts, StepTimes
+from eagleray.engine.speculation.tree import DraftShape
 
 
 class EngineExecutor(Executor, Protocol):
@@ -77,7 +79,7 @@ class _ComputedRun:
     run: ScheduledRun
     request: Request
     outputs: RequestOutputs
-    new: NewToken | None  # sampled by the run
+    new: NewTokens | None  # sampled by the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,12 @@ class Engine:
     """Requests in, tokens out. One thread calls it; nothing in it waits for anything but the executor."""
 
     def __init__(
-        self, executor: EngineExecutor, config: EngineConfig, clock: Clock, new_text_stream: TextStreamFactory
+        self,
+        executor: EngineExecutor,
+        config: EngineConfig,
+        clock: Clock,
+        new_text_stream: TextStreamFactory,
+        draft_policy: DraftPolicy | None = None,
     ) -> None:
         self._executor = executor
         self._clock = clock
@@ -105,7 +112,9 @@ class Engine:
             num_host_blocks=executor.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._scheduler = Scheduler(config, self._kv)
+        self._draft_policy = draft_policy or NoDrafts()
+        self._guessed: DraftShape | None = None  # by the last step
+        self._scheduler = Scheduler(config, self._kv, self._draft_policy)
         self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
         self._under_way: _StepUnderWay | None = None
         self._ended: _EndedStep | None = None  # not reported yet
@@ -198,15 +207,29 @@ class Engine:
             self._under_way = None
             raise
         self._under_way = None
-        computed = self._scheduler.note_step(step.plan)
+        computed = self._scheduler.runs_that_count(step.plan)
         self._ended = _EndedStep(
             step.plan, result, tuple(self._append(run, request, result) for run, request in computed)
         )
+        self._note_guesses(self._ended)
+
+    def _note_guesses(self, step: _EndedStep) -> None:
+        """Tell who decides how much to guess what came of it."""
+        gained = [len(run.new.sampled) for run in step.runs if run.new is not None and run.run.num_tokens == 1]
+        if self._guessed is not None and gained:
+            self._draft_policy.note_acceptance(self._guessed, gained)
+        self._guessed = step.plan.shape
+        if step.plan.runs and all(run.num_tokens == 1 for run in step.plan.runs):
+            num_rows = sum(run.num_rows for run in step.plan.runs)
+            times = (step.result.verify_s, step.result.draft_s)
+            self._draft_policy.note_times(StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape))
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""
         outputs = self._outputs[request.request_id]
         new = outputs.append(result.sampled[request.request_id]) if run.samples else None
+        num_guessed = len(new.sampled) - 1 if new is not None else 0
+        self._scheduler.note_computed(run, request, num_guessed, result.drafts.get(request.request_id))
         if new is not None:
             if request.output_limit is None:
                 if new.finish_reason is not None:

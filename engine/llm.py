@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 
 from eagleray.core.clock import SystemClock
-from eagleray.core.config import EngineConfig, ModelConfigSection, parse_config
+from eagleray.core.config import Config, EngineConfig, parse_config
 from eagleray.core.errors import ConfigError, EagleRayError, InvalidRequest
 from eagleray.core.messages import TokenOutput
 from eagleray.core.request import RequestSpec
@@ -21,6 +21,7 @@ from eagleray.engine.checkpoint import check_checkpoint
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import build_executor
 from eagleray.engine.request_output import OutputCollector, RequestOutput
+from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class LLM:
         seed: what requests without a seed of their own are seeded from.
         num_threads: torch threads for computing; None: torch's default.
         progress: called while loading with (tensors loaded, tensors in all).
+        quantization: of linear layers: ``"w8a8"``, ``"int8"`` or ``"int4"``; None: none.
+        speculation: guess tokens ahead: fields of ``SpeculationConfig``, such as ``{"method": "ngram"}``.
         engine: any field of ``EngineConfig`` (``max_num_seqs``, ``block_size_tokens``, ``num_blocks``, ...).
 
     Raises ``ConfigError`` for a checkpoint or a setting that cannot be served.
@@ -53,6 +56,8 @@ class LLM:
         seed: int = 0,
         num_threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        quantization: str | None = None,
+        speculation: Mapping[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         unknown = sorted(engine.keys() - EngineConfig.model_fields.keys())
@@ -61,26 +66,22 @@ class LLM:
             raise ConfigError(
                 unknown[0], engine[unknown[0]], f"LLM() does not know this argument; engine settings: {known}"
             )
-        section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len}
-        config = parse_config({"model": section, "prefill": {"replicas": 0}, "decode": {"engine": engine}})
-        self._build(config.model, config.decode.engine, num_threads, progress)
+        section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len, "quantization": quantization}
+        pools = {"prefill": {"replicas": 0}, "decode": {"engine": engine}}
+        self._build(parse_config({"model": section, "speculation": speculation, **pools}), num_threads, progress)
         self._random = random.Random(seed)
         self._request_numbers = itertools.count()
 
-    def _build(
-        self,
-        model: ModelConfigSection,
-        engine: EngineConfig,
-        num_threads: int | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def _build(self, config: Config, num_threads: int | None, progress: Callable[[int, int], None] | None) -> None:
+        model, engine, speculation = config.model, config.decode.engine, config.speculation
         check_checkpoint(model.folder)
         self._tokenizer = Tokenizer.from_folder(model.folder)
         self._template = ChatTemplate.from_folder(model.folder, self._tokenizer)
-        executor = build_executor(model, engine, num_threads=num_threads, progress=progress)
+        executor = build_executor(model, engine, num_threads=num_threads, progress=progress, speculation=speculation)
+        draft_policy = build_draft_policy(speculation, executor.has_draft_network)
         self._vocab_size = executor.model_config.vocab_size
         self._orders_by_priority = engine.scheduling_policy == "priority"
-        self.engine = Engine(executor, engine, SystemClock(), self._new_text)
+        self.engine = Engine(executor, engine, SystemClock(), self._new_text, draft_policy)
 
     def get_tokenizer(self) -> Tokenizer:
         return self._tokenizer

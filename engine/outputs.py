@@ -6,7 +6,7 @@ rebuilt by replay and goes on with the next token as if it had never moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,11 +46,11 @@ TextStreamFactory = Callable[[RequestSpec], TextStream]
 
 
 @dataclass(frozen=True, slots=True)
-class NewToken:
-    """A token that a request has got, and whether it has ended with it, as far as no text is needed to tell."""
+class NewTokens:
+    """What a step brought a request, and whether it has ended with the last, as far as no text is needed to tell."""
 
-    position: int  # among the request's output tokens
-    sampled: SampledToken
+    position: int  # of the first among the request's output tokens
+    sampled: Sequence[SampledToken]
     finish_reason: FinishReason | None
     stop_reason: int | None
 
@@ -89,41 +89,58 @@ class RequestOutputs:
         if collected is not None:
             collected.extend(logprobs[len(collected) - (start + 1) :])
 
-    def append(self, sampled: SampledToken) -> NewToken:
-        """Append a sampled token to the request. What is to be known before the next step can be scheduled."""
+    def append(self, sampled: Sequence[SampledToken]) -> NewTokens:
+        """Append a step's tokens to the request, up to one that ends it: what is to be known before the next step can
+        be scheduled."""
         position = self._request.num_output_tokens
-        self._request.token_ids.append(sampled.token_id)
-        return NewToken(position, sampled, *self._stop_by_id(sampled.token_id))
+        reason: FinishReason | None = None
+        stop_reason: int | None = None
+        for count, token in enumerate(sampled, 1):
+            self._request.token_ids.append(token.token_id)
+            reason, stop_reason = self._stop_by_id(token.token_id)
+            if reason is not None:
+                return NewTokens(position, sampled[:count], reason, stop_reason)
+        return NewTokens(position, sampled, reason, stop_reason)
 
-    def report(self, new: NewToken) -> TokenOutput:
-        """What the user gets of a token. ``finish_reason`` tells if the request has ended with it, also by its text."""
-        request, token_id = self._request, new.sampled.token_id
-        reason: FinishReason | None = new.finish_reason
-        stop_reason: int | str | None = new.stop_reason
-        if reason is FinishReason.STOP:  # the token that stops is not text
-            text = self._text.finish()
-        else:
-            piece = self._text.push(token_id)
-            text = piece.text
-            if piece.stop_reason is not None:
-                reason, stop_reason = FinishReason.STOP, piece.stop_reason
-            elif reason is FinishReason.LENGTH:
-                text += self._text.finish()
+    def report(self, new: NewTokens) -> TokenOutput:
+        """What the user gets of a step's tokens. ``finish_reason`` tells if the request has ended with the last of
+        them, also by its text, which may leave some out."""
+        texts: list[str] = []
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        for count, token in enumerate(new.sampled, 1):
+            if count == len(new.sampled):
+                reason, stop_reason = new.finish_reason, new.stop_reason
+            text, stop_string = self._text_of(token.token_id, reason)
+            texts.append(text)
+            if stop_string is not None:
+                reason, stop_reason = FinishReason.STOP, stop_string
+                break
+        tokens = new.sampled[: len(texts)]
         first = not self._sent_first
         self._sent_first = True
         return TokenOutput(
-            request_id=request.request_id,
-            choice=request.spec.choice,
+            request_id=self._request.request_id,
+            choice=self._request.spec.choice,
             position=new.position,
-            token_ids=(token_id,),
-            texts=(text,),
-            logprobs=None if new.sampled.logprobs is None else (new.sampled.logprobs,),
+            token_ids=tuple(token.token_id for token in tokens),
+            texts=tuple(texts),
+            logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None) or None,
             prompt_logprobs=tuple(self._prompt_logprobs) if first and self._prompt_logprobs is not None else None,
             finish_reason=reason,
             stop_reason=stop_reason,
-            num_cached_tokens=request.num_cached_tokens if first else None,
+            num_cached_tokens=self._request.num_cached_tokens if first else None,
             timing=self._timing() if first else None,
         )
+
+    def _text_of(self, token_id: int, reason: FinishReason | None) -> tuple[str, str | None]:
+        """(text that a token releases, the stop string that it completes). ``reason``: it ends the request anyway."""
+        if reason is FinishReason.STOP:  # the token that stops is not text
+            return self._text.finish(), None
+        piece = self._text.push(token_id)
+        if reason is FinishReason.LENGTH and piece.stop_reason is None:
+            return piece.text + self._text.finish(), None
+        return piece.text, piece.stop_reason
 
     def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         request, sampling = self._request, self._request.spec.sampling

@@ -38,8 +38,9 @@ def _sections(model: type[BaseModel], prefix: str, seen: dict[type[BaseModel], s
     nested: list[tuple[str, type[BaseModel]]] = []
     rows: list[str] = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            nested.append((prefix + name, field.annotation))
+        section = _section_of(field)
+        if section is not None:
+            nested.append((prefix + name, section))
         else:
             rows.append(f"| `{prefix}{name}` | {_default(field)} | {_allowed(field)} | {field.description or ''} |")
     if rows:
@@ -52,7 +53,15 @@ def _sections(model: type[BaseModel], prefix: str, seen: dict[type[BaseModel], s
             yield from _sections(section, f"{name}.", seen)
 
 
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold."""
+    choices = [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(must be set)"
     return f"`{json.dumps(field.default)}`"
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eagleray.core.clock import Clock
-from eagleray.core.config import EngineConfig, ModelConfigSection, TransferConfig
+from eagleray.core.config import EngineConfig, ModelConfigSection, SpeculationConfig, TransferConfig
 from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
 from eagleray.core.snapshot import Role
 from eagleray.engine.engine import Engine, EngineExecutor
 from eagleray.engine.outputs import TextStreamFactory
 from eagleray.engine.scheduling.plan import StepHandle, StepPlan
+from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.workers.hand_over import HandOver, Schedule
@@ -31,6 +32,7 @@ class WorkerKV(BlockStore, Protocol):
 
 class WorkerExecutor(EngineExecutor, Protocol):
     layout: KVLayout
+    has_draft_network: bool  # it guesses with KV of its own
 
     @property
     def kv(self) -> WorkerKV: ...
@@ -50,6 +52,7 @@ class ExecutorFactory(Protocol):
         shared_kv: bool,
         progress: Callable[[int, int], None] | None,
         end_phase: Callable[[str], None],
+        speculation: SpeculationConfig | None,
     ) -> WorkerExecutor: ...
 
 
@@ -65,6 +68,7 @@ class WorkerParts:
     new_text_stream: TextStreamFactory
     clock: Clock
     host: str = "127.0.0.1"
+    draft_policy: DraftPolicy | None = None  # of a worker that decodes; none: it does not guess
     block_ops: BlockOps = PORTABLE_BLOCK_OPS
     cache_listener: CacheListener | None = None  # none: ingresses hear of the cache on their connections
 

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from eagleray.core.clock import SystemClock
-from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig
+from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig, SpeculationConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
 from eagleray.engine.execution.host_memory import available_host_bytes
@@ -23,6 +23,7 @@ from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
 from eagleray.engine.execution.memory_plan import format_size, plan_memory, weight_bytes
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.engine.speculation.build import Target, build_proposer, draft_identity
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
@@ -64,6 +65,7 @@ class LocalExecutor:
         model_identity: str,
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
+        has_draft_network: bool = False,
     ) -> None:
         self.kv = kv
         self.layout: KVLayout = kv.layout
@@ -72,6 +74,7 @@ class LocalExecutor:
         self.model_config = model_config
         self.model_identity = model_identity
         self.max_model_tokens = max_model_tokens
+        self.has_draft_network = has_draft_network
         self._runner = runner
         self._thread = thread
 
@@ -93,6 +96,7 @@ def build_executor(
     progress: Callable[[int, int], None] | None = None,
     end_phase: Callable[[str], None] = lambda name: None,
     kernels: Kernels | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
@@ -102,6 +106,7 @@ def build_executor(
         progress: called after each tensor with (tensors loaded, tensors in all), on the thread that will compute.
         end_phase: called with the name of each part of the work when it is done, on that thread too.
         kernels: to compute with; None: those that ``engine.kernels`` selects.
+        speculation: guess tokens, as configured.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
@@ -110,7 +115,9 @@ def build_executor(
     set_num_threads = None if num_threads is None else partial(torch.set_num_threads, num_threads)
     thread = ThreadPoolExecutor(1, "eagleray-step", initializer=set_num_threads)
     try:
-        loading = thread.submit(_load, model, engine, device, shared_kv, progress, end_phase, kernels, thread)
+        loading = thread.submit(
+            _load, model, engine, device, shared_kv, progress, end_phase, kernels, speculation, thread
+        )
         return loading.result(timeout=_LOAD_DEADLINE_S)
     except BaseException:
         thread.shutdown(wait=False)
@@ -125,6 +132,7 @@ def _load(
     progress: Callable[[int, int], None] | None,
     end_phase: Callable[[str], None],
     kernels: Kernels | None,
+    speculation: SpeculationConfig | None,
     thread: ThreadPoolExecutor,
 ) -> LocalExecutor:
     config = load_model_config(model.folder)
@@ -138,21 +146,24 @@ def _load(
         decoder = load_model(model.folder, config, TORCH_DTYPES[dtype], device, progress, kernels, packed_files)
     except QuantizationUnsupported as error:
         raise ConfigError("model.quantization", model.quantization, f"{error}; choose another") from None
+    proposer = None if speculation is None else build_proposer(speculation, Target(decoder, dtype, kernels))
     end_phase("weights")
-    layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype),))
+    draft_groups = () if proposer is None else proposer.groups
+    layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype), *draft_groups))
     num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config))
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
     end_phase("KV pool")
     return LocalExecutor(
-        ModelRunner(decoder, kv, host_kv, device, kernels),
+        ModelRunner(decoder, kv, host_kv, device, kernels, SystemClock(), proposer),
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,
-        model_identity=identity,
+        model_identity=identity + draft_identity(speculation),
         max_model_tokens=max_model_tokens,
         thread=thread,
+        has_draft_network=proposer is not None and proposer.has_network,
     )
 
 

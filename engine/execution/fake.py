@@ -22,6 +22,8 @@ from eagleray.core.messages import TokenLogprobs
 from eagleray.core.request import RequestSpec
 from eagleray.engine.execution.kv_memory import KVMemory
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
+from eagleray.engine.speculation.tree import ROOT, DraftShape, DraftTree
+from eagleray.engine.speculation.verify import accepted_nodes
 
 SLOT_BYTES: Final = 8
 _MASK: Final = 2**64 - 1
@@ -43,7 +45,10 @@ class FakeExecutor:
         eos_rate: probability that a token is the request's first end-of-sequence token; otherwise none is sampled.
         shared: the pool lies in shared memory, so that a transport that needs it can be tested.
         model_identity: executors with different ones compute different KV and tokens.
+        guess_rate: probability that a guess is what its path would sample next.
     """
+
+    has_draft_network = True  # it overwrites the slots that such a network would
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class FakeExecutor:
         max_model_tokens: int = 4096,
         model_identity: str = "fake",
         shared: bool = False,
+        guess_rate: float = 0.7,
     ) -> None:
         self.layout = fake_layout(block_size_tokens)
         self.num_blocks = num_blocks
@@ -66,6 +72,7 @@ class FakeExecutor:
         self.kv = KVMemory(self.layout, num_blocks, shared)
         self._host_kv = KVMemory(self.layout, num_host_blocks)
         self._eos_rate = eos_rate
+        self._guess_rate = guess_rate
         self._model_key = xxhash.xxh3_64_intdigest(model_identity.encode())
 
     def submit(self, plan: StepPlan) -> FakeStep:
@@ -98,30 +105,48 @@ class FakeExecutor:
         _check_plan(plan, self.layout.block_size_tokens)
         _copy_blocks(self.kv, self._host_kv, plan.swap_out)
         _copy_blocks(self._host_kv, self.kv, plan.swap_in)
-        hashes = [prefix_hashes(run.known_token_ids[: run.end], self._model_key) for run in plan.runs]
-        for run, expected in zip(plan.runs, hashes, strict=True):
-            self._write(run, expected)
         # All are written before any is read, as a layer does: so runs that write into each other's blocks are caught.
-        for run, expected in zip(plan.runs, hashes, strict=True):
-            self._attend(run, expected)
+        for run in plan.runs:
+            self._write(run)
+        for run in plan.runs:
+            self._attend(run)
+        walks = {run.spec.request_id: self._walk(run) for run in plan.runs if run.samples}
         return StepResult(
-            sampled={run.spec.request_id: self._sample(run) for run in plan.runs if run.samples},
+            sampled={request_id: walk.sampled for request_id, walk in walks.items()},
             prompt_logprobs={
                 run.spec.request_id: _prompt_logprobs(run, run.spec.sampling.prompt_logprobs, self.vocab_size)
                 for run in plan.runs
                 if run.spec.sampling.prompt_logprobs is not None and run.start < run.spec.num_prompt_tokens - 1
             },
+            drafts={
+                run.spec.request_id: self._guess(run, walks[run.spec.request_id], plan.shape)
+                for run in plan.runs
+                if run.may_draft and plan.shape is not None
+            },
         )
 
-    def _write(self, run: ScheduledRun, expected: npt.NDArray[np.uint64]) -> None:
-        size = self.layout.block_size_tokens
-        for index in range(run.start // size, -(-run.end // size)):
-            begin, end = max(run.start, index * size), min(run.end, (index + 1) * size)
-            slots = _slots(self.kv, run.block_ids[index])
-            slots[begin - index * size : end - index * size] = expected[begin:end]
+    def _write(self, run: ScheduledRun) -> None:
+        known = run.known_token_ids[: run.end]
+        for position, value in enumerate(self._hashes(known)[run.start :], run.start):
+            self._store(run, position, value)
+        for node in range(len(run.draft) if run.draft is not None else 0):
+            self._store(run, run.end + node, self._hashes([*known, *_path_token_ids(run, node)])[-1])
 
-    def _attend(self, run: ScheduledRun, expected: npt.NDArray[np.uint64]) -> None:
+    def _hashes(self, token_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+        return prefix_hashes(token_ids, self._model_key)
+
+    def _store(self, run: ScheduledRun, position: int, value: np.uint64) -> None:
         size = self.layout.block_size_tokens
+        _slots(self.kv, run.block_ids[position // size])[position % size] = value
+
+    def _load(self, run: ScheduledRun, position: int) -> np.uint64:
+        size = self.layout.block_size_tokens
+        value: np.uint64 = _slots(self.kv, run.block_ids[position // size])[position % size]
+        return value
+
+    def _attend(self, run: ScheduledRun) -> None:
+        size = self.layout.block_size_tokens
+        expected = self._hashes(run.known_token_ids[: run.end])
         block_ids = run.block_ids[: -(-run.end // size)]
         found = np.concatenate([_slots(self.kv, block_id) for block_id in block_ids])[: run.end]
         wrong = np.flatnonzero(found != expected)
@@ -134,10 +159,50 @@ class FakeExecutor:
                 f"{len(wrong)} of {run.end} positions are wrong"
             )
 
-    def _sample(self, run: ScheduledRun) -> SampledToken:
-        token_id = self.next_token(run.spec, run.known_token_ids[: run.end])
+    def _walk(self, run: ScheduledRun) -> _Walk:
+        """Verify the guesses of a run, and bring the KV of those that came true into the slots of their positions."""
+        tree = run.draft or DraftTree((), ())
+        known = list(run.known_token_ids[: run.end])
+        paths = [known, *([*known, *_path_token_ids(run, node)] for node in range(len(tree)))]
+        accepted = accepted_nodes(tree, [self.next_token(run.spec, path) for path in paths])
+        for place, node in enumerate(accepted):
+            self._store(run, run.end + place, self._load(run, run.end + node))
+        token_ids = [tree.token_ids[node] for node in accepted]
+        token_ids.append(self.next_token(run.spec, known + token_ids))
         num_top = run.spec.sampling.logprobs
-        return SampledToken(token_id, None if num_top is None else _fake_logprobs(token_id, num_top, self.vocab_size))
+        sampled = tuple(
+            SampledToken(token, None if num_top is None else _fake_logprobs(token, num_top, self.vocab_size))
+            for token in token_ids
+        )
+        return _Walk([*known, *token_ids], sampled)
+
+    def _guess(self, run: ScheduledRun, walk: _Walk, shape: DraftShape) -> DraftTree:
+        """A tree of ``shape`` whose guesses are right at random; the slots of its expanded nodes are overwritten, as a
+        drafting network does."""
+        for place in range(1 + shape.num_expanded):
+            self._store(run, len(walk.token_ids) - 1 + place, np.uint64(0))
+        branching, paths = shape.branching, shape.paths
+        if not paths:
+            levels = range(1, shape.depth + 1)
+            firsts = [(0,) * (depth - 1) + (rank,) for depth in levels for rank in range(branching)]
+            paths = tuple(firsts[: shape.max_nodes])
+        token_ids: dict[tuple[int, ...], int] = {}
+        for path in paths:
+            known = walk.token_ids + [token_ids[path[: depth + 1]] for depth in range(len(path) - 1)]
+            right = self.next_token(run.spec, known)
+            bits = int(self._hashes([*known, path[-1]])[-1])
+            is_right = path[-1] == 0 and bits < self._guess_rate * 2**64
+            token_ids[path] = right if is_right else (right + 1 + path[-1]) % self.vocab_size
+        places = {path: place for place, path in enumerate(token_ids)}
+        return DraftTree(tuple(token_ids.values()), tuple(places.get(path[:-1], ROOT) for path in places))
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A run that was verified."""
+
+    token_ids: list[int]  # all that are known now
+    sampled: tuple[SampledToken, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +228,21 @@ def _check_plan(plan: StepPlan, block_size_tokens: int) -> None:
     request_ids = [run.spec.request_id for run in plan.runs]
     assert len(set(request_ids)) == len(request_ids), f"a request has two runs in one step: {request_ids}"
     for run in plan.runs:
-        known = len(run.known_token_ids)
+        known, end = len(run.known_token_ids), run.start + run.num_rows
         assert run.num_tokens > 0, f"request {run.spec.request_id}: a run of {run.num_tokens} tokens"
         assert run.start >= 0 and run.end <= known, f"request {run.spec.request_id}: run beyond its {known} tokens"
         assert run.samples == (run.end == known), f"request {run.spec.request_id}: samples={run.samples} at {run.end}"
         held = len(run.block_ids) * block_size_tokens
-        assert run.end <= held, f"request {run.spec.request_id}: run ends at {run.end}, its blocks at {held}"
+        assert end <= held, f"request {run.spec.request_id}: run ends at {end}, its blocks at {held}"
+        assert run.samples or not (run.draft or run.may_draft), f"request {run.spec.request_id}: it guesses"
         assert len(set(run.block_ids)) == len(run.block_ids), (
             f"request {run.spec.request_id}: a block twice in its table"
         )
+
+
+def _path_token_ids(run: ScheduledRun, node: int) -> list[int]:
+    assert run.draft is not None
+    return [run.draft.token_ids[step] for step in run.draft.path(node)]
 
 
 def _copy_blocks(source: KVMemory, target: KVMemory, copies: Sequence[BlockCopy]) -> None:

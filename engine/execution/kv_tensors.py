@@ -1,4 +1,4 @@
-"""The KV pool as tensors: one buffer, on the host or on the device, with a tensor per layer group."""
+"""The KV pool as tensors: one buffer, on the host or on the device, with a tensor per group of the layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class KVTensors:
         }
 
     def group(self, name: str) -> Tensor:
-        """[num_blocks, layer, key or value, kv_head, token in block, head_dim] of one layer group."""
+        """[num_blocks, layer, key or value, kv_head, token in block, head_dim] of a layer group, [num_blocks, width] of
+        a feature group."""
         return self._groups[name]
 
     def block_views(self, block_id: int) -> list[memoryview]:

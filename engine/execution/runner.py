@@ -1,18 +1,25 @@
-"""One step on the model: swap copies, forward, sampling."""
+"""One step on the model: swap copies, forward, sampling and verification, guesses for the next step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from eagleray.core.clock import Clock
 from eagleray.core.messages import TokenLogprobs
 from eagleray.engine.execution.batch import PromptLogprobRows, build_batch, prompt_logprob_rows
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.memory_plan import SCORED_ROWS
-from eagleray.engine.execution.sampler import sample_runs, score_tokens
+from eagleray.engine.execution.sampler import build_sampling_batch, choices_of, score_tokens
+from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
+from eagleray.engine.speculation.proposer import Proposer
+from eagleray.engine.speculation.tree import DraftTree
+from eagleray.engine.speculation.verify import accepted_nodes
+from eagleray.kernels.kv_ops.api import copy_tokens
 from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
 
@@ -20,26 +27,55 @@ from eagleray.models.decoder import Decoder
 class ModelRunner:
     """Computes steps on one model and its KV pools, in the calling thread. Not thread-safe."""
 
-    def __init__(self, model: Decoder, kv: KVTensors, host_kv: KVTensors | None, device: str, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kv: KVTensors,
+        host_kv: KVTensors | None,
+        device: str,
+        kernels: Kernels,
+        clock: Clock,
+        proposer: Proposer | None = None,
+    ) -> None:
         self._model = model
         self._kv = kv
         self._host_kv = host_kv
         self._device = device
         self._kernels = kernels
+        self._clock = clock
+        self._proposer = proposer
+        self._capture_layers = () if proposer is None else proposer.capture_layers
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Do the copies of ``plan``, then compute its runs as one batch."""
+        """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them."""
+        start_s = self._clock.now_s()
         self._swap(plan)
         if not plan.runs:
             return StepResult()
         batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)
         pool = self._kv.group(self._kv.layout.groups[0].name)
-        hidden = self._model.forward(batch.input_ids, batch.positions, pool, batch.attention)  # [T, hidden]
+        hidden, features = self._model.forward_with_features(
+            batch.input_ids, batch.positions, pool, batch.attention, self._capture_layers
+        )
+        verified, logprobs = self._verify(hidden, plan.runs, batch.run_starts)
+        self._keep_accepted(verified, pool)
         wanted = prompt_logprob_rows(plan.runs, batch.run_starts)
+        prompt_logprobs = {rows.request_id: self._score_prompt(hidden, rows) for rows in wanted}
+        verified_s = self._clock.now_s()
+        drafts: dict[str, DraftTree] = {}
+        if self._proposer is not None:
+            drafts = self._proposer.propose(VerifiedStep(verified, hidden, features, self._kv, plan.shape))
         return StepResult(
-            sampled=self._sample(hidden, plan.runs, batch.run_starts),
-            prompt_logprobs={rows.request_id: self._score_prompt(hidden, rows) for rows in wanted},
+            sampled={
+                run.run.spec.request_id: tuple(map(SampledToken, run.sampled, scores))
+                for run, scores in zip(verified, logprobs, strict=True)
+                if run.sampled
+            },
+            prompt_logprobs=prompt_logprobs,
+            drafts=drafts,
+            verify_s=verified_s - start_s,
+            draft_s=self._clock.now_s() - verified_s,
         )
 
     def _swap(self, plan: StepPlan) -> None:
@@ -52,17 +88,62 @@ class ModelRunner:
             self._kernels.copy_blocks(device_pool, host_pool, _pairs(plan.swap_out))
             self._kernels.copy_blocks(host_pool, device_pool, _pairs(plan.swap_in))
 
-    def _sample(
+    def _verify(
         self, hidden: Tensor, runs: Sequence[ScheduledRun], run_starts: Sequence[int]
-    ) -> dict[str, SampledToken]:
-        sampling = [
-            (run, start + run.num_tokens - 1) for run, start in zip(runs, run_starts, strict=True) if run.samples
+    ) -> tuple[tuple[VerifiedRun, ...], list[Sequence[TokenLogprobs | None]]]:
+        """Choose the next token after every run that samples and after each of its guesses, then walk the guesses.
+        (runs, log-probabilities of what each sampled)."""
+        choices = [choices_of(run) if run.samples else [] for run in runs]
+        rows = [
+            start + run.num_tokens - 1 + node
+            for run, start, own in zip(runs, run_starts, choices, strict=True)
+            for node in range(len(own))
         ]
-        if not sampling:
-            return {}
-        last_rows = torch.tensor([row for _, row in sampling], device=self._device)
-        logits = self._model.compute_logits(hidden[last_rows])
-        return sample_runs(logits, [run for run, _ in sampling], self._kernels.sample_tokens)
+        if not rows:
+            return tuple(map(VerifiedRun, runs, run_starts)), [()] * len(runs)
+        logits = self._model.compute_logits(hidden[torch.tensor(rows, device=self._device)])
+        flat = [choice for own in choices for choice in own]
+        batch = build_sampling_batch(flat, logits.shape[1], self._device)
+        chosen_token_ids = self._kernels.sample_tokens(logits, batch)
+        bounds = list(accumulate(map(len, choices), initial=0))
+        chosen = chosen_token_ids.tolist()
+        verified = tuple(
+            _walk(run, start, chosen[first:end])
+            for run, start, (first, end) in zip(runs, run_starts, pairwise(bounds), strict=True)
+        )
+        return verified, self._score(logits, chosen_token_ids, verified, bounds)
+
+    def _score(
+        self, logits: Tensor, token_ids: Tensor, verified: Sequence[VerifiedRun], bounds: Sequence[int]
+    ) -> list[Sequence[TokenLogprobs | None]]:
+        """Log-probabilities of what each run sampled, where its request asks for them."""
+        rows: list[int] = []
+        num_top: list[int] = []
+        for run, first in zip(verified, bounds, strict=False):
+            wanted = run.run.spec.sampling.logprobs
+            if wanted is not None and run.sampled:
+                rows += [first, *(first + 1 + node for node in run.accepted)]
+                num_top += [wanted] * len(run.sampled)
+        if not rows:
+            return [[None] * len(run.sampled) for run in verified]
+        index = torch.tensor(rows, device=self._device)
+        scored = iter(score_tokens(logits[index], token_ids[index], num_top))
+        return [
+            [next(scored) if run.run.spec.sampling.logprobs is not None else None for _ in run.sampled]
+            for run in verified
+        ]
+
+    def _keep_accepted(self, verified: Sequence[VerifiedRun], pool: Tensor) -> None:
+        """Bring the KV of guesses that came true into the slots of their positions; those of a chain are there."""
+        size = self._kv.layout.block_size_tokens
+        sources: list[int] = []
+        targets: list[int] = []
+        for run in verified:
+            moved = [(node, place) for place, node in enumerate(run.accepted) if node != place]
+            sources += run.slots([run.run.end + node for node, _ in moved], size)
+            targets += run.slots([run.run.end + place for _, place in moved], size)
+        if sources:
+            copy_tokens(pool, torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
 
     def _score_prompt(self, hidden: Tensor, wanted: PromptLogprobRows) -> list[TokenLogprobs]:
         scored: list[TokenLogprobs] = []
@@ -72,6 +153,15 @@ class ModelRunner:
             logits = self._model.compute_logits(hidden[rows.start : rows.stop])
             scored += score_tokens(logits, token_ids, [wanted.num_top] * len(rows))
         return scored
+
+
+def _walk(run: ScheduledRun, first_row: int, chosen: Sequence[int]) -> VerifiedRun:
+    if not chosen:
+        return VerifiedRun(run, first_row)
+    accepted = [] if run.draft is None else accepted_nodes(run.draft, chosen)
+    last = accepted[-1] + 1 if accepted else 0
+    guessed = [] if run.draft is None else [run.draft.token_ids[node] for node in accepted]
+    return VerifiedRun(run, first_row, tuple(accepted), (*guessed, chosen[last]))
 
 
 def _pairs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:

@@ -1,16 +1,18 @@
-"""From the runs of a step to sampled tokens: rows of parameters become tensors, tensors become results."""
+"""What a step has to choose: rows of parameters become tensors, tensors become results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from eagleray.core.messages import TokenLogprobs
+from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.scheduling.plan import SampledToken, ScheduledRun
+from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
@@ -18,22 +20,34 @@ _FORBIDDEN: Final = float("-inf")
 _FORBIDDING_BIAS: Final = -100.0  # OpenAI: "values like -100 or 100 should result in a ban or exclusive selection"
 
 
-def sample_runs(
-    logits: Tensor, runs: Sequence[ScheduledRun], sample_tokens: Callable[[Tensor, SamplingBatch], Tensor]
-) -> dict[str, SampledToken]:
-    """Choose the next token of each run that samples. ``logits`` are float32 [len(runs), V]; results by request id.
-    ``sample_tokens`` is that of the kernels that were selected."""
-    token_ids = sample_tokens(logits, build_sampling_batch(runs, logits.shape[1], str(logits.device)))
-    rows = [row for row, run in enumerate(runs) if run.spec.sampling.logprobs is not None]
-    logprobs: dict[int, TokenLogprobs] = {}
-    if rows:
-        num_top = [runs[row].spec.sampling.logprobs or 0 for row in rows]
-        index = torch.tensor(rows, device=logits.device)
-        logprobs = dict(zip(rows, score_tokens(logits[index], token_ids[index], num_top), strict=True))
-    return {
-        run.spec.request_id: SampledToken(token_id, logprobs.get(row))
-        for row, (run, token_id) in enumerate(zip(runs, token_ids.tolist(), strict=True))
-    }
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A next token to choose: after the last known token of a run that samples, or after guesses that follow it."""
+
+    spec: RequestSpec
+    known_token_ids: Sequence[int]  # may go on after the last that counts
+    num_known: int
+    guessed: tuple[int, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """Index in the request of the token to choose."""
+        return self.num_known + len(self.guessed)
+
+    @property
+    def history(self) -> list[int]:
+        """All tokens before it."""
+        return [*self.known_token_ids[: self.num_known], *self.guessed]
+
+
+def choices_of(run: ScheduledRun) -> list[Choice]:
+    """After the last known token of a run that samples, then after each of its guesses."""
+    choices = [Choice(run.spec, run.known_token_ids, run.end)]
+    if run.draft is not None:
+        tree = run.draft
+        paths = (tuple(tree.token_ids[step] for step in tree.path(node)) for node in range(len(tree)))
+        choices += [Choice(run.spec, run.known_token_ids, run.end, path) for path in paths]
+    return choices
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -47,20 +61,20 @@ def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> l
     ]
 
 
-def build_sampling_batch(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> SamplingBatch:
-    """The parameters and histories of ``runs``, one row each, as tensors on ``device``."""
+def build_sampling_batch(choices: Sequence[Choice], vocab_size: int, device: str) -> SamplingBatch:
+    """The parameters and histories of ``choices``, one row each, as tensors on ``device``."""
     return SamplingBatch(
-        bias=_build_bias(runs, vocab_size, device),
-        penalties=_build_penalties(runs, vocab_size, device),
-        random=_build_random(runs, vocab_size, device),
+        bias=_build_bias(choices, vocab_size, device),
+        penalties=_build_penalties(choices, vocab_size, device),
+        random=_build_random(choices, vocab_size, device),
     )
 
 
-def _build_bias(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> LogitBias | None:
+def _build_bias(choices: Sequence[Choice], vocab_size: int, device: str) -> LogitBias | None:
     entries = [
         (row, token_id, value)
-        for row, run in enumerate(runs)
-        for token_id, value in _biases(run)
+        for row, choice in enumerate(choices)
+        for token_id, value in _biases(choice)
         if 0 <= token_id < vocab_size  # a stop token that the model does not have cannot be sampled anyway
     ]
     if not entries:
@@ -69,27 +83,27 @@ def _build_bias(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> L
     return LogitBias(_integers(rows, device), _integers(token_ids, device), _floats(values, device))
 
 
-def _biases(run: ScheduledRun) -> Iterable[tuple[int, float]]:
-    sampling = run.spec.sampling
+def _biases(choice: Choice) -> Iterable[tuple[int, float]]:
+    sampling = choice.spec.sampling
     for token_id, value in (sampling.logit_bias or {}).items():
         yield token_id, value if value > _FORBIDDING_BIAS else _FORBIDDEN
-    if run.end - run.spec.num_prompt_tokens < sampling.min_tokens:
-        for token_id in (*(() if sampling.ignore_eos else run.spec.eos_token_ids), *sampling.stop_token_ids):
+    if choice.position - choice.spec.num_prompt_tokens < sampling.min_tokens:
+        for token_id in (*(() if sampling.ignore_eos else choice.spec.eos_token_ids), *sampling.stop_token_ids):
             yield token_id, _FORBIDDEN
 
 
-def _build_penalties(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> Penalties | None:
-    rows = [row for row, run in enumerate(runs) if _has_penalties(run.spec.sampling)]
+def _build_penalties(choices: Sequence[Choice], vocab_size: int, device: str) -> Penalties | None:
+    rows = [row for row, choice in enumerate(choices) if _has_penalties(choice.spec.sampling)]
     if not rows:
         return None
-    penalised = [runs[row] for row in rows]
-    lengths = _integers([run.end for run in penalised], device)
-    prompt_lengths = [run.spec.num_prompt_tokens for run in penalised]
-    history = _integers([token_id for run in penalised for token_id in run.known_token_ids[: run.end]], device)
+    penalised = [choices[row] for row in rows]
+    lengths = _integers([choice.position for choice in penalised], device)
+    prompt_lengths = [choice.spec.num_prompt_tokens for choice in penalised]
+    history = _integers([token_id for choice in penalised for token_id in choice.history], device)
     history_rows = torch.repeat_interleave(torch.arange(len(rows), device=device), lengths)
     first_index = lengths.cumsum(0) - lengths
     position = torch.arange(len(history), device=device) - first_index[history_rows]
-    params = [run.spec.sampling for run in penalised]
+    params = [choice.spec.sampling for choice in penalised]
     return Penalties(
         rows=_integers(rows, device),
         repetition=_floats([param.repetition_penalty for param in params], device),
@@ -105,18 +119,18 @@ def _has_penalties(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-def _build_random(runs: Sequence[ScheduledRun], vocab_size: int, device: str) -> RandomRows | None:
-    rows = [row for row, run in enumerate(runs) if not run.spec.sampling.is_greedy]
+def _build_random(choices: Sequence[Choice], vocab_size: int, device: str) -> RandomRows | None:
+    rows = [row for row, choice in enumerate(choices) if not choice.spec.sampling.is_greedy]
     if not rows:
         return None
-    drawn = [runs[row] for row in rows]
-    params = [run.spec.sampling for run in drawn]
+    drawn = [choices[row] for row in rows]
+    params = [choice.spec.sampling for choice in drawn]
     return RandomRows(
         rows=_integers(rows, device),
         temperature=_floats([param.temperature for param in params], device),
         seed=_integers([param.seed or 0 for param in params], device),
-        choice=_integers([run.spec.choice for run in drawn], device),
-        position=_integers([run.end for run in drawn], device),
+        choice=_integers([choice.spec.choice for choice in drawn], device),
+        position=_integers([choice.position for choice in drawn], device),
         top_k_top_p=_build_top_k_top_p(params, vocab_size, device),
         min_p=_build_min_p(params, device),
     )

@@ -86,6 +86,13 @@ class KVManager:
             table.extend(self.pool.allocate(lacking))
         return True
 
+    def shrink(self, request: Request, num_tokens: int) -> None:
+        """Give back the blocks beyond ``num_tokens`` tokens, where nothing is kept."""
+        table = self._tables[request.request_id]
+        kept = self.blocks_for(num_tokens)
+        self.pool.release(table[kept:])
+        del table[kept:]
+
     def note_computed(self, request: Request, num_computed_tokens: int) -> None:
         """KV up to here has been written: full blocks become findable."""
         first_new = request.num_computed_tokens // self.block_size_tokens

@@ -1,7 +1,8 @@
 """What one step does: plain data from the scheduler to an executor (or a simulator), and back.
 
 No phases: each scheduled request computes a run of its known tokens. A run that reaches the last known token also
-samples the next one. Chunked prefill, decode, prefix hits, preemption and fail-over all look like this.
+samples the next one. Chunked prefill, decode, prefix hits, preemption and fail-over all look like this. Speculation
+adds a tail of guesses to a run that samples: those that come true are sampled tokens like any other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from eagleray.core.messages import TokenLogprobs
 from eagleray.core.request import RequestSpec
+from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,19 @@ class ScheduledRun:
     known_token_ids: Sequence[int]  # prompt and output so far; valid until the step is over
     start: int  # tokens computed before; position of the first token of the run
     num_tokens: int
-    block_ids: Sequence[int]  # block i holds positions [i * block_size, (i + 1) * block_size); covers the run's end
+    block_ids: Sequence[int]  # block i holds positions [i * block_size, (i + 1) * block_size); covers the run's rows
     samples: bool  # the run ends with the last known token: choose the next one
+    draft: DraftTree | None = None  # guesses to verify: node i is computed in the slot of position ``end + i``
+    may_draft: bool = False  # guess for the next step; the blocks reach far enough
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed: known ones and guesses."""
+        return self.num_tokens + (len(self.draft) if self.draft is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +54,11 @@ class StepPlan:
     runs: tuple[ScheduledRun, ...] = ()
     swap_out: tuple[BlockCopy, ...] = ()  # device block -> host block
     swap_in: tuple[BlockCopy, ...] = ()  # host block -> device block
+    shape: DraftShape | None = None  # of the guesses for the next step, for runs that may draft
 
     @property
     def num_tokens(self) -> int:
+        """Known tokens that are computed."""
         return sum(run.num_tokens for run in self.runs)
 
     @property
@@ -66,8 +77,13 @@ class StepResult:
     """What the executor computed. ``prompt_logprobs[id]`` holds, for each position p of the run with p + 1 still in
     the prompt, the log-probabilities of token p + 1; only for requests that ask for them."""
 
-    sampled: dict[str, SampledToken] = field(default_factory=dict)  # by request id, for runs that sample
+    # By request id, for runs that sample: the guesses that came true, as sampled, and the token after them. The KV of
+    # all but the last is in the slots of their positions.
+    sampled: dict[str, tuple[SampledToken, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    drafts: dict[str, DraftTree] = field(default_factory=dict)  # guesses for the next step
+    verify_s: float = 0.0  # computing and sampling
+    draft_s: float = 0.0  # guessing
 
 
 class StepHandle(Protocol):

@@ -20,6 +20,8 @@ from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
 from eagleray.engine.scheduling.policy import ORDERS
+from eagleray.engine.speculation.controller import DraftPolicy
+from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
 
@@ -27,9 +29,11 @@ _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
 class Scheduler:
     """Owns the requests of one engine and decides each step. Pure of time, text and tensors."""
 
-    def __init__(self, config: EngineConfig, kv: KVManager) -> None:
+    def __init__(self, config: EngineConfig, kv: KVManager, draft_policy: DraftPolicy) -> None:
         self._config = config
         self._kv = kv
+        self._draft_policy = draft_policy
+        self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
         self._order = ORDERS[config.scheduling_policy]
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # in order
@@ -90,11 +94,13 @@ class Scheduler:
         """Nothing more to compute here; its blocks stay until ``end``."""
         request.move(RequestState.HANDED_OVER)
         self._running.remove(request)
+        self._drafts.pop(request.request_id, None)
 
     def end(self, request: Request, state: RequestState) -> None:
         """Finish, abort or fail a request, wherever it is: all its blocks become free at once."""
         request.move(state)
         self._kv.free(request)
+        self._drafts.pop(request.request_id, None)
         del self._requests[request.request_id]
         for queue in (self._waiting, self._running, self._swapped):
             if request in queue:
@@ -105,26 +111,32 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step. Running requests come first, those that lack one token before those that lack many:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
-        runs, swap_out, preempted = self._schedule_running()
+        shape = self._draft_policy.choose(sum(1 for request in self._running if request.num_uncomputed_tokens <= 1))
+        runs, swap_out, preempted = self._schedule_running(shape)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
-            self._admit(runs)
-        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in))
+            self._admit(runs, shape)
+        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape)
 
-    def note_step(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
-        """The step has been computed: tokens count as computed, full blocks become findable. Returns the runs that
-        count, those of requests that have not ended or been handed over meanwhile."""
-        computed = []
-        for run in plan.runs:
-            request = self._requests.get(run.spec.request_id)
-            if request is None or request.spec is not run.spec or request.state not in _COMPUTING:
-                continue
-            self._kv.note_computed(request, run.end)
-            if run.samples and request.state is RequestState.PREFILLING:
-                request.move(RequestState.DECODING)
-            computed.append((run, request))
-        return computed
+    def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
+        """Of a step that has been computed: the runs of requests that have not ended or been handed over meanwhile."""
+        found = ((run, self._requests.get(run.spec.request_id)) for run in plan.runs)
+        return [
+            (run, request)
+            for run, request in found
+            if request is not None and request.spec is run.spec and request.state in _COMPUTING
+        ]
+
+    def note_computed(self, run: ScheduledRun, request: Request, num_guessed: int, draft: DraftTree | None) -> None:
+        """A run has been computed, and what it sampled has been appended to its request, ``num_guessed`` tokens of it
+        guesses that came true: those tokens count as computed, full blocks become findable. ``draft`` is for the next
+        run."""
+        self._kv.note_computed(request, run.end + num_guessed)
+        if run.samples and request.state is RequestState.PREFILLING:
+            request.move(RequestState.DECODING)
+        if draft is not None:
+            self._drafts[request.request_id] = draft
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every block is accounted for."""
@@ -134,7 +146,7 @@ class Scheduler:
 
     # ---- parts of the step
 
-    def _schedule_running(self) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
+    def _schedule_running(self, shape: DraftShape | None) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
         """(runs, copies to host memory, whether anybody had to give way)."""
         runs: list[ScheduledRun] = []
         swap_out: list[BlockCopy] = []
@@ -154,21 +166,39 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                runs.append(self._run(request, num_tokens))
+                runs.append(self._run(request, num_tokens, budget, shape))
                 settled.add(request.request_id)
-                budget -= num_tokens
+                budget -= runs[-1].num_rows
         return runs, swap_out, preempted
 
-    def _run(self, request: Request, num_tokens: int) -> ScheduledRun:
+    def _run(self, request: Request, num_tokens: int, budget: int, shape: DraftShape | None) -> ScheduledRun:
+        """A run of ``num_tokens``, for which there are blocks. Guesses come on top if budget and blocks allow."""
         start = request.num_computed_tokens
+        end = start + num_tokens
+        self._kv.shrink(request, request.num_tokens)  # what the last guesses needed
+        samples = end == request.num_tokens
+        draft = self._drafts.pop(request.request_id, None) if samples else None
+        if draft is not None:
+            draft = draft.first(budget - num_tokens)
+            draft = draft if len(draft) and self._grow_for_guesses(request, end + len(draft)) else None
+        num_rows = num_tokens + (len(draft) if draft is not None else 0)
+        may_draft = shape is not None and samples and request.output_limit is None
+        if shape is not None and may_draft:
+            may_draft = self._grow_for_guesses(request, start + num_rows + self._draft_policy.slots_needed(shape))
         return ScheduledRun(
             spec=request.spec,
             known_token_ids=request.token_ids,
             start=start,
             num_tokens=num_tokens,
-            block_ids=self._kv.table(request.request_id)[: self._kv.blocks_for(start + num_tokens)],
-            samples=start + num_tokens == request.num_tokens,
+            block_ids=tuple(self._kv.table(request.request_id)),
+            samples=samples,
+            draft=draft,
+            may_draft=may_draft,
         )
+
+    def _grow_for_guesses(self, request: Request, num_tokens: int) -> bool:
+        """Only while every running request could still get a block: nobody gives way for guesses."""
+        return self._kv.room_for(request, num_tokens) >= len(self._running) and self._kv.grow(request, num_tokens)
 
     @staticmethod
     def _may_give_way(request: Request, settled: set[str]) -> bool:
@@ -180,6 +210,7 @@ class Scheduler:
         """Take the blocks of a running request: to host memory when that has room, else to be computed again."""
         self.num_preemptions += 1
         self._running.remove(victim)
+        self._drafts.pop(victim.request_id, None)
         copies = self._kv.swap_out(victim) if victim.num_computed_tokens else None
         if copies is not None:
             victim.move(RequestState.SWAPPED)
@@ -202,10 +233,10 @@ class Scheduler:
             self._running.append(request)
         return copies
 
-    def _admit(self, runs: list[ScheduledRun]) -> None:
+    def _admit(self, runs: list[ScheduledRun], shape: DraftShape | None) -> None:
         """Admit waiting requests in order, while budget, seats and memory for *all* their known tokens last. All their
         blocks are taken at once, so that two half-computed prompts never starve each other."""
-        budget = self._config.max_num_batched_tokens - sum(run.num_tokens for run in runs)
+        budget = self._config.max_num_batched_tokens - sum(run.num_rows for run in runs)
         while self._waiting and not self._swapped and budget > 0 and len(self._running) < self._config.max_num_seqs:
             request = self._waiting[0]
             matched = self._kv.match_prefix(request)
@@ -216,8 +247,8 @@ class Scheduler:
             self._kv.grow(request, request.num_tokens)
             request.move(RequestState.PREFILLING)
             self._running.append(request)
-            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget)))
-            budget -= runs[-1].num_tokens
+            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget), budget, shape))
+            budget -= runs[-1].num_rows
 
     def _blocks_to_keep_free(self) -> int:
         """So that running requests can grow for a while; none when there is nobody to grow."""

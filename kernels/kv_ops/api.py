@@ -24,3 +24,12 @@ def copy_blocks(source_pool: torch.Tensor, target_pool: torch.Tensor, pairs: Seq
     """Copy whole blocks, ``(source, target)`` each, between pools [num_blocks, L, 2, HKV, block_size, D] that differ at
     most in device and number of blocks. All sources are read before any target is written; no target twice."""
     reference.copy_blocks(source_pool, target_pool, pairs)
+
+
+def copy_tokens(pool: torch.Tensor, sources_N: torch.Tensor, targets_N: torch.Tensor) -> None:
+    """Copy the KV of single tokens, all layers of it, within a pool [num_blocks, L, 2, HKV, block_size, D].
+
+    Slots are int64 [N], ``block_id * block_size + offset``. All sources are read before any target is written; no
+    target twice.
+    """
+    reference.copy_tokens(pool, sources_N, targets_N)

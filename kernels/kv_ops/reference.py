@@ -21,3 +21,10 @@ def copy_blocks(source_pool: torch.Tensor, target_pool: torch.Tensor, pairs: Seq
     sources, targets = zip(*pairs, strict=True)
     blocks = source_pool[torch.tensor(sources, device=source_pool.device)]
     target_pool[torch.tensor(targets, device=target_pool.device)] = blocks.to(target_pool.device)
+
+
+def copy_tokens(pool: torch.Tensor, sources_N: torch.Tensor, targets_N: torch.Tensor) -> None:
+    """See ``api.copy_tokens``."""
+    size = pool.shape[4]
+    tokens = pool[sources_N // size, :, :, :, sources_N % size]  # [N, L, 2, HKV, D]
+    pool[targets_N // size, :, :, :, targets_N % size] = tokens

@@ -318,8 +318,8 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
                     int64_t block_stride, void *out, int64_t num_sequences, const int64_t *query_starts,
                     const int64_t *prefix_lengths, const int64_t *table_starts, const int64_t *blocks,
                     const int64_t *tree_masks, const int64_t *tree_depths, int64_t num_heads, int64_t num_kv_heads,
-                    int64_t head_dim, int64_t block_size, int64_t window, float scale, int element, int kv_element,
-                    int num_threads) {
+                    int64_t head_dim, int64_t block_size, int64_t window, int64_t first_key, float scale, int element,
+                    int kv_element, int num_threads) {
     struct batch batch = {
         .query = query,
         .token_stride = token_stride,
@@ -339,6 +339,7 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
         .head_dim = head_dim,
         .block_size = block_size,
         .window = window,
+        .first_key = first_key,
         .scale = scale,
         .element = element,
         .kv_element = kv_element,

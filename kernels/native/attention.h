@@ -22,6 +22,7 @@ struct batch {
     const int64_t *tree_masks;  /* [tokens], or none: bit j, the token sees token j of its run; 0: it is in no tree */
     const int64_t *tree_depths; /* [tokens], or none */
     int64_t num_heads, num_kv_heads, head_dim, block_size, window; /* no window: 0 */
+    int64_t first_key; /* keys before it are never seen; queries stand here or later */
     float scale;
     int element, kv_element;
     int64_t tile_rows; /* of one tile of queries, at most: a row is one token and one of the heads that share a KV head */
@@ -53,11 +54,11 @@ INLINE int64_t slot_of(const struct batch *batch, const struct tile *tile, int64
 
 /* The first key that a row sees: by position, which in a tree counts depths. */
 INLINE int64_t first_visible(const struct batch *batch, const struct tile *tile, int64_t row) {
-    if (!batch->window) return 0;
+    if (!batch->window) return batch->first_key;
     int64_t position = slot_of(batch, tile, row);
     if (tile->is_tree)
         position = batch->prefix_lengths[tile->sequence] + batch->tree_depths[token_of(batch, tile, row)];
-    return larger(0, position - batch->window + 1);
+    return larger(batch->first_key, position - batch->window + 1);
 }
 
 /* Bits [first, end) of 64. */

@@ -31,7 +31,7 @@ _ARGUMENTS: Final = {
     "paged_attention": (
         *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
         *[_ADDRESS] * 6,
-        *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT, _INT),
+        *(*[_LONG] * 6, _FLOAT, _INT, _INT, _INT),
     ),
     "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
     "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 3, _LONG, _INT),

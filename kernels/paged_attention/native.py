@@ -50,6 +50,7 @@ def paged_attention(
         head_dim,
         block_size,
         sliding_window or 0,
+        plan.first_key,
         scale,
         ELEMENTS[query.dtype],
         ELEMENTS[kv_layer.dtype],

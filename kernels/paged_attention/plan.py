@@ -26,7 +26,7 @@ class DecodeGroup:
     rows_B: torch.Tensor  # int64: where their tokens stand in the query
     block_table_BN: torch.Tensor  # int64, padded with each sequence's first block
     lengths_B1: torch.Tensor  # int64: keys to attend to, the new token included
-    is_real_BS: torch.Tensor  # bool: the slot holds a key of the sequence
+    is_real_BS: torch.Tensor  # bool: the slot holds a key of the sequence that counts
     padding: tuple[torch.Tensor, torch.Tensor]  # int64 pair (sequence, slot) of all slots that do not
 
 
@@ -69,11 +69,12 @@ class AttentionPlan:
     tables: SequenceTables
     block_size_tokens: int
     trees: tuple[TreeRun | None, ...]  # per sequence; None: each token sees those before it
+    first_key: int  # keys before this position are never seen
 
     @cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
         """The sequences with one query token."""
-        return _decode_groups(*self._sequences(), self.block_size_tokens, self.slots_T.device)
+        return _decode_groups(*self._sequences(), self.block_size_tokens, self.slots_T.device, self.first_key)
 
     @cached_property
     def runs(self) -> tuple[QueryRun, ...]:
@@ -99,6 +100,7 @@ def plan_attention(
     block_size_tokens: int,
     device: torch.device | str,
     trees: Sequence[TreeRun | None] | None = None,
+    first_key: int = 0,
 ) -> AttentionPlan:
     """Prepare one step.
 
@@ -111,6 +113,7 @@ def plan_attention(
         device: where the KV pool lies.
         trees: [B] for sequences whose tokens of this step are a tree of drafts, from ``tree.tree_run``; None where
             each token follows the one before it.
+        first_key: keys before this position are never seen; queries begin here or later.
 
     Raises:
         ValueError: a sequence has no query token, its block table does not reach its last token, or its tree has
@@ -146,6 +149,7 @@ def plan_attention(
         ),
         block_size_tokens=block_size_tokens,
         trees=trees,
+        first_key=first_key,
     )
 
 
@@ -177,6 +181,7 @@ def _decode_groups(
     tables: Sequence[Sequence[int]],
     block_size_tokens: int,
     device: torch.device,
+    first_key: int,
 ) -> tuple[DecodeGroup, ...]:
     """Single-token sequences by length, so that one long sequence does not make every short one gather as much."""
     by_size: dict[int, list[int]] = {}
@@ -188,7 +193,8 @@ def _decode_groups(
         num_blocks = max(len(tables[b]) for b in members)
         padded = [[*tables[b], *[tables[b][0]] * (num_blocks - len(tables[b]))] for b in members]
         lengths_B1 = torch.tensor([[prefixes[b] + 1] for b in members])
-        is_real_BS = torch.arange(num_blocks * block_size_tokens) < lengths_B1
+        slots_S = torch.arange(num_blocks * block_size_tokens)
+        is_real_BS = (slots_S < lengths_B1) & (slots_S >= first_key)
         sequences, slots = torch.nonzero(~is_real_BS, as_tuple=True)
         groups.append(
             DecodeGroup(

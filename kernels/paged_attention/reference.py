@@ -22,7 +22,7 @@ def paged_attention(
         output[group.rows_B] = _decode(query[group.rows_B], kv_layer, group, scale, sliding_window)
     for run in plan.runs:
         rows = slice(run.row_start, run.row_end)
-        output[rows] = _attend_run(query[rows], kv_layer, run, scale, sliding_window)
+        output[rows] = _attend_run(query[rows], kv_layer, run, scale, sliding_window, plan.first_key)
     return output
 
 
@@ -52,26 +52,31 @@ def _decode(
 
 
 def _attend_run(
-    query: torch.Tensor, kv_layer: torch.Tensor, run: QueryRun, scale: float, sliding_window: int | None
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    run: QueryRun,
+    scale: float,
+    sliding_window: int | None,
+    first_key: int,
 ) -> torch.Tensor:
     """Several tokens of one sequence: [T, H, D] -> [T, H, D]."""
     num_tokens, num_heads, head_dim = query.shape
     pages = _gather(kv_layer, run.block_table_N[None])[0, :, :, : run.length]
     key, value = pages.to(query.dtype).unbind(0)  # [HKV, S, D]
     group_size = num_heads // key.shape[0]
-    is_plain_causal = run.prefix_length == 0 and sliding_window is None and run.tree is None
+    is_plain_causal = run.prefix_length == 0 and sliding_window is None and run.tree is None and first_key == 0
     output = scaled_dot_product_attention(
         query.view(num_tokens, -1, group_size, head_dim).permute(1, 2, 0, 3),  # [HKV, G, T, D]
         key[:, None].expand(-1, group_size, -1, -1),
         value[:, None].expand(-1, group_size, -1, -1),
-        attn_mask=None if is_plain_causal else _visible_keys(run, sliding_window, query.device),
+        attn_mask=None if is_plain_causal else _visible_keys(run, sliding_window, first_key, query.device),
         is_causal=is_plain_causal,
         scale=scale,
     )
     return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
 
-def _visible_keys(run: QueryRun, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+def _visible_keys(run: QueryRun, sliding_window: int | None, first_key: int, device: torch.device) -> torch.Tensor:
     """[T, S] bool: which keys each query token of the run sees. A window counts the token itself."""
     key_positions = torch.arange(run.length, device=device)
     is_visible = key_positions <= key_positions[run.prefix_length :, None]
@@ -83,6 +88,7 @@ def _visible_keys(run: QueryRun, sliding_window: int | None, device: torch.devic
         key_positions[run.prefix_length :] = run.prefix_length + torch.tensor(run.tree.depths, device=device)
     if sliding_window is not None:
         is_visible &= key_positions > key_positions[run.prefix_length :, None] - sliding_window
+    is_visible[:, :first_key] = False
     return is_visible
 
 

@@ -19,6 +19,8 @@ from eagleray.core.request import FinishReason, RequestSpec, RequestState
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.fake import FakeExecutor
+from eagleray.engine.speculation.controller import FixedDrafts
+from eagleray.engine.speculation.tree import DraftShape, fixed_tree
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
 
@@ -26,13 +28,19 @@ BLOCK_SIZE_TOKENS = 4
 TOKENIZER = byte_tokenizer()
 
 
-def new_engine(num_blocks: int = 24, num_host_blocks: int = 0, **settings_: object) -> tuple[Engine, FakeExecutor]:
+SHAPES = [None, DraftShape(3), DraftShape(2, branching=2, num_nodes=4), fixed_tree([(0,), (1,), (0, 0), (0, 1)])]
+
+
+def new_engine(
+    num_blocks: int = 24, num_host_blocks: int = 0, shape: DraftShape | None = None, **settings_: object
+) -> tuple[Engine, FakeExecutor]:
     executor = FakeExecutor(
         num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size_tokens=BLOCK_SIZE_TOKENS, max_model_tokens=64
     )
     config = EngineConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 6, **settings_})
     clock = ManualClock()
-    return Engine(executor, config, clock, lambda spec: OutputText(TOKENIZER, spec.sampling, ())), executor
+    policy = None if shape is None else FixedDrafts(shape)
+    return Engine(executor, config, clock, lambda spec: OutputText(TOKENIZER, spec.sampling, ()), policy), executor
 
 
 def new_spec(request_id: str, prompt: list[int], max_tokens: int, **rest: object) -> RequestSpec:
@@ -57,10 +65,24 @@ class EngineMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority", "shortest_prompt_first"]),
         caching=st.booleans(),
         watermark=st.sampled_from([0.0, 0.1]),
+        shape=st.sampled_from(SHAPES),
     )
-    def start(self, num_blocks: int, num_host_blocks: int, policy: str, caching: bool, watermark: float) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        num_host_blocks: int,
+        policy: str,
+        caching: bool,
+        watermark: float,
+        shape: DraftShape | None,
+    ) -> None:
         self.engine, self.executor = new_engine(
-            num_blocks, num_host_blocks, scheduling_policy=policy, enable_prefix_caching=caching, watermark=watermark
+            num_blocks,
+            num_host_blocks,
+            shape,
+            scheduling_policy=policy,
+            enable_prefix_caching=caching,
+            watermark=watermark,
         )
         self.ids = (str(number) for number in itertools.count())
         self.specs: dict[str, RequestSpec] = {}
@@ -196,11 +218,12 @@ TestEngineMachine.settings = settings(
     chunk=st.sampled_from([1, 3, 16, 64]),
     num_blocks=st.integers(16, 40),
     num_host_blocks=st.sampled_from([0, 40]),
+    shape=st.sampled_from(SHAPES),
 )
-def test_tokens_do_not_depend_on_chunk_size_memory_or_company(
-    lengths: list[int], chunk: int, num_blocks: int, num_host_blocks: int
+def test_tokens_do_not_depend_on_chunk_size_memory_company_or_guesses(
+    lengths: list[int], chunk: int, num_blocks: int, num_host_blocks: int, shape: DraftShape | None
 ) -> None:
-    engine, executor = new_engine(num_blocks, num_host_blocks, max_num_batched_tokens=chunk)
+    engine, executor = new_engine(num_blocks, num_host_blocks, shape, max_num_batched_tokens=chunk)
     specs = [new_spec(str(index), [index % 3] * length, 10) for index, length in enumerate(lengths)]
     for spec in specs:
         engine.add(spec)
@@ -291,3 +314,26 @@ def test_reservations_leave_room_for_those_that_wait_already() -> None:
     assert engine.reserve(new_spec("later", [3] * 8, 4)) is None
     assert engine.end("waiting")
     assert engine.reserve(new_spec("later still", [3] * 8, 4)) is not None
+
+
+def test_guesses_that_come_true_save_steps() -> None:
+    steps = {}
+    for shape in (None, DraftShape(3)):
+        engine, executor = new_engine(shape=shape)
+        engine.add(spec := new_spec("a", [1] * 6, 20))
+        steps[shape] = 0
+        tokens: list[int] = []
+        while engine.has_work:
+            steps[shape] += 1
+            tokens += [token for output in engine.step().outputs for token in output.token_ids]
+        assert tokens == executor.continuation(spec, 20)
+    assert steps[DraftShape(3)] < 0.7 * steps[None]
+
+
+def test_nobody_gives_way_for_guesses() -> None:
+    engine, _ = new_engine(16, shape=DraftShape(8), enable_prefix_caching=False, max_num_batched_tokens=64)
+    for number in range(3):
+        engine.add(new_spec(str(number), [number] * 14, 6))
+    while engine.has_work:
+        engine.step()
+    assert engine.scheduler.num_preemptions == 0

@@ -21,7 +21,7 @@ from eagleray.engine.execution.executor import LocalExecutor, build_executor
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import KVTensors
-from eagleray.engine.execution.sampler import build_sampling_batch
+from eagleray.engine.execution.sampler import Choice, build_sampling_batch, choices_of
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan, StepResult
 from eagleray.kernels.sampling.batch import SamplingBatch
 from eagleray.models.random_weights import random_model
@@ -91,7 +91,7 @@ def generate(
             runs.append(make_run(spec, table, tokens, start, min(start + chunk, len(tokens))))
             computed[spec.request_id] = runs[-1].end
         for request_id, sampled in run_step(executor, *runs).sampled.items():
-            known[request_id].append(sampled.token_id)
+            known[request_id].append(sampled[0].token_id)
     return {spec.request_id: known[spec.request_id][len(spec.token_ids) :][:num_tokens] for spec in specs}
 
 
@@ -142,12 +142,12 @@ def test_swap_out_and_in_keeps_the_kv(executor: LocalExecutor):
     spec = make_spec("a", 8, temperature=0.0)
     known = [*spec.token_ids]
     expected = generate(executor, [spec], [[20, 21, 22]], 100, 2)["a"]
-    known.append(run_step(executor, make_run(spec, [3, 4], known, 0, 8)).sampled["a"].token_id)
+    known.append(run_step(executor, make_run(spec, [3, 4], known, 0, 8)).sampled["a"][0].token_id)
     run_step(executor, swap_out=(BlockCopy(3, 1), BlockCopy(4, 0)))
     other = make_spec("b", 8, temperature=0.0, max_tokens=1)
     run_step(executor, make_run(other, [4, 3], [9] * 8, 0, 8))
     again = run_step(executor, make_run(spec, [7, 4, 9], known, 8, 9), swap_in=(BlockCopy(1, 7), BlockCopy(0, 4)))
-    assert [known[-1], again.sampled["a"].token_id] == expected
+    assert [known[-1], again.sampled["a"][0].token_id] == expected
 
 
 def test_prompt_logprobs_are_the_same_however_the_prompt_is_cut(executor: LocalExecutor):
@@ -177,12 +177,12 @@ def test_logprobs_come_from_the_raw_logits_with_as_many_alternatives_as_asked(ex
         for row, spec in enumerate((silent, plain, shaped))
     ]
     sampled = run_step(executor, *runs).sampled
-    first, second = sampled["a"].logprobs, sampled["b"].logprobs
-    assert first.rank == 1 and first.token_id == first.top_ids[0] == sampled["a"].token_id
+    first, second = sampled["a"][0].logprobs, sampled["b"][0].logprobs
+    assert first.rank == 1 and first.token_id == first.top_ids[0] == sampled["a"][0].token_id
     assert second.top_ids == first.top_ids[:2]
     assert second.top_logprobs == pytest.approx(first.top_logprobs[:2], abs=1e-5)
     assert second.token_id == 1 and second.logprob < second.top_logprobs[0]
-    assert sampled["c"].logprobs is None
+    assert sampled["c"][0].logprobs is None
 
 
 def test_min_tokens_keeps_stop_tokens_out_until_then(executor: LocalExecutor):
@@ -201,6 +201,10 @@ def test_a_bias_of_minus_100_forbids_whatever_the_temperature(executor: LocalExe
     assert {token_id for output in outputs.values() for token_id in output} == {0, 1}
 
 
+def choices(runs: list[ScheduledRun]) -> list[Choice]:
+    return [choice for run in runs for choice in choices_of(run)]
+
+
 def test_history_is_the_known_tokens_with_all_after_the_prompt_as_output():
     spec = make_spec("b", 3, frequency_penalty=1.0)
     runs = [
@@ -208,7 +212,7 @@ def test_history_is_the_known_tokens_with_all_after_the_prompt_as_output():
         make_run(spec, [0], [7, 8, 9, 10, 11], 4, 5),
         make_run(spec, [0], [7, 8, 9], 0, 3),
     ]
-    penalties = build_sampling_batch(runs, vocab_size=61, device="cpu").penalties
+    penalties = build_sampling_batch(choices(runs), vocab_size=61, device="cpu").penalties
     assert penalties.rows.tolist() == [1, 2]
     assert penalties.history_rows.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     assert penalties.history_token_ids.tolist() == [7, 8, 9, 10, 11, 7, 8, 9]
@@ -217,9 +221,9 @@ def test_history_is_the_known_tokens_with_all_after_the_prompt_as_output():
 
 def test_a_batch_holds_only_what_its_rows_ask_for():
     runs = [make_run(make_spec(str(row), 3, temperature=0.0), [0], [1, 2, 3], 0, 3) for row in range(2)]
-    assert build_sampling_batch(runs, vocab_size=61, device="cpu") == SamplingBatch()
+    assert build_sampling_batch(choices(runs), vocab_size=61, device="cpu") == SamplingBatch()
     runs.append(make_run(make_spec("2", 3), [0], [1, 2, 3], 0, 3))
-    batch = build_sampling_batch(runs, vocab_size=61, device="cpu")
+    batch = build_sampling_batch(choices(runs), vocab_size=61, device="cpu")
     assert batch.random.rows.tolist() == [2]
     assert batch.bias is batch.penalties is batch.random.top_k_top_p is batch.random.min_p is None
 

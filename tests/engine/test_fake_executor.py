@@ -49,7 +49,7 @@ def generate(executor: FakeExecutor, spec: RequestSpec, block_ids: list[int], ch
         result = run_step(executor, make_run(spec, block_ids, computed, end, known))
         computed = end
         if spec.request_id in result.sampled:
-            known.append(result.sampled[spec.request_id].token_id)
+            known.append(result.sampled[spec.request_id][0].token_id)
     return known[len(spec.token_ids) :]
 
 
@@ -157,13 +157,13 @@ def test_a_missing_swap_in_is_caught():
 def test_blocks_copied_as_bytes_continue_on_another_executor():
     source, target = make_executor(), make_executor()
     spec = make_spec()
-    token_id = run_step(source, make_run(spec, [3, 4])).sampled["a"].token_id
+    token_id = run_step(source, make_run(spec, [3, 4])).sampled["a"][0].token_id
     for read, write in ((3, 8), (4, 9)):
         for from_view, to_view in zip(source.kv.block_views(read), target.kv.block_views(write), strict=True):
             to_view[:] = from_view
     known = [*spec.token_ids, token_id]
     result = run_step(target, make_run(spec, [8, 9], start=6, known=known))
-    assert result.sampled["a"].token_id == source.continuation(spec, 2)[1]
+    assert result.sampled["a"][0].token_id == source.continuation(spec, 2)[1]
 
 
 def test_bytes_that_arrived_damaged_are_caught():
@@ -218,7 +218,7 @@ def test_logprobs_come_only_when_asked_for():
     result = run_step(executor, make_run(spec, [1, 2], end=4), make_run(make_spec("b"), [3, 4]))
     assert [entry.token_id for entry in result.prompt_logprobs["a"]] == [6, 7, 8, 9]
     assert "b" not in result.prompt_logprobs
-    assert result.sampled["b"].logprobs is None
+    assert result.sampled["b"][0].logprobs is None
     result = run_step(executor, make_run(spec, [1, 2], start=4))
     assert [entry.token_id for entry in result.prompt_logprobs["a"]] == [10]
-    assert len(result.sampled["a"].logprobs.top_ids) == 2
+    assert len(result.sampled["a"][0].logprobs.top_ids) == 2

@@ -48,23 +48,27 @@ class Batch:
         write_kv(self.kv_layer, key, value, whole.slots_T)
         self.query = torch.randn(sum(self.counts), num_heads, HEAD_DIM, generator=generator)
 
-    def plan(self, trees: Sequence[TreeRun | None]) -> AttentionPlan:
-        return plan_attention(starts_of(self.counts), self.prefixes, self.tables, BLOCK_SIZE_TOKENS, "cpu", trees)
+    def plan(self, trees: Sequence[TreeRun | None], first_key: int = 0) -> AttentionPlan:
+        return plan_attention(
+            starts_of(self.counts), self.prefixes, self.tables, BLOCK_SIZE_TOKENS, "cpu", trees, first_key
+        )
 
-    def attend(self, attend: Attend, window: int | None) -> torch.Tensor:
+    def attend(self, attend: Attend, window: int | None, first_key: int = 0) -> torch.Tensor:
         trees = [None if isinstance(run, int) else tree_run(run) for run in self.runs]
-        return attend(self.query, self.kv_layer, self.plan(trees), SCALE, window)
+        return attend(self.query, self.kv_layer, self.plan(trees, first_key), SCALE, window)
 
-    def dense(self, window: int | None) -> torch.Tensor:
+    def dense(self, window: int | None, first_key: int = 0) -> torch.Tensor:
         outputs = []
         for query, key, value, prefix, run in zip(
             self.query.split(self.counts), self.keys, self.values, self.prefixes, self.runs, strict=True
         ):
+            mask = dense_mask(prefix, range(-1, run - 1) if isinstance(run, int) else run, window)
+            mask[:, :first_key] = False
             output = scaled_dot_product_attention(
                 query.double().transpose(0, 1),
                 key.double().transpose(0, 1),
                 value.double().transpose(0, 1),
-                attn_mask=dense_mask(prefix, range(-1, run - 1) if isinstance(run, int) else run, window),
+                attn_mask=mask,
                 scale=SCALE,
                 enable_gqa=True,
             )
@@ -103,6 +107,16 @@ def test_trees_among_decodes_and_prefills_equal_dense_attention(
         sequences.insert(seed, (prefix, random_parents(count, seed)))
     batch = Batch(sequences, num_heads, num_kv_heads)
     torch.testing.assert_close(batch.attend(attend, window).double(), batch.dense(window), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("first_key", [1, 17])
+def test_keys_before_the_first_that_counts_are_never_seen(attend: Attend, first_key: int, window: int | None) -> None:
+    sequences: list[tuple[int, list[int] | int]] = [(90, 1), (17, 70), (33, 40), (17, 1), (60, random_parents(9, 1))]
+    batch = Batch(sequences, num_heads=4, num_kv_heads=2)
+    batch.kv_layer[[table[0] for table in batch.tables], :, :, 0] = 1e3
+    found = batch.attend(attend, window, first_key).double()
+    torch.testing.assert_close(found, batch.dense(window, first_key), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("window", [None, 600])

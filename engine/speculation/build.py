@@ -1,0 +1,112 @@
+"""From the configuration of speculation to who guesses and how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from eagleray.core.config import SpeculationConfig
+from eagleray.core.errors import ConfigError
+from eagleray.engine.execution.identity import compute_model_identity
+from eagleray.engine.speculation.controller import AdaptiveDrafts, DraftPolicy, FixedDrafts, NoDrafts
+from eagleray.engine.speculation.decoders import DecoderNetwork, NoFeatures
+from eagleray.engine.speculation.eagle import GROUP, eagle_proposer
+from eagleray.engine.speculation.network import NetworkProposer
+from eagleray.engine.speculation.proposer import MedusaProposer, NgramProposer, Proposer
+from eagleray.engine.speculation.tree import DraftShape, fixed_tree
+from eagleray.kernels.select import Kernels
+from eagleray.models.decoder import Decoder
+from eagleray.models.draft_heads.eagle import EagleHead
+from eagleray.models.draft_heads.load import load_draft
+from eagleray.models.draft_heads.medusa import MedusaHeads
+
+_MEDUSA: Final = "medusa"
+_DRAFT_MODEL: Final = "draft_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model whose tokens are guessed."""
+
+    decoder: Decoder
+    dtype: str  # a key of kv_layout.DTYPE_BYTES
+    kernels: Kernels
+
+
+def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
+    """Who guesses. Raises ``ConfigError`` for a draft that does not fit the target or the method."""
+    if config.method == "ngram":
+        return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
+    if config.method == "early_exit":
+        return _early_exit(config.early_exit_layers or 0, target)
+    draft = load_draft(config.folder, target.decoder, target.kernels)
+    if method_of(draft) != config.method:
+        way_out = f"{config.folder} holds a draft for method {method_of(draft)}; set that, or another folder"
+        raise ConfigError("speculation.method", config.method, way_out)
+    if isinstance(draft, EagleHead):
+        return eagle_proposer(draft, target.dtype)
+    if isinstance(draft, MedusaHeads):
+        return _medusa(draft, config)
+    groups = (draft.layer_group(target.dtype, GROUP),)
+    return NetworkProposer(DecoderNetwork(draft, GROUP), NoFeatures(), groups)
+
+
+def method_of(draft: EagleHead | MedusaHeads | Decoder) -> str:
+    """The method that a loaded draft is for."""
+    if isinstance(draft, EagleHead):
+        return "eagle3" if draft.config.is_eagle3 else "eagle"
+    return _MEDUSA if isinstance(draft, MedusaHeads) else _DRAFT_MODEL
+
+
+def _medusa(heads: MedusaHeads, config: SpeculationConfig) -> Proposer:
+    if draft_shape(config).depth > heads.config.num_heads:
+        way_out = f"{config.folder} has {heads.config.num_heads} heads, each one guess ahead; set at most so many"
+        raise ConfigError("speculation.num_speculative_tokens", draft_shape(config).depth, way_out)
+    return MedusaProposer(heads)
+
+
+def _early_exit(num_layers: int, target: Target) -> Proposer:
+    total = target.decoder.config.num_layers
+    if num_layers >= total:
+        raise ConfigError("speculation.early_exit_layers", num_layers, f"the model has {total} layers; set fewer")
+    group = target.decoder.layer_group(target.dtype).name
+    network = DecoderNetwork(target.decoder, group, num_layers)
+    return NetworkProposer(network, NoFeatures(), groups=(), keeps_target_kv=True)
+
+
+def draft_identity(config: SpeculationConfig | None) -> str:
+    """What the draft adds to the identity of KV blocks; nothing unless it keeps something in them."""
+    if config is None or config.model is None or config.method == "medusa":
+        return ""
+    return "+" + compute_model_identity(config.folder)
+
+
+def draft_shape(config: SpeculationConfig) -> DraftShape:
+    """The largest tree or chain that the configuration allows. Raises ``ConfigError``."""
+    if config.tree_paths:
+        try:
+            return fixed_tree(config.tree_paths)
+        except ValueError as error:
+            raise ConfigError("speculation.tree_paths", len(config.tree_paths), str(error)) from None
+    return DraftShape(config.num_speculative_tokens, config.tree_branching, config.tree_nodes)
+
+
+def build_draft_policy(config: SpeculationConfig | None, has_network: bool) -> DraftPolicy:
+    """How much is guessed at each step; nothing without a configuration."""
+    if config is None:
+        return NoDrafts()
+    largest = draft_shape(config)
+    if not config.adaptive:
+        return FixedDrafts(largest, has_network)
+    return AdaptiveDrafts(_smaller_shapes(largest), has_network)
+
+
+def _smaller_shapes(largest: DraftShape) -> list[DraftShape]:
+    """What may be worth guessing where the whole is not: shorter chains, trees with fewer nodes."""
+    if largest.paths:
+        return [largest]
+    if largest.is_chain:
+        return [DraftShape(depth) for depth in range(1, largest.depth + 1)]
+    sizes = sorted({max(1, largest.max_nodes // share) for share in (4, 2, 1)})
+    chains = [DraftShape(depth) for depth in {1, largest.depth}]
+    return [*chains, *(DraftShape(largest.depth, largest.branching, size) for size in sizes)]

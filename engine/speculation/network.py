@@ -1,0 +1,224 @@
+"""Guessing with a network that has KV of its own: a draft head, a smaller model, the target's first layers.
+
+Slot i of that KV belongs to the request's token i, as in the target's own. After each step the tokens that have become
+certain are computed, with the target's true features where the network reads them, and one more: the token just
+sampled. What follows it is the first guess. Guesses are computed in the slots after it, where the next step's certain
+tokens overwrite them. So nothing but blocks is kept from step to step, and blocks can be cached, swapped and sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eagleray.core.kv_layout import FeatureGroup, LayerGroup
+from eagleray.engine.execution.kv_tensors import KVTensors
+from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
+from eagleray.engine.speculation.growth import Level, grow_trees
+from eagleray.engine.speculation.noise import ChoiceNoise
+from eagleray.engine.speculation.proposer import drafting_runs
+from eagleray.engine.speculation.tree import DraftTree
+from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, plan_attention, tree_run
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """N tokens for a network to compute, of several requests one behind the other."""
+
+    token_ids_N: Tensor  # int64
+    slots_N: Tensor  # int64: position in the request, which a tree counts in depths
+    features_NF: Tensor | None  # of the token before each, for networks that read them
+    plan: AttentionPlan
+
+
+class DraftNetwork(Protocol):
+    """What guesses."""
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot whose KV counts: a draft head has nothing to say about a request's first token."""
+        ...
+
+    def forward(self, tokens: Tokens, kv: KVTensors) -> Tensor:
+        """[N, hidden], and the tokens' KV written."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """float32 [..., V] for the token after each."""
+        ...
+
+    def target_ids(self, token_ids: Tensor) -> Tensor:
+        """The target's token ids for the network's own."""
+        ...
+
+    def guessed_features(self, hidden: Tensor) -> Tensor | None:
+        """What stands in for the target's features of a token that is guessed: [..., feature]."""
+        ...
+
+
+class CertainFeatures(Protocol):
+    """The target's true features, in the form in which the network reads them."""
+
+    def before(self, step: VerifiedStep, first_slots: Sequence[int], num_slots: Sequence[int]) -> Tensor | None:
+        """Per run and slot from its first on: the feature of the token before, [N, feature]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkProposer:
+    """Implements ``Proposer``."""
+
+    network: DraftNetwork
+    features: CertainFeatures
+    groups: tuple[LayerGroup | FeatureGroup, ...]
+    capture_layers: tuple[int, ...] = ()
+    keeps_target_kv: bool = False  # the network is a part of the target: its KV of certain tokens is there already
+    has_network: bool = True
+
+    def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
+        drafting = {run.run.spec.request_id for run in drafting_runs(step)}
+        first_slots, ends = [], []
+        for run in step.runs:
+            begin = run.num_computed if self.keeps_target_kv else run.run.start
+            first_slots.append(max(begin, self.network.first_slot))
+            ends.append(run.num_computed + (run.run.spec.request_id in drafting))
+        num_slots = [max(0, end - first) for first, end in zip(first_slots, ends, strict=True)]
+        features = self.features.before(step, first_slots, num_slots)
+        if not any(num_slots):
+            return {}
+        hidden = self.network.forward(_certain_tokens(step, first_slots, num_slots, features, self.network), step.kv)
+        runs = [run for run in step.runs if run.run.spec.request_id in drafting]
+        if not runs or step.shape is None:
+            return {}
+        last_rows = [end - 1 for end in accumulate(num_slots)]
+        roots = [row for row, run in zip(last_rows, step.runs, strict=True) if run in runs]
+        guesser = NetworkGuesser(self.network, step.kv, runs, hidden[torch.tensor(roots, device=hidden.device)])
+        trees = grow_trees(guesser, step.shape, ChoiceNoise.of(runs, hidden.device))
+        return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
+
+
+def _certain_tokens(
+    step: VerifiedStep,
+    first_slots: Sequence[int],
+    num_slots: Sequence[int],
+    features: Tensor | None,
+    network: DraftNetwork,
+) -> Tokens:
+    device = step.hidden_TD.device
+    parts = [(run, first, count) for run, first, count in zip(step.runs, first_slots, num_slots, strict=True) if count]
+    token_ids = chain.from_iterable(run.token_ids(first, first + count) for run, first, count in parts)
+    slots = chain.from_iterable(range(first, first + count) for _, first, count in parts)
+    return Tokens(
+        torch.tensor(list(token_ids), dtype=torch.int64, device=device),
+        torch.tensor(list(slots), dtype=torch.int64, device=device),
+        features,
+        plan_attention(
+            list(accumulate((count for *_, count in parts), initial=0)),
+            [first for _, first, _ in parts],
+            [run.run.block_ids for run, *_ in parts],
+            step.kv.layout.block_size_tokens,
+            device,
+            first_key=network.first_slot,
+        ),
+    )
+
+
+@dataclass(slots=True)
+class NetworkGuesser:
+    """Implements ``Guesser`` for B requests: guesses so far lie in the slots after each request's last known token.
+
+    A chain computes one token per level. A tree computes all its nodes again at each level, which costs little: the
+    network's weights are what takes the time, and they are read once.
+    """
+
+    network: DraftNetwork
+    kv: KVTensors
+    runs: Sequence[VerifiedRun]
+    hidden_BD: Tensor  # of each request's last known token
+    _token_ids_BE: list[list[int]] = field(init=False)  # of the nodes expanded so far
+    _parents_BE: list[list[int]] = field(init=False)  # among them, or -1
+    _features_BEF: list[Tensor] = field(init=False)  # one level each
+    _hidden_BFD: Tensor = field(init=False)  # of the newest level
+    _level_starts: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._token_ids_BE = [[] for _ in self.runs]
+        self._parents_BE = [[] for _ in self.runs]
+        self._features_BEF = []
+        self._hidden_BFD = self.hidden_BD[:, None]
+        self._level_starts = [0]
+
+    def root_logits(self) -> Tensor:
+        return self.network.compute_logits(self.hidden_BD)
+
+    def target_ids(self, token_ids: Tensor) -> Tensor:
+        return self.network.target_ids(token_ids)
+
+    def expand(self, level: Level) -> Tensor:
+        num_new = level.token_ids_BF.shape[1]
+        self._append(level)
+        is_chain = max(len(token_ids) for token_ids in self._token_ids_BE) == level.depth
+        hidden = self.network.forward(self._newest() if is_chain else self._all(), self.kv)
+        self._hidden_BFD = hidden.view(len(self.runs), -1, hidden.shape[-1])[:, -num_new:]
+        return self.network.compute_logits(self._hidden_BFD)
+
+    def _append(self, level: Level) -> None:
+        before = self._level_starts[-2] if level.depth > 1 else -1  # the root is node -1
+        for b, (token_ids, parents) in enumerate(
+            zip(level.token_ids_BF.tolist(), level.parents_BF.tolist(), strict=True)
+        ):
+            self._token_ids_BE[b] += token_ids
+            self._parents_BE[b] += [before + parent for parent in parents]
+        self._level_starts.append(len(self._token_ids_BE[0]))
+        guessed = self.network.guessed_features(self._hidden_BFD)
+        if guessed is not None:
+            index_BF = level.parents_BF if level.depth > 1 else torch.zeros_like(level.parents_BF)
+            self._features_BEF.append(guessed.gather(1, index_BF[..., None].expand(-1, -1, guessed.shape[-1])))
+
+    def _newest(self) -> Tokens:
+        """The last node of each chain."""
+        slots = [run.num_known + len(self._token_ids_BE[0]) - 1 for run in self.runs]
+        features = self._features_BEF[-1].flatten(0, 1) if self._features_BEF else None
+        return self._tokens([token_ids[-1:] for token_ids in self._token_ids_BE], slots, [[0]] * len(slots), features)
+
+    def _all(self) -> Tokens:
+        """All nodes of each tree."""
+        trees = [tree_run(parents) for parents in self._parents_BE]
+        features = torch.cat(self._features_BEF, dim=1).flatten(0, 1) if self._features_BEF else None
+        return self._tokens(
+            self._token_ids_BE,
+            [run.num_known for run in self.runs],
+            [tree.depths for tree in trees],
+            features,
+            trees,
+        )
+
+    def _tokens(
+        self,
+        token_ids_BN: Sequence[Sequence[int]],
+        prefixes_B: Sequence[int],
+        depths_BN: Sequence[Sequence[int]],
+        features_NF: Tensor | None,
+        trees: Sequence[TreeRun] | None = None,
+    ) -> Tokens:
+        device = self.hidden_BD.device
+        slots = [prefix + depth for prefix, depths in zip(prefixes_B, depths_BN, strict=True) for depth in depths]
+        return Tokens(
+            torch.tensor(list(chain.from_iterable(token_ids_BN)), dtype=torch.int64, device=device),
+            torch.tensor(slots, dtype=torch.int64, device=device),
+            features_NF,
+            plan_attention(
+                list(accumulate(map(len, token_ids_BN), initial=0)),
+                prefixes_B,
+                [run.run.block_ids for run in self.runs],
+                self.kv.layout.block_size_tokens,
+                device,
+                trees,
+                first_key=self.network.first_slot,
+            ),
+        )

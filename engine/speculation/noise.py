@@ -1,0 +1,47 @@
+"""The noise with which the target will choose, for those who guess: it is known before the logits are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagleray.engine.execution.verified import VerifiedRun
+from eagleray.kernels.sampling.noise import row_keys, token_noise
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceNoise:
+    """Implements ``Noise`` for a batch of requests; greedy ones among them have none.
+
+    The target takes the argmax of logit / temperature + noise. A guesser whose logits are like the target's finds the
+    same token when it adds the same noise.
+    """
+
+    temperature_B: Tensor  # float32; 1 for greedy requests
+    is_random_B: Tensor  # bool
+    seed_B: Tensor  # int64
+    choice_B: Tensor
+    position_B: Tensor  # index in the request of its next token
+
+    @classmethod
+    def of(cls, runs: Sequence[VerifiedRun], device: torch.device | str) -> ChoiceNoise | None:
+        """None when every request is greedy."""
+        params = [run.run.spec.sampling for run in runs]
+        if all(param.is_greedy for param in params):
+            return None
+        return cls(
+            torch.tensor([1.0 if param.is_greedy else param.temperature for param in params], device=device),
+            torch.tensor([not param.is_greedy for param in params], device=device),
+            torch.tensor([param.seed or 0 for param in params], dtype=torch.int64, device=device),
+            torch.tensor([run.run.spec.choice for run in runs], dtype=torch.int64, device=device),
+            torch.tensor([run.run.end + len(run.sampled) for run in runs], dtype=torch.int64, device=device),
+        )
+
+    def perturb(self, logits_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
+        keys_B = row_keys(self.seed_B, self.choice_B, self.position_B + depth - 1)
+        noise_BFC = token_noise(keys_B[:, None, None], target_ids_BFC)
+        scaled_BFC = logits_BFC / self.temperature_B[:, None, None]
+        return scaled_BFC + noise_BFC * self.is_random_B[:, None, None]

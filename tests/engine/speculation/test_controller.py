@@ -1,0 +1,105 @@
+"""The controller in a world whose costs and acceptance are known."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from eagleray.engine.speculation.controller import AdaptiveDrafts, StepTimes
+from eagleray.engine.speculation.tree import DraftShape
+
+CHAINS = [DraftShape(depth) for depth in (1, 2, 3, 5)]
+
+
+class World:
+    """Steps of ``num_requests`` requests whose guesses come true with ``acceptance`` each."""
+
+    def __init__(
+        self, num_requests: int, acceptance: float, verify_s: Callable[[int], float], draft_token_s: float
+    ) -> None:
+        self.num_requests, self.acceptance = num_requests, acceptance
+        self.verify_s, self.draft_token_s = verify_s, draft_token_s
+        self.random = random.Random(0)
+        self.pending: DraftShape | None = None
+        self.spent_s = 0.0
+        self.num_tokens = 0
+
+    def step(self, policy: AdaptiveDrafts) -> DraftShape | None:
+        shape, verified = policy.choose(self.num_requests), self.pending
+        num_rows = self.num_requests * (1 + (verified.max_nodes if verified else 0))
+        gained = [self._gain(verified) for _ in range(self.num_requests)]
+        noise = self.random.uniform(0.95, 1.05)
+        verify_s = self.verify_s(num_rows) * noise
+        draft_s = self.draft_token_s * (shape.depth if shape else 0) * noise
+        if verified is not None:
+            policy.note_acceptance(verified, gained)
+        policy.note_times(StepTimes(self.num_requests, num_rows, verify_s, draft_s, shape))
+        self.pending = shape
+        self.spent_s += verify_s + draft_s
+        self.num_tokens += sum(gained)
+        return shape
+
+    def _gain(self, shape: DraftShape | None) -> int:
+        gained = 1
+        while shape is not None and gained <= shape.depth and self.random.random() < self.acceptance:
+            gained += 1
+        return gained
+
+    def tokens_per_s(self, shape: DraftShape | None) -> float:
+        """What always guessing ``shape`` would bring in the long run."""
+        depth = shape.depth if shape else 0
+        tokens = sum(self.acceptance**level for level in range(depth + 1))
+        step_s = self.verify_s(self.num_requests * (1 + depth)) + self.draft_token_s * depth
+        return self.num_requests * tokens / step_s
+
+
+def memory_bound(num_rows: int) -> float:
+    return 10e-3
+
+
+def compute_bound(num_rows: int) -> float:
+    return 1e-3 * num_rows
+
+
+@pytest.mark.parametrize("num_requests", [1, 4, 16])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9])
+def test_it_is_never_much_slower_than_no_guesses(num_requests: int, acceptance: float) -> None:
+    for verify_s in (memory_bound, compute_bound):
+        world = World(num_requests, acceptance, verify_s, draft_token_s=1e-3)
+        policy = AdaptiveDrafts(CHAINS, has_network=True)
+        for _ in range(3000):
+            world.step(policy)
+        assert world.num_tokens / world.spent_s > 0.97 * world.tokens_per_s(None)
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.95])
+def test_it_comes_close_to_the_best_shape(acceptance: float) -> None:
+    world = World(4, acceptance, memory_bound, draft_token_s=1e-3)
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    for _ in range(4000):
+        world.step(policy)
+    best = max(world.tokens_per_s(shape) for shape in CHAINS)
+    assert world.num_tokens / world.spent_s > 0.93 * best
+
+
+def test_it_turns_off_when_rows_cost_time_and_on_again_when_they_do_not() -> None:
+    world = World(1, 0.8, memory_bound, draft_token_s=0.5e-3)
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+
+    def share_of_guessing() -> float:
+        return sum(world.step(policy) is not None for _ in range(1000)) / 1000
+
+    assert share_of_guessing() > 0.9
+    world.verify_s = compute_bound
+    for _ in range(5):
+        share_of_guessing()
+    assert share_of_guessing() < 0.15
+    world.verify_s = memory_bound
+    share_of_guessing()
+    assert share_of_guessing() > 0.9
+
+
+def test_nothing_is_guessed_for_nobody() -> None:
+    assert AdaptiveDrafts(CHAINS, has_network=True).choose(0) is None
