@@ -168,7 +168,14 @@ def die_while_packing(folder: Path) -> None:
     files(folder).get(LAYOUT, pack)
 
 
+@pytest.fixture
+def importable_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spawned processes import this module by its name, below the root of the repository."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+@pytest.mark.usefixtures("importable_by_children")
 def test_two_processes_that_start_at_once_share_one_copy(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
@@ -193,6 +200,7 @@ def test_two_processes_that_start_at_once_share_one_copy(tmp_path: Path) -> None
         assert mapping["Private_Dirty"] == mapping["Anonymous"] == 0
 
 
+@pytest.mark.usefixtures("importable_by_children")
 def test_a_process_that_dies_while_packing_is_in_nobodys_way(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=die_while_packing, args=(tmp_path,))
     process.start()
