@@ -83,8 +83,7 @@ class EngineConfig(_Frozen):
 
 
 class SpeculationConfig(_Frozen):
-    """Guessing several tokens and verifying them in one step. What is answered does not depend on any of it, except
-    with ``acceptance: rejection``, where only its distribution does not."""
+    """Guessing several tokens and verifying them in one step. What is answered does not depend on any of it."""
 
     method: Literal["eagle3", "eagle", "medusa", "draft_model", "early_exit", "ngram"] = Field(
         description="who guesses: a draft head, a smaller model, the model's own first layers, or the text so far"
@@ -101,10 +100,6 @@ class SpeculationConfig(_Frozen):
     )
     tree_paths: tuple[tuple[int, ...], ...] = Field(
         (), description="a fixed tree instead: each guess by the ranks that lead to it, such as [0, 2]"
-    )
-    acceptance: Literal["target", "rejection"] = Field(
-        "target",
-        description="target: guesses equal to the model's own choice; rejection: with min(1, p / q), chains only",
     )
     adaptive: bool = Field(True, description="guess less, or not at all, where it would not pay")
     early_exit_layers: int | None = Field(None, ge=1, description="layers that guess, for early_exit")
@@ -129,8 +124,6 @@ class SpeculationConfig(_Frozen):
         has_tree = self.tree_branching > 1 or bool(self.tree_paths)
         if has_tree and self.method == "ngram":
             raise ValueError("method ngram finds one passage, no tree; leave tree_branching and tree_paths out")
-        if has_tree and self.acceptance == "rejection":
-            raise ValueError("acceptance rejection is for chains; leave tree_branching and tree_paths out")
         return self
 
 
