@@ -29,6 +29,8 @@ from eagleray.kernels.norm_rope.head_norms import HeadNorms
 from eagleray.kernels.paged_attention import api as paged_attention
 from eagleray.kernels.paged_attention import native as native_paged_attention
 from eagleray.kernels.paged_attention.plan import AttentionPlan
+from eagleray.kernels.replay.api import ComputeAnew, Replayer
+from eagleray.kernels.replay.native import NativeReplayer
 from eagleray.kernels.sampling import api as sampling
 from eagleray.kernels.sampling import native as native_sampling
 from eagleray.kernels.sampling.batch import SamplingBatch
@@ -55,6 +57,7 @@ class Kernels:
     head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
+    new_replayer: Callable[[], Replayer]  # one per network
 
 
 TORCH_KERNELS: Final = Kernels(
@@ -67,6 +70,7 @@ TORCH_KERNELS: Final = Kernels(
     head_format=None,
     sample_tokens=sampling.sample_tokens,
     copy_blocks=kv_ops.copy_blocks,
+    new_replayer=ComputeAnew,
 )
 
 
@@ -138,6 +142,7 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
         sample_tokens=partial(native_sampling.sample_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),
+        new_replayer=partial(NativeReplayer, library),
     )
 
 

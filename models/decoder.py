@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import embedding
 
 from eagleray.core.kv_layout import LayerGroup
 from eagleray.kernels.paged_attention.api import AttentionPlan
+from eagleray.kernels.replay.api import StepInputs
 from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.attention import Attention
 from eagleray.models.linear import Linear
@@ -88,6 +90,7 @@ class Decoder:
             weight=self.embedding if config.tie_word_embeddings else None,
         )
         self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
+        self._replayer = kernels.new_replayer()
 
     def layer_group(self, dtype: str, name: str = "target") -> LayerGroup:
         """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
@@ -139,15 +142,32 @@ class Decoder:
         capture_layers: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = embedding(input_ids_T, self.embedding).to(self.dtype)
-        cos_T, sin_T = self._rope.angles(positions_T, hidden.dtype)
+        angles = self._rope.angles(positions_T, hidden.dtype)
+        tensors = plan.tensors
+        normed, *captured = self._replayer.run(
+            partial(self._compute_layers, hidden, angles, kv, plan, num_layers, capture_layers),
+            StepInputs((hidden, *angles, *tensors.fixed), tensors.ragged),
+            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, capture_layers),
+        )
+        return normed, torch.cat(captured, dim=-1) if captured else normed
+
+    def _compute_layers(
+        self,
+        hidden: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+        num_layers: int | None,
+        capture_layers: tuple[int, ...],
+    ) -> tuple[torch.Tensor, ...]:
+        """(What the final norm makes of the last layer's result, the streams captured)."""
         captured = []
         layers = zip(self.layers, kv.unbind(1), strict=True)
         for index, (layer, kv_layer) in enumerate(islice(layers, num_layers)):
             if index in capture_layers:
                 captured.append(hidden)
-            hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
-        normed = self.norm(hidden)
-        return normed, torch.cat(captured, dim=-1) if captured else normed
+            hidden = layer(hidden, *angles, kv_layer, plan)
+        return self.norm(hidden), *captured
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

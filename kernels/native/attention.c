@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "operations.h"
 #include "products.h"
 #include "transpose.h"
 

@@ -1,6 +1,7 @@
 /* RMS norm, rotary embedding with the write into the KV pool, and the gate of the MLP. Row by row: no result depends on
  * other rows.
  */
+#include "operations.h"
 #include "vectors.h"
 
 enum { MANY_ROWS = 32 }; /* from where on a second thread saves more than it costs */

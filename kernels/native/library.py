@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,7 @@ from eagleray.kernels.native.build import TILE_LEVEL, NativeUnavailable, build_l
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vectors.h
 MAX_HEAD_DIM: Final = 256  # in attention.c
+MAX_ARGUMENTS: Final = 24  # in program.c
 
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS: Final = {
@@ -37,6 +40,7 @@ _ARGUMENTS: Final = {
     "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 3, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
     "fingerprint": (_ADDRESS, _LONG, *[_ADDRESS] * 3, _LONG, _ADDRESS),
+    "run_program": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS),
 }
 _RESULTS: Final = {
     "panel_columns": _LONG,
@@ -45,7 +49,47 @@ _RESULTS: Final = {
     "paged_attention": _INT,
     "sample_rows": _INT,
     "fingerprint": _INT,
+    "run_program": _INT,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFunction:
+    """A function of a C file. While the library's tape records, its calls are noted."""
+
+    function: Callable[..., Any]
+    argument_types: Sequence[type[Any]]
+    replay_address: int | None  # of the function in program.c that calls this one; None: it cannot be replayed
+    tape: Tape
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.tape.calls is not None:
+            self.tape.calls.append(NativeCall(self, arguments))
+        return self.function(*arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCall:
+    """A call that was recorded."""
+
+    function: NativeFunction
+    arguments: tuple[Any, ...]
+
+
+class Tape(threading.local):
+    """The calls of one thread, while it records."""
+
+    calls: list[NativeCall] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[NativeCall]]:
+        """What is called meanwhile, in order."""
+        calls: list[NativeCall] = []
+        self.calls = calls
+        try:
+            yield calls
+        finally:
+            self.calls = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +112,8 @@ class NativeLibrary:
     sample_rows: Callable[..., int]
     copy_blocks: Callable[..., None]
     fingerprint: Callable[..., int]
+    run_program: Callable[..., int]
+    tape: Tape
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
@@ -79,15 +125,18 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailable(f"cannot load {path}: {error}") from None
-    functions = {name: _bind(library, name, arguments) for name, arguments in _ARGUMENTS.items()}
-    return NativeLibrary(level, num_threads, path.stem, **functions)
+    tape = Tape()
+    functions = {name: _bind(library, name, arguments, tape) for name, arguments in _ARGUMENTS.items()}
+    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape)
 
 
-def _bind(library: ctypes.CDLL, name: str, arguments: Sequence[type[Any]]) -> Callable[..., Any]:
+def _bind(library: ctypes.CDLL, name: str, argument_types: Sequence[type[Any]], tape: Tape) -> NativeFunction:
     function = getattr(library, name)
-    function.argtypes = arguments
+    function.argtypes = argument_types
     function.restype = _RESULTS.get(name)
-    return function  # type: ignore[no-any-return]
+    replaying = getattr(library, f"replay_{name}", None)
+    replay_address = None if replaying is None else ctypes.cast(replaying, _ADDRESS).value
+    return NativeFunction(function, argument_types, replay_address, tape)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

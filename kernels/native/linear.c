@@ -4,6 +4,7 @@
  * to back. They are kept in bfloat16 where that loses nothing, as with most checkpoints: the results are the same, bit
  * for bit, for half of the bytes.
  */
+#include "operations.h"
 #include "products.h"
 
 enum { DEPTH_BLOCK = 256, ROW_BLOCK = 8 * TILE_ROWS, PANEL_GROUP = 8 };

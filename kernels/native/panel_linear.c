@@ -6,6 +6,7 @@
  */
 #include <stdlib.h>
 
+#include "operations.h"
 #include "panels.h"
 
 enum {

@@ -14,6 +14,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 
 from eagleray.kernels.paged_attention.tree import TreeRun
+from eagleray.kernels.replay.api import StepInputs
 
 # Up to this many blocks, padding a short sequence costs less than a second batched operation.
 _SMALL_TABLE_BLOCKS = 16
@@ -70,6 +71,13 @@ class AttentionPlan:
     block_size_tokens: int
     trees: tuple[TreeRun | None, ...]  # per sequence; None: each token sees those before it
     first_key: int  # keys before this position are never seen
+
+    @property
+    def tensors(self) -> StepInputs:
+        """All of them; ``first_key`` and ``block_size_tokens`` aside, they are what a kernel computes by."""
+        tables = self.tables
+        of_sequences = (tables.query_starts, tables.prefix_lengths, tables.table_starts)
+        return StepInputs((self.slots_T, *of_sequences, tables.tree_masks, tables.tree_depths), (tables.block_ids,))
 
     @cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:

@@ -1,0 +1,83 @@
+"""Steps of few rows are recorded as calls of the native library, and made again by one call from Python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from eagleray.kernels.native.library import NativeLibrary, address
+from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.recording import Output, Program, record
+
+_MAX_ROWS: Final = 128  # with more, kernels take so long that what Python adds does not show
+_MAX_PROGRAMS: Final = 128  # 6 KB per layer each
+
+_Result = tuple[Tensor, ...]
+
+
+class NativeReplayer:
+    """Implements ``Replayer``; used by one thread at a time.
+
+    A step is recorded when its shapes come for the second time: many do not. What it returned is copied out of the
+    memory that all programs share.
+    """
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+        # By shapes, the longest unused first. None: seen once, or impossible to record.
+        self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
+        self._impossible: set[Hashable] = set()  # variants
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, compute: Callable[[], _Result], inputs: StepInputs, variant: Hashable) -> _Result:
+        """See ``Replayer.run``. What is wrong with inputs is found by ``compute``."""
+        first = inputs.fixed[0]
+        if first is None or len(first) > _MAX_ROWS or variant in self._impossible:
+            return compute()
+        forms = tuple(None if tensor is None else _form(tensor) for tensor in inputs.fixed)
+        key = (variant, forms, tuple((tensor.dtype, tensor.stride()) for tensor in inputs.ragged))
+        if key not in self._programs:
+            self._remember(key, None)
+            return compute()
+        self._programs.move_to_end(key)
+        program = self._programs[key]
+        if program is None:
+            outputs, program = record(self._library, compute, inputs)
+            if program is None:
+                self._impossible.add(variant)
+            self._remember(key, program)
+            return outputs
+        replayed = self._replay(program, inputs)
+        return compute() if replayed is None else replayed
+
+    def _remember(self, key: Hashable, program: Program | None) -> None:
+        self._programs[key] = program
+        while len(self._programs) > _MAX_PROGRAMS:
+            self._programs.popitem(last=False)
+
+    def _replay(self, program: Program, inputs: StepInputs) -> _Result | None:
+        """None if a call failed."""
+        if len(self._arena) < program.arena_bytes:
+            self._arena = torch.empty(program.arena_bytes, dtype=torch.uint8)
+        tensors = (self._arena, *inputs.fixed, *inputs.ragged)
+        failed = self._library.run_program(
+            *(program.calls.data_ptr(), len(program.calls), program.patches.data_ptr(), len(program.patches)),
+            (ctypes.c_void_p * len(tensors))(*map(address, tensors)),
+        )
+        return None if failed else tuple(_copied(output, tensors[output.input_index]) for output in program.outputs)
+
+
+def _form(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _copied(output: Output, tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    elements = tensor.view(output.dtype)
+    offset = output.offset // elements.element_size()
+    return torch.as_strided(elements, output.shape, output.stride, offset).clone()
