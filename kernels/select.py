@@ -53,6 +53,7 @@ class Kernels:
     ]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
     silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
+    join_columns: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
     head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
@@ -66,6 +67,7 @@ TORCH_KERNELS: Final = Kernels(
     rotate_and_store=norm_rope.rotate_and_store,
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
+    join_columns=activation.join_columns,
     linear_format=None,
     head_format=None,
     sample_tokens=sampling.sample_tokens,
@@ -138,6 +140,7 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         rotate_and_store=partial(native_norm_rope.rotate_and_store, library),
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
+        join_columns=partial(native_activation.join_columns, library),
         linear_format=linear_format,
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
         sample_tokens=partial(native_sampling.sample_tokens, library),

@@ -1,4 +1,4 @@
-"""The gate of the MLP by the native library."""
+"""What stands between two linear layers, by the native library."""
 
 from __future__ import annotations
 
@@ -20,4 +20,15 @@ def silu_and_multiply(library: NativeLibrary, gate_up: torch.Tensor) -> torch.Te
         ELEMENTS[gate_up.dtype],
         library.num_threads,
     )
+    return out
+
+
+def join_columns(library: NativeLibrary, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """See ``api.join_columns``."""
+    if left.dtype is not right.dtype or len(left) != len(right):
+        raise ValueError(f"cannot join {left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}")
+    left, right = left.contiguous(), right.contiguous()
+    out = left.new_empty(len(left), left.shape[1] + right.shape[1])
+    left_bytes, right_bytes = (tensor.shape[1] * tensor.element_size() for tensor in (left, right))
+    library.join_columns(left.data_ptr(), left_bytes, right.data_ptr(), right_bytes, out.data_ptr(), len(left))
     return out

@@ -1,6 +1,9 @@
-/* RMS norm, rotary embedding with the write into the KV pool, and the gate of the MLP. Row by row: no result depends on
+/* RMS norm, rotary embedding with the write into the KV pool, the gate of the MLP, and rows
+ * side by side. Row by row: no result depends on
  * other rows.
  */
+#include <string.h>
+
 #include "operations.h"
 #include "vectors.h"
 
@@ -60,6 +63,15 @@ void silu_and_multiply(const void *gate_up, void *out, int64_t rows, int64_t siz
             gate_row(gate, up, to, size, BFLOAT16);
         else
             gate_row(gate, up, to, size, FLOAT32);
+    }
+}
+
+/* out[row] = left[row], right[row]; sizes in bytes. */
+void join_columns(const char *left, int64_t left_bytes, const char *right, int64_t right_bytes, char *out,
+                  int64_t rows) {
+    for (int64_t row = 0; row < rows; row++, out += left_bytes + right_bytes) {
+        memcpy(out, left + row * left_bytes, left_bytes);
+        memcpy(out + left_bytes, right + row * right_bytes, right_bytes);
     }
 }
 

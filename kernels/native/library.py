@@ -30,6 +30,7 @@ _ARGUMENTS: Final = {
     ),
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
+    "join_columns": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS, _LONG),
     "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
     "paged_attention": (
         *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
@@ -106,6 +107,7 @@ class NativeLibrary:
     panel_linear: Callable[..., int]
     rms_norm: Callable[..., None]
     silu_and_multiply: Callable[..., None]
+    join_columns: Callable[..., None]
     rotate_and_store: Callable[..., int]
     paged_attention: Callable[..., int]
     argmax_rows: Callable[..., None]

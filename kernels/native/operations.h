@@ -17,6 +17,9 @@ void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, vo
 
 void silu_and_multiply(const void *gate_up, void *out, int64_t rows, int64_t size, int element, int num_threads);
 
+void join_columns(const char *left, int64_t left_bytes, const char *right, int64_t right_bytes, char *out,
+                  int64_t rows);
+
 int rotate_and_store(void *heads, const void *query_norm, const void *key_norm, float eps, const void *cos,
                      const void *sin, const int64_t *slots, void *kv, int64_t num_blocks, int64_t block_stride,
                      int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,

@@ -46,6 +46,11 @@ int replay_silu_and_multiply(const union argument *a) {
     return 0;
 }
 
+int replay_join_columns(const union argument *a) {
+    join_columns(a[0].address, a[1].integer, a[2].address, a[3].integer, a[4].address, a[5].integer);
+    return 0;
+}
+
 int replay_rotate_and_store(const union argument *a) {
     return rotate_and_store(a[0].address, a[1].address, a[2].address, (float)a[3].real, a[4].address, a[5].address,
                             a[6].address, a[7].address, a[8].integer, a[9].integer, a[10].integer, a[11].integer,

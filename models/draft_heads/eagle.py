@@ -9,6 +9,7 @@ pair is counted by its feature. Nothing comes before token 0: slot 0 pairs it wi
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import embedding
 
 from eagleray.core.kv_layout import LayerGroup
 from eagleray.kernels.paged_attention.api import AttentionPlan
+from eagleray.kernels.replay.api import StepInputs
 from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.attention import Attention
 from eagleray.models.decoder import Decoder, DecoderLayer
@@ -30,13 +32,16 @@ from eagleray.models.rope import RotaryEmbedding
 class FusedInput:
     """Versions 1 and 2: one linear layer over token and feature; what it makes is attended to, and the residual."""
 
-    def __init__(self, config: EagleConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: EagleConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         size = config.layers.hidden_size
+        self._join_columns = kernels.join_columns
         self.fusion = Linear(2 * size, (size,), bias=config.fusion_bias, dtype=dtype, device=device)
 
     def __call__(self, embedded: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [T, hidden] -> what attention reads, [T, hidden], and the residual stream, [T, hidden]."""
-        fused = self.fusion(torch.cat((embedded, feature), dim=-1))
+        fused = self.fusion(self._join_columns(embedded, feature))
         return fused, fused
 
     def linears(self) -> tuple[Linear, ...]:
@@ -51,13 +56,14 @@ class PairedInput:
     ) -> None:
         size, eps = config.layers.hidden_size, config.layers.rms_norm_eps
         self._norm_before_residual = config.norm_before_residual
+        self._join_columns = kernels.join_columns
         self.embedding_norm = RMSNorm(size, eps, kernels, dtype=dtype, device=device)
         self.feature_norm = RMSNorm(size, eps, kernels, dtype=dtype, device=device)
 
     def __call__(self, embedded: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [T, hidden] -> what attention reads, [T, 2 * hidden], and the residual stream, [T, hidden]."""
         normed = self.feature_norm(feature)
-        pair = torch.cat((self.embedding_norm(embedded), normed), dim=-1)
+        pair = self._join_columns(self.embedding_norm(embedded), normed)
         return pair, normed if self._norm_before_residual else feature
 
     def linears(self) -> tuple[Linear, ...]:
@@ -75,7 +81,7 @@ class FirstLayer:
         if config.is_eagle3:
             self.input, input_size = PairedInput(config, kernels, dtype=dtype, device=device), 2 * layers.hidden_size
         else:
-            self.input, input_size = FusedInput(config, dtype=dtype, device=device), layers.hidden_size
+            self.input, input_size = FusedInput(config, kernels, dtype=dtype, device=device), layers.hidden_size
         self.attention = Attention(layers, 0, kernels, dtype=dtype, device=device, input_size=input_size)
         self.mlp_norm = RMSNorm(layers.hidden_size, layers.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.mlp = GatedMLP(layers, kernels, dtype=dtype, device=device)
@@ -161,6 +167,7 @@ class EagleHead:
             )
         self.target_ids_D: torch.Tensor | None = None  # int64 [draft_vocab_size]; None: the vocabularies are the same
         self._rope = RotaryEmbedding(layers.rope, layers.head_dim, device)
+        self._replayer = kernels.new_replayer()
 
     def prepare(self) -> None:
         """To be called when the weights are filled: linear layers bring theirs into the form that computes fastest."""
@@ -205,12 +212,28 @@ class EagleHead:
             self._dtype
         )
         features = features.masked_fill((positions_T == 0)[:, None], 0)
-        cos_T, sin_T = self._rope.angles(positions_T - 1, embedded.dtype)
-        first_kv_layer, *further_kv_layers = kv.unbind(1)
-        hidden = self.first_layer(embedded, features, cos_T, sin_T, first_kv_layer, plan)
-        for layer, kv_layer in zip(self.further_layers, further_kv_layers, strict=True):
-            hidden = layer(hidden, cos_T, sin_T, kv_layer, plan)
+        angles = self._rope.angles(positions_T - 1, embedded.dtype)
+        tensors = plan.tensors
+        (hidden,) = self._replayer.run(
+            partial(self._compute_layers, embedded, features, angles, kv, plan),
+            StepInputs((embedded, features, *angles, *tensors.fixed), tensors.ragged),
+            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key),
+        )
         return hidden
+
+    def _compute_layers(
+        self,
+        embedded: torch.Tensor,
+        features: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> tuple[torch.Tensor]:
+        first_kv_layer, *further_kv_layers = kv.unbind(1)
+        hidden = self.first_layer(embedded, features, *angles, first_kv_layer, plan)
+        for layer, kv_layer in zip(self.further_layers, further_kv_layers, strict=True):
+            hidden = layer(hidden, *angles, kv_layer, plan)
+        return (hidden,)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -218,7 +241,7 @@ class EagleHead:
         normed = hidden if self.norm is None else self.norm(hidden)
         if self.lm_head is None:
             return self._compute_target_logits(normed)
-        return self.lm_head(normed).float()
+        return self.lm_head(normed, dtype=torch.float32)
 
     @torch.inference_mode()
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:

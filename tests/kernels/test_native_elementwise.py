@@ -53,6 +53,18 @@ def test_silu_of_extreme_values_is_what_it_tends_to(library: NativeLibrary) -> N
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_join_columns_equals_the_reference(library: NativeLibrary, dtype: torch.dtype) -> None:
+    for left, right in ((random(5, 3, dtype=dtype), random(5, 8, dtype=dtype)), (random(2, 9)[:, 1:4], random(2, 1))):
+        joined = native_activation.join_columns(library, left, right)
+        assert torch.equal(joined, torch_activation.join_columns(left, right))
+
+
+def test_join_columns_refuses_what_does_not_stand_side_by_side(library: NativeLibrary) -> None:
+    with pytest.raises(ValueError, match="cannot join"):
+        native_activation.join_columns(library, random(5, 3), random(4, 3))
+
+
 def make_pool(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((6, 3, 2, num_kv_heads, block_size, head_dim), math.nan, dtype=dtype)
 
