@@ -96,7 +96,6 @@ class Decoder:
         """Shape of this model's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
         return self.config.kv_layer_group(dtype, name)
 
-    @torch.inference_mode()
     def forward(
         self,
         input_ids_T: torch.Tensor,
@@ -119,7 +118,6 @@ class Decoder:
         """
         return self._run_layers(input_ids_T, positions_T, kv, plan, num_layers, ())[0]
 
-    @torch.inference_mode()
     def forward_with_features(
         self,
         input_ids_T: torch.Tensor,
@@ -169,7 +167,6 @@ class Decoder:
             hidden = layer(hidden, *angles, kv_layer, plan)
         return self.norm(hidden), *captured
 
-    @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""
         return self.lm_head(hidden, dtype=torch.float32)

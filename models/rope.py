@@ -21,7 +21,10 @@ class RotaryEmbedding:
         """Cosine and sine, [T, D] each, both halves alike; computed in float32, then rounded to ``dtype``."""
         angles = positions_T[:, None].float() * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self._magnitude).to(dtype), (angles.sin() * self._magnitude).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self._magnitude != 1.0:
+            cos, sin = cos * self._magnitude, sin * self._magnitude
+        return cos.to(dtype), sin.to(dtype)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from eagleray.engine.speculation.tree import ROOT, DraftShape, DraftTree
+from eagleray.engine.speculation.tree import ROOT, DraftShape, DraftTree, chain
 
 _CANDIDATES: Final = 64  # of a node that noise may bring to the front
 
@@ -58,6 +58,12 @@ class _Ranking:
     noise: Noise | None
     k: int
 
+    def likeliest(self, logits_BFV: Tensor, depth: int) -> Tensor:
+        """Target ids [B, F] of the best children at ``depth``."""
+        if self.noise is not None:
+            return self.best(logits_BFV, depth)[1][..., 0]
+        return self.guesser.target_ids(logits_BFV.argmax(dim=-1))
+
     def best(self, logits_BFV: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """(log-probabilities, target ids) [B, F, K] of the best children at ``depth``."""
         num_candidates = self.k if self.noise is None else max(self.k, min(_CANDIDATES, logits_BFV.shape[-1]))
@@ -81,7 +87,20 @@ class _Nodes:
 def grow_trees(guesser: Guesser, shape: DraftShape, noise: Noise | None = None) -> list[DraftTree]:
     """One tree per request: the best paths of all candidates, or exactly ``shape.paths``."""
     ranking = _Ranking(guesser, noise, shape.branching)
+    if shape.is_chain:
+        return _grow_chains(guesser, shape, ranking)
     return _grow_fixed(guesser, shape, ranking) if shape.paths else _grow_dynamic(guesser, shape, ranking)
+
+
+def _grow_chains(guesser: Guesser, shape: DraftShape, ranking: _Ranking) -> list[DraftTree]:
+    """Every candidate is kept, so that none is scored."""
+    logits_BFV = guesser.root_logits()[:, None]
+    token_ids_BD: list[Tensor] = []
+    for depth in range(1, shape.max_nodes + 1):
+        token_ids_BD.append(ranking.likeliest(logits_BFV, depth))
+        if depth < shape.max_nodes:
+            logits_BFV = guesser.expand(Level(depth, token_ids_BD[-1], torch.zeros_like(token_ids_BD[-1])))
+    return [chain(row) for row in torch.cat(token_ids_BD, dim=1).tolist()]
 
 
 def _grow_dynamic(guesser: Guesser, shape: DraftShape, ranking: _Ranking) -> list[DraftTree]:

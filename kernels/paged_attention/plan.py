@@ -6,7 +6,7 @@ Sequences with one query token (decode) are padded to a common number of blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -142,23 +142,30 @@ def plan_attention(
         if tree is not None and len(tree.masks) != count:
             raise ValueError(f"sequence {index} has {count} query tokens, its tree has {len(tree.masks)}")
 
-    def integers(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
-
+    of_trees = (_tree_masks(counts, trees), _tree_depths(counts, trees)) if any(trees) else ()
+    slots_T, starts, prefixes, table_starts, block_ids, *masks_and_depths = _tensors(
+        device,
+        _slots(counts, query_positions_start, tables, block_size_tokens),
+        query_starts,
+        query_positions_start,
+        list(accumulate(map(len, tables), initial=0)),
+        list(chain.from_iterable(tables)),
+        *of_trees,
+    )
+    tree_masks, tree_depths = masks_and_depths or (None, None)
     return AttentionPlan(
-        slots_T=integers(_slots(counts, query_positions_start, tables, block_size_tokens)),
-        tables=SequenceTables(
-            query_starts=integers(query_starts),
-            prefix_lengths=integers(query_positions_start),
-            table_starts=integers(accumulate(map(len, tables), initial=0)),
-            block_ids=integers(chain.from_iterable(tables)),
-            tree_masks=integers(_tree_masks(counts, trees)) if any(trees) else None,
-            tree_depths=integers(_tree_depths(counts, trees)) if any(trees) else None,
-        ),
+        slots_T=slots_T,
+        tables=SequenceTables(starts, prefixes, table_starts, block_ids, tree_masks, tree_depths),
         block_size_tokens=block_size_tokens,
         trees=trees,
         first_key=first_key,
     )
+
+
+def _tensors(device: torch.device | str, *lists: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Int64 tensors, made as one: making a tensor costs more than filling it."""
+    values = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
+    return values.split(list(map(len, lists)))
 
 
 def _slots(

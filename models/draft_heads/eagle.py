@@ -180,12 +180,10 @@ class EagleHead:
         """Shape of the head's KV with elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
         return self.config.kv_layer_group(dtype)
 
-    @torch.inference_mode()
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features [T, feature_size] -> [T, hidden], as ``forward`` takes them."""
         return features if self.projection is None else self.projection(features)
 
-    @torch.inference_mode()
     def forward(
         self,
         token_ids_T: torch.Tensor,
@@ -235,7 +233,6 @@ class EagleHead:
             hidden = layer(hidden, *angles, kv_layer, plan)
         return (hidden,)
 
-    @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, draft_vocab_size]."""
         normed = hidden if self.norm is None else self.norm(hidden)
@@ -243,7 +240,6 @@ class EagleHead:
             return self._compute_target_logits(normed)
         return self.lm_head(normed, dtype=torch.float32)
 
-    @torch.inference_mode()
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> [N, hidden], the feature beside the token drafted from it."""
         return self.norm(hidden) if self.config.norm_output and self.norm is not None else hidden

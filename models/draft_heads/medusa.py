@@ -46,7 +46,6 @@ class MedusaHeads:
             for linear in (*head.blocks, head.lm_head):
                 linear.prepare(self._kernels.linear_format)
 
-    @torch.inference_mode()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Guess ahead of the token that the target itself chooses.
 
