@@ -165,7 +165,7 @@ def plan_attention(
 def _tensors(device: torch.device | str, *lists: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Int64 tensors, made as one: making a tensor costs more than filling it."""
     values = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
-    return values.split(list(map(len, lists)))
+    return torch.split(values, list(map(len, lists)))
 
 
 def _slots(
