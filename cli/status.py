@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -48,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render(url: str, status: ServiceStatus) -> RenderableType:
-    """One line about the service, and one row per worker: prefill pool first."""
-    return Group(_headline(url, status), _worker_table(status.workers))
+    """One line about the service, one row per worker, prefill pool first, and one line per worker that guesses."""
+    return Group(_headline(url, status), _worker_table(status.workers), *_guessing(status.workers))
 
 
 def _headline(url: str, status: ServiceStatus) -> Text:
@@ -61,11 +62,15 @@ def _headline(url: str, status: ServiceStatus) -> Text:
     )  # fmt: skip
 
 
+def _in_order(workers: tuple[WorkerSnapshot, ...]) -> list[WorkerSnapshot]:
+    return sorted(workers, key=lambda worker: (worker.role is Role.DECODE, worker.worker_id))
+
+
 def _worker_table(workers: tuple[WorkerSnapshot, ...]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("role", "worker", "KV in use") else "right", no_wrap=True)
-    for worker in sorted(workers, key=lambda worker: (worker.role is Role.DECODE, worker.worker_id)):
+    for worker in _in_order(workers):
         table.add_row(*_row(worker))
     return table
 
@@ -86,6 +91,21 @@ def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
         str(worker.num_preemptions),
         format_bytes(worker.transfer_bytes_total),
     )
+
+
+def _guessing(workers: tuple[WorkerSnapshot, ...]) -> Iterator[Text]:
+    """What guessing has brought since each worker started."""
+    for worker in _in_order(workers):
+        acceptance = worker.acceptance
+        if acceptance is None or not acceptance.num_steps:
+            continue
+        rates = " ".join(f"{rate:.0%}" for rate in acceptance.rate_per_position) or "-"
+        share = acceptance.num_drafts / acceptance.num_steps
+        yield Text(
+            f"{worker.worker_id}  {acceptance.tokens_per_step:.2f} tokens per step, "
+            f"{acceptance.acceptance_length:.2f} in the {share:.0%} that had guesses; accepted by position: {rates}; "
+            f"verifying {acceptance.verify_s:,.1f} s, guessing {acceptance.draft_s:,.1f} s"
+        )
 
 
 def _watch(client: ApiClient, interval_s: float) -> None:

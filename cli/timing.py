@@ -30,6 +30,8 @@ def timing_line(answer: ChatAnswer) -> str:
         parts.insert(0, f"{account.num_output_tokens} tokens")
         parts += [f"{phase.value} {format_ms(seconds)}" for phase, seconds in spent_s(account, answer.total_s).items()]
         parts.append(f"{account.num_cached_tokens} of {account.num_prompt_tokens} prompt tokens reused")
+        if account.acceptance is not None:
+            parts.append(f"{account.acceptance.tokens_per_step:.2f} tokens per step")
     return " · ".join(parts)
 
 

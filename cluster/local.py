@@ -15,6 +15,7 @@ from eagleray.core.config import Config, PoolConfig
 from eagleray.core.snapshot import Role
 from eagleray.decode_workers.worker import build_decode_worker
 from eagleray.engine.outputs import TextStreamFactory
+from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.kv_transfer.transport import BlockStore, Transport
 from eagleray.kv_transfer.transports.select import make_transports
 from eagleray.prefill_workers.worker import build_prefill_worker
@@ -35,6 +36,7 @@ class LocalCluster:
     Args:
         new_executor: makes the executor of one worker of a role.
         new_text_stream: makes the text of one request (``text.output.OutputText``).
+        new_draft_policy: decides how much an executor's worker guesses; None: nobody guesses.
         new_transports: makes a decode worker's transports from their names and all pools; a test injects faults here.
     """
 
@@ -44,12 +46,14 @@ class LocalCluster:
         new_executor: Callable[[Role, PoolConfig], WorkerExecutor],
         new_text_stream: TextStreamFactory,
         new_transports: Callable[[Sequence[str], Mapping[str, BlockStore]], list[Transport]] = make_transports,
+        new_draft_policy: Callable[[WorkerExecutor], DraftPolicy] | None = None,
     ) -> None:
         self.config = config
         self.clock = SystemClock()
         self.workers: dict[str, Worker] = {}
         self._new_executor, self._new_text_stream = new_executor, new_text_stream
         self._new_transports = new_transports
+        self._new_draft_policy = new_draft_policy
         self._stores: dict[str, BlockStore] = {}
         self._pool = ConnectedWorkers("local", config.router, self.clock)
         self._num_started = 0
@@ -89,6 +93,7 @@ class LocalCluster:
             transfer=self.config.transfer,
             new_text_stream=self._new_text_stream,
             clock=self.clock,
+            draft_policy=self._new_draft_policy(executor) if self._new_draft_policy is not None else None,
         )
         self._stores[worker_id] = executor.kv
         if role is Role.PREFILL:

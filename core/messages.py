@@ -11,6 +11,7 @@ from enum import Enum
 
 import msgspec
 
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.block_hash import CachedBlock
 from eagleray.core.kv_region import KVRegion
 from eagleray.core.request import FinishReason, RequestSpec
@@ -51,6 +52,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
     num_cached_tokens: int | None = None  # on this worker's first output
     timing: RequestTiming | None = None  # on this worker's first output
+    acceptance: Acceptance | None = None  # of these tokens' steps, where the worker guesses
 
 
 def merged(outputs: Sequence[TokenOutput]) -> list[TokenOutput]:
@@ -75,6 +77,7 @@ def _joined(outputs: list[TokenOutput]) -> TokenOutput:
         logprobs=tuple(scores) if scores else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        acceptance=total_acceptance(output.acceptance for output in outputs),
     )
 
 

@@ -6,6 +6,8 @@ from enum import Enum
 
 import msgspec
 
+from eagleray.core.acceptance import Acceptance
+
 
 class Role(str, Enum):
     PREFILL = "prefill"
@@ -38,6 +40,7 @@ class WorkerSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     transfer_bytes_total: int = 0
     transfer_bytes_per_s: float = 0.0  # smoothed speed of copying and verifying; 0 until measured
     transfer_failures_total: int = 0
+    acceptance: Acceptance | None = None  # of all decoding so far, where the worker guesses; each step's time once
 
     @property
     def kv_occupancy(self) -> float:

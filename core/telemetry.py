@@ -11,6 +11,7 @@ from enum import Enum
 
 import msgspec
 
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock
 
 
@@ -78,6 +79,7 @@ class TimeAccount(msgspec.Struct, frozen=True, kw_only=True):
     decode_worker: str | None
     attempts: int
     route_reason: str = ""
+    acceptance: Acceptance | None = None  # over all attempts and choices; None: nobody guessed
 
     @classmethod
     def from_phases(cls, phases: Mapping[Phase, float], **rest: object) -> TimeAccount:

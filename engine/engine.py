@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.block_hash import CachedBlock, HashNamespace
 from eagleray.core.clock import Clock
 from eagleray.core.config import EngineConfig
@@ -55,6 +58,7 @@ class StepOutcome:
     progress: list[Progress] = field(default_factory=list)
     num_computed_tokens: int = 0
     decode_only: bool = False  # every run was one token long
+    acceptance: Acceptance | None = None  # over the requests that decoded, where the engine guesses
     is_idle: bool = False  # nothing could be scheduled: wait for a command
 
 
@@ -80,6 +84,7 @@ class _ComputedRun:
     request: Request
     outputs: RequestOutputs
     new: NewTokens | None  # sampled by the run
+    acceptance: Acceptance | None  # of a run that decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._draft_policy = draft_policy or NoDrafts()
+        self._guesses = not isinstance(self._draft_policy, NoDrafts)
         self._guessed: DraftShape | None = None  # by the last step
         self._scheduler = Scheduler(config, self._kv, self._draft_policy)
         self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
@@ -236,7 +242,8 @@ class Engine:
                     self._scheduler.end(request, RequestState.FINISHED)
             elif new.finish_reason is not None or request.num_emitted_here == request.output_limit:
                 self._scheduler.hand_over(request)
-        return _ComputedRun(run, request, outputs, new)
+        acceptance = _acceptance(run, result) if self._guesses else None
+        return _ComputedRun(run, request, outputs, new, acceptance)
 
     def report(self) -> StepOutcome | None:
         """What the step that has ended brought; None when that has been told. Text is made here, while the next step
@@ -245,7 +252,9 @@ class Engine:
             return None
         step, self._ended = self._ended, None
         outcome = StepOutcome(
-            num_computed_tokens=step.plan.num_tokens, decode_only=all(run.num_tokens == 1 for run in step.plan.runs)
+            num_computed_tokens=step.plan.num_tokens,
+            decode_only=all(run.num_tokens == 1 for run in step.plan.runs),
+            acceptance=_step_acceptance(step),
         )
         for computed in step.runs:
             if self._outputs.get(computed.request.request_id) is computed.outputs:  # else it was aborted meanwhile
@@ -258,7 +267,7 @@ class Engine:
             outputs.note_prompt_logprobs(computed.run.start, result.prompt_logprobs[request.request_id])
         is_finished = False
         if computed.new is not None:
-            output = outputs.report(computed.new)
+            output = outputs.report(computed.new, computed.acceptance)
             outcome.outputs.append(output)
             is_finished = output.finish_reason is not None
         if request.output_limit is not None:
@@ -318,3 +327,19 @@ class Engine:
         self._outputs[request.request_id] = RequestOutputs(
             request, self._new_text_stream(request.spec), self._clock, self.max_model_tokens
         )
+
+
+def _acceptance(run: ScheduledRun, result: StepResult) -> Acceptance | None:
+    """What came of a run's guesses as they were verified, whatever its request took of them; None unless it decoded."""
+    if not run.samples or run.num_tokens > 1:
+        return None
+    num_guesses, depth = (0, 0) if run.draft is None else (len(run.draft), max(run.draft.depths))
+    num_accepted = len(result.sampled[run.spec.request_id]) - 1
+    return Acceptance.of_step(num_guesses, depth, num_accepted, result.verify_s, result.draft_s)
+
+
+def _step_acceptance(step: _EndedStep) -> Acceptance | None:
+    """Over its requests, which share its time."""
+    total = total_acceptance(run.acceptance for run in step.runs)
+    times = {"verify_s": step.result.verify_s, "draft_s": step.result.draft_s}
+    return None if total is None else msgspec.structs.replace(total, **times)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock
 from eagleray.core.messages import RequestTiming, TokenLogprobs, TokenOutput
 from eagleray.core.request import FinishReason, Request, RequestSpec
@@ -102,7 +103,7 @@ class RequestOutputs:
                 return NewTokens(position, sampled[:count], reason, stop_reason)
         return NewTokens(position, sampled, reason, stop_reason)
 
-    def report(self, new: NewTokens) -> TokenOutput:
+    def report(self, new: NewTokens, acceptance: Acceptance | None = None) -> TokenOutput:
         """What the user gets of a step's tokens. ``finish_reason`` tells if the request has ended with the last of
         them, also by its text, which may leave some out."""
         texts: list[str] = []
@@ -131,6 +132,7 @@ class RequestOutputs:
             stop_reason=stop_reason,
             num_cached_tokens=self._request.num_cached_tokens if first else None,
             timing=self._timing() if first else None,
+            acceptance=acceptance,
         )
 
     def _text_of(self, token_id: int, reason: FinishReason | None) -> tuple[str, str | None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.errors import InvalidRequest, ServiceUnavailable, WorkerLost
 from eagleray.core.messages import RefusalKind, TokenOutput, merged
 from eagleray.core.request import RequestSpec
@@ -42,6 +43,7 @@ class RoutedGeneration:
         self._first_token_s: float | None = None
         self._num_output_tokens = 0
         self._num_cached_tokens: int | None = None
+        self._acceptance: Acceptance | None = None
         self._answers = [
             Answer(coordinator, msgspec.structs.replace(spec, choice=choice), self.phases if choice == 0 else None)
             for choice in range(spec.sampling.n)
@@ -104,6 +106,8 @@ class RoutedGeneration:
     def _note(self, output: TokenOutput) -> None:
         self._coordinator.metrics.note_tokens(output)
         self._num_output_tokens += len(output.token_ids)
+        if output.acceptance is not None:
+            self._acceptance = total_acceptance((self._acceptance, output.acceptance))
         if self._first_token_s is None:
             self._first_token_s = self.phases.elapsed_s
         if self._num_cached_tokens is None:
@@ -125,6 +129,7 @@ class RoutedGeneration:
             decode_worker=first.route.decode if first.route else None,
             attempts=first.num_attempts,
             route_reason=first.route.reason if first.route else "",
+            acceptance=self._acceptance,
         )
         self._coordinator.metrics.note_end(self.account, outcome)
         self._coordinator.tracer.record(self._spec, self.phases, self.account, outcome)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from eagleray.core.messages import TokenOutput
 from eagleray.core.snapshot import WorkerSnapshot
 from eagleray.core.telemetry import TimeAccount
+from eagleray.router.speculation_metrics import SpeculationMetrics
 
 # The buckets that the GenAI conventions name for time per output token, carried on for the longer ones.
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -63,6 +64,7 @@ class IngressMetrics:
             )
             for name in _WORKER_GAUGES
         }
+        self._speculation = SpeculationMetrics(self._registry, labels)
 
     def note_tokens(self, output: TokenOutput) -> None:
         self._output_tokens.inc(len(output.token_ids))
@@ -79,19 +81,22 @@ class IngressMetrics:
         for phase in _PHASES:
             self._phases.labels(**self._labels, phase=phase).inc(getattr(account, f"{phase}_s"))
         self._duration.observe(account.total_s)
+        if account.acceptance is not None:
+            self._speculation.note_end(account.acceptance)
         if account.time_to_first_token_s is not None:
             self._first_token.observe(account.time_to_first_token_s)
             if account.num_output_tokens > 1:
                 after_first_s = account.total_s - account.time_to_first_token_s
                 self._per_token.observe(after_first_s / (account.num_output_tokens - 1))
 
-    def text(self, snapshots: Iterable[WorkerSnapshot], num_queued: int, num_running: int, index_up: bool) -> str:
+    def text(self, snapshots: Collection[WorkerSnapshot], num_queued: int, num_running: int, index_up: bool) -> str:
         """The exposition, with gauges as of now; a worker that is gone leaves no series."""
         for gauge in self._workers.values():
             gauge.clear()
         for snapshot in snapshots:
             for name, gauge in self._workers.items():
                 gauge.labels(worker=snapshot.worker_id, pool=snapshot.role.value).set(getattr(snapshot, name))
+        self._speculation.show_workers(snapshots)
         self._queued.set(num_queued)
         self._running.set(num_running)
         self._index_up.set(index_up)

@@ -9,8 +9,9 @@ from typing import Protocol
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Tracer, set_span_in_context
 
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.request import RequestSpec
-from eagleray.core.telemetry import PhaseClock, TimeAccount
+from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
 
 
 class RequestTracer(Protocol):
@@ -77,6 +78,25 @@ class OpenTelemetryTracer:
             },
         )
         below = set_span_in_context(root)
-        for phase, start_s, end_s in segments:
-            self._tracer.start_span(f"eagleray.{phase.value}", context=below, start_time=at(start_s)).end(at(end_s))
+        last_decode = max((place for place, (phase, *_) in enumerate(segments) if phase is Phase.DECODE), default=None)
+        for place, (phase, start_s, end_s) in enumerate(segments):
+            attributes = _acceptance_attributes(account.acceptance) if place == last_decode else {}
+            span = self._tracer.start_span(
+                f"eagleray.{phase.value}", context=below, start_time=at(start_s), attributes=attributes
+            )
+            span.end(at(end_s))
         root.end(at(segments[-1][2]))
+
+
+def _acceptance_attributes(acceptance: Acceptance | None) -> dict[str, int | float]:
+    """Of the whole request. One that was continued elsewhere has several spans of decoding; the last of them tells."""
+    if acceptance is None:
+        return {}
+    return {
+        "eagleray.spec_decode.steps": acceptance.num_steps,
+        "eagleray.spec_decode.draft_tokens": acceptance.num_draft_tokens,
+        "eagleray.spec_decode.accepted_tokens": acceptance.num_accepted_tokens,
+        "eagleray.spec_decode.acceptance_length": acceptance.acceptance_length,
+        "eagleray.spec_decode.verify_s": acceptance.verify_s,
+        "eagleray.spec_decode.draft_s": acceptance.draft_s,
+    }

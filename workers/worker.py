@@ -276,4 +276,5 @@ class Worker:
             output_tokens_total=meter.output_tokens_total,
             transfer_bytes_total=self._hand_over.bytes_total,
             transfer_failures_total=self._hand_over.failures_total,
+            acceptance=meter.acceptance,
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from eagleray.cli.__main__ import main
 from eagleray.cli.status import render
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.router.service import ServiceStatus
 
@@ -43,6 +45,21 @@ def test_there_is_a_row_per_worker_with_the_prefill_pool_first() -> None:
     *_, prefill, decode = shown(STATUS)
     assert prefill == "prefill p1 3 0 5 ░░░░░░░░░░ 0% 0 1,234 tok/s - 0 3.0 MiB"
     assert decode == "decode d1 0 7 2 ████████░░ 75% 0 - 12.3 ms 4 0 B"
+
+
+def test_a_worker_that_guesses_has_a_line_of_what_came_of_it() -> None:
+    acceptance = Acceptance(
+        num_steps=100, num_draft_tokens=240, num_accepted_tokens=120, drafts_per_position=(80, 80, 80),
+        accepted_per_position=(64, 40, 16), verify_s=12.5, draft_s=1.25,
+    )  # fmt: skip
+    workers = tuple(
+        msgspec.structs.replace(worker, acceptance=acceptance if worker.role is Role.DECODE else None)
+        for worker in STATUS.workers
+    )
+    assert shown(msgspec.structs.replace(STATUS, workers=workers))[-1] == (
+        "d1 2.20 tokens per step, 2.50 in the 80% that had guesses; accepted by position: 80% 50% 20%; "
+        "verifying 12.5 s, guessing 1.2 s"
+    )
 
 
 def test_a_service_that_is_not_ready_says_why() -> None:

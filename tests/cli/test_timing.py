@@ -8,6 +8,7 @@ from rich.console import Console
 
 from eagleray.cli.client import ChatAnswer
 from eagleray.cli.timing import spent_s, timing_line, timing_table, workers_of
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.telemetry import Phase, TimeAccount
 
 ACCOUNT = TimeAccount(
@@ -31,6 +32,12 @@ def test_the_line_has_every_phase_and_the_reuse() -> None:
         "10 tokens · 0.50 s · first token 25.0 ms · queue 1.0 ms · prefill 20.0 ms · transfer 3.0 ms"
     )
     assert line.endswith("32 of 50 prompt tokens reused")
+
+
+def test_the_line_ends_with_the_tokens_per_step_where_the_worker_guessed() -> None:
+    account = msgspec.structs.replace(ACCOUNT, acceptance=Acceptance(num_steps=4, num_accepted_tokens=5))
+    answer = ChatAnswer("text", total_s=0.5, time_to_first_token_s=0.025, account=account)
+    assert timing_line(answer).endswith("prompt tokens reused · 2.25 tokens per step")
 
 
 def test_without_the_servers_account_the_line_has_the_clients_times() -> None:

@@ -25,6 +25,8 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role
 from eagleray.core.telemetry import Phase, TimeAccount
 from eagleray.engine.execution.fake import FakeExecutor
+from eagleray.engine.speculation.controller import FixedDrafts
+from eagleray.engine.speculation.tree import DraftShape
 from eagleray.router.tracing import NoTracer, OpenTelemetryTracer, RequestTracer
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
@@ -50,14 +52,20 @@ def new_spec(trace_parent: str = TRACE_PARENT, max_tokens: int = 20) -> RequestS
 
 
 async def accounts_of(
-    tracer: RequestTracer, *specs: RequestSpec, hang_up_after: int | None = None
+    tracer: RequestTracer, *specs: RequestSpec, hang_up_after: int | None = None, guessing: DraftShape | None = None
 ) -> list[TimeAccount]:
     """The accounts of requests served one after the other by a prefill and a decode worker under ``tracer``."""
     config = parse_config(
         {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, "router": {"local_prefill_tokens": 8}}
     )
     accounts = []
-    async with LocalCluster(config, new_executor, lambda spec: OutputText(TOKENIZER, spec.sampling, ())) as cluster:
+    cluster = LocalCluster(
+        config,
+        new_executor,
+        lambda spec: OutputText(TOKENIZER, spec.sampling, ()),
+        new_draft_policy=None if guessing is None else lambda executor: FixedDrafts(guessing),
+    )
+    async with cluster:
         cluster.coordinator.tracer = tracer
         for spec in specs:
             generation = cluster.coordinator.generate(spec)
@@ -148,6 +156,29 @@ async def test_the_request_is_described_under_the_conventions_names(exported: Ex
     assert (described["eagleray.request_id"], described["eagleray.outcome"]) == ("a", "finished")
     assert described["eagleray.prefill_worker"] == account.prefill_worker
     assert described["eagleray.decode_worker"] == account.decode_worker
+
+
+async def test_the_span_of_decoding_tells_what_came_of_guesses(exported: Exported) -> None:
+    tracer, exporter = exported
+    [account] = await accounts_of(tracer, new_spec(), guessing=DraftShape(3))
+    told = account.acceptance
+    assert told is not None and told.num_accepted_tokens > 0
+    assert (
+        1 + told.num_steps + told.num_accepted_tokens >= account.num_output_tokens
+    )  # the last step may bring too many
+    _, phases = split(exporter.get_finished_spans())
+    [attributes] = [dict(span.attributes) for span in phases if span.attributes]
+    assert {span.name for span in phases if span.attributes} == {"eagleray.decode"}
+    assert attributes["eagleray.spec_decode.draft_tokens"] == told.num_draft_tokens
+    assert attributes["eagleray.spec_decode.accepted_tokens"] == told.num_accepted_tokens
+    assert attributes["eagleray.spec_decode.acceptance_length"] == told.acceptance_length
+
+
+async def test_without_guesses_spans_say_nothing_of_them(exported: Exported) -> None:
+    tracer, exporter = exported
+    [account] = await accounts_of(tracer, new_spec())
+    _, phases = split(exporter.get_finished_spans())
+    assert account.acceptance is None and not any(span.attributes for span in phases)
 
 
 async def test_a_request_that_is_hung_up_on_has_a_trace_that_says_so(exported: Exported) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.block_hash import BlockHash, CachedBlock
 from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
@@ -43,6 +44,7 @@ OUTPUT = TokenOutput(
     logprobs=(TokenLogprobs(5, -0.5, 1, (5, 9), (-0.5, -1.5)), TokenLogprobs(6, -2.0, 3)),
     prompt_logprobs=(None, TokenLogprobs(2, -0.25, 1)),
     finish_reason=FinishReason.STOP, stop_reason=6, num_cached_tokens=16, timing=RequestTiming(0.5, 0.25, 0.125),
+    acceptance=Acceptance.of_step(3, 3, 1, 0.5, 0.25),
 )  # fmt: skip
 
 TO_WORKER: list[Any] = [
@@ -119,3 +121,14 @@ def test_what_only_a_workers_first_output_tells_begins_an_output_of_its_own() ->
     other_worker = TokenOutput("a", 1, token_ids=(6,), timing=RequestTiming(queue_s=1.0))
     assert merged([first, other_worker]) == [first, other_worker]
     assert merged([]) == []
+
+
+def test_what_came_of_guesses_adds_up_when_outputs_are_joined() -> None:
+    accepted = [Acceptance.of_step(3, 3, count, 0.5, 0.25) for count in (2, 0)]
+    first, second = (
+        TokenOutput("a", 4, token_ids=(5, 6, 7), acceptance=accepted[0]),
+        TokenOutput("a", 7, token_ids=(8,)),
+    )
+    [joined] = merged([first, msgspec.structs.replace(second, acceptance=accepted[1])])
+    assert joined.acceptance == total_acceptance(accepted)
+    assert merged([second])[0].acceptance is None

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.errors import InvalidRequest, Overloaded, ServiceUnavailable, WorkerLost
 from eagleray.core.messages import RefusalKind
 from eagleray.core.request import FinishReason
@@ -288,6 +289,24 @@ async def test_a_lost_decode_worker_is_replaced_by_one_that_knows_all_tokens_so_
     account = answering.generation.account
     assert account is not None and (account.attempts, account.decode_worker) == (2, "d2")
     assert "eagleray_requests_resumed_total 1.0" in stage.coordinator.metrics_text()
+
+
+async def test_what_came_of_guesses_adds_up_over_attempts(stage: Stage, until: Until) -> None:
+    answering = stage.start()
+    await until(lambda: stage.p1.open_requests)
+    stage.p1.say(0, 100)
+    stage.d1.say(1, 101, 102, acceptance=Acceptance.of_step(3, 3, 1, verify_s=0.5, draft_s=0.25))
+    stage.d1.lose()
+    await until(lambda: len(stage.p1.submits) == 2)
+    stage.p1.say(3, 103)
+    stage.d2.say(4, 104, 105, 106, finish=LENGTH, acceptance=Acceptance.of_step(3, 3, 2, verify_s=0.5, draft_s=0.25))
+    await answering.end()
+    account = answering.generation.account
+    assert account is not None and account.acceptance == Acceptance(
+        num_steps=2, num_draft_tokens=6, num_accepted_tokens=3, drafts_per_position=(2, 2, 2),
+        accepted_per_position=(2, 1), verify_s=1.0, draft_s=0.5,
+    )  # fmt: skip
+    assert 'spec_decode_accepted_tokens_total{gen_ai_request_model="fake"} 3.0' in stage.coordinator.metrics_text()
 
 
 async def test_tokens_that_a_lost_worker_said_out_of_order_are_not_known_to_the_next(
