@@ -20,8 +20,9 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
-from eagleray.engine.execution.memory_plan import format_size, plan_memory, weight_bytes
+from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.engine.execution.runner import ModelRunner
+from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import Target, build_proposer, draft_identity
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
@@ -150,7 +151,7 @@ def _load(
     end_phase("weights")
     draft_groups = () if proposer is None else proposer.groups
     layout = KVLayout(engine.block_size_tokens, (decoder.layer_group(dtype), *draft_groups))
-    num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config))
+    num_blocks = engine.num_blocks or num_blocks_for(layout, _kv_memory_bytes(model, engine, config, speculation))
     max_model_tokens = _resolve_max_model_tokens(model, config, num_blocks * engine.block_size_tokens)
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
@@ -167,18 +168,20 @@ def _load(
     )
 
 
-def _kv_memory_bytes(model: ModelConfigSection, engine: EngineConfig, config: ModelConfig) -> int:
+def _kv_memory_bytes(
+    model: ModelConfigSection, engine: EngineConfig, config: ModelConfig, speculation: SpeculationConfig | None
+) -> int:
     """As configured, or planned as for a service of this one worker."""
     if engine.kv_memory_bytes is not None:
         return engine.kv_memory_bytes
     pool = PoolConfig(replicas=1, engine=engine)
-    alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool)
+    alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool, speculation=speculation)
     return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
 
 
 def _check_weights_fit(config: ModelConfig, dtype: str, kernels: Kernels) -> None:
     """A plan counts on packed weights. Where there is no compiler each worker has its own, unpacked."""
-    needed_bytes, available_bytes = weight_bytes(config, dtype, is_packed=False), available_host_bytes()
+    needed_bytes, available_bytes = weight_bytes(config, dtype, LinearBytes(is_packed=False)), available_host_bytes()
     if kernels.linear_format is None and available_bytes is not None and needed_bytes > available_bytes:
         way_out = (
             f"the weights take {format_size(needed_bytes)} with these kernels, {format_size(available_bytes)} are "

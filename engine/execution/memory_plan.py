@@ -11,6 +11,8 @@ from typing import Final
 from eagleray.core.config import Config, EngineConfig, PoolConfig
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
+from eagleray.engine.execution.draft_memory import DraftNeeds
+from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.models.model_config import ModelConfig
 
 # Resident, measured: Python, Ray and torch in a worker; all other processes of a service, the index's server included.
@@ -26,7 +28,7 @@ _SMALL_TENSORS_BYTES: Final = 8 * 2**20  # positions, block tables, results: wha
 class MemoryPlan:
     """Bytes. The pools are of one worker each."""
 
-    weights_bytes: int  # all copies
+    weights_bytes: int  # all copies, drafts included
     prefill_kv_bytes: int
     decode_kv_bytes: int
     total_bytes: int
@@ -43,9 +45,10 @@ def plan_memory(
 
     Raises ``ConfigError`` naming the least that would do.
     """
-    needs = [WorkerNeeds.of(config, pool, model) for pool in (config.prefill, config.decode)]
+    needs = [WorkerNeeds.of(config, config.prefill, model, False), WorkerNeeds.of(config, config.decode, model)]
     counts = (config.prefill.replicas, config.decode.replicas)
     weights_bytes = needs[1].weights_bytes * (1 if needs[1].shares_weights else sum(counts))
+    weights_bytes += sum(count * need.draft_bytes for count, need in zip(counts, needs, strict=True))
     fixed_bytes = runtime_bytes + weights_bytes
     fixed_bytes += sum(count * need.private_bytes for count, need in zip(counts, needs, strict=True))
     least_bytes = fixed_bytes + sum(count * need.least_kv_bytes for count, need in zip(counts, needs, strict=True))
@@ -84,17 +87,22 @@ class WorkerNeeds:
 
     weights_bytes: int
     shares_weights: bool  # with the other workers of the host
+    draft_bytes: int  # weights of the draft, which are not shared
     private_bytes: int  # runtime, activations, host blocks
     least_kv_bytes: int
     most_kv_bytes: int  # more than all its requests can use, if each is as long as can be
     given_kv_bytes: int | None  # the configuration says it itself
 
     @classmethod
-    def of(cls, config: Config, pool: PoolConfig, model: ModelConfig) -> WorkerNeeds:
-        """Of a worker of ``pool``. Raises ``ConfigError`` for a length that the model does not have."""
+    def of(cls, config: Config, pool: PoolConfig, model: ModelConfig, guesses: bool = True) -> WorkerNeeds:
+        """Of a worker of ``pool``, one that ``guesses`` if that is configured; the others keep the draft's KV all the
+        same. Raises ``ConfigError`` for a length that the model does not have, or a draft that does not go with it."""
         engine = pool.engine
         dtype = model.resolve_dtype(config.model.dtype, "cpu")
-        layout = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype),))
+        is_packed = engine.kernels != "torch"
+        linears = LinearBytes(is_packed, config.model.quantization)
+        draft = DraftNeeds.of(config.speculation, model, dtype, linears)
+        layout = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype), *draft.groups))
         given_bytes: int | None = engine.kv_memory_bytes
         if engine.num_blocks is not None:
             given_bytes = engine.num_blocks * layout.block_bytes
@@ -102,12 +110,13 @@ class WorkerNeeds:
         least_tokens = longest_tokens
         if config.model.max_model_tokens is None:  # then the pool may limit it
             least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
-        is_packed = engine.kernels != "torch"
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         return cls(
-            weights_bytes=weight_bytes(model, dtype, is_packed, config.model.quantization),
+            weights_bytes=weight_bytes(model, dtype, linears),
+            draft_bytes=draft.weights_bytes,
             shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
-            private_bytes=private_bytes + activation_bytes(model, engine, dtype),
+            private_bytes=private_bytes
+            + activation_bytes(model, engine, dtype, draft.max_nodes if guesses else 0, draft.feature_size),
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),
             given_kv_bytes=given_bytes,
@@ -125,32 +134,24 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
     return (-(-num_tokens // layout.block_size_tokens) + 1) * layout.block_bytes
 
 
-def weight_bytes(model: ModelConfig, dtype: str, is_packed: bool = True, quantization: str | None = None) -> int:
-    """Of one copy of the weights, in the form that computes: two bytes where the checkpoint or ``dtype`` has them, less
-    where they are quantised. Not packed, they are all of ``dtype``, and a tied head is the embedding."""
-    hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
-    attention = hidden * model.head_dim * (heads + model.num_heads)
-    linears = model.num_layers * (attention + 3 * hidden * model.intermediate_size) + hidden * model.vocab_size
-    embedding = hidden * model.vocab_size
-    if not is_packed:
-        return DTYPE_BYTES[dtype] * (linears + (0 if model.tie_word_embeddings else embedding))
-    computed = DTYPE_BYTES["bfloat16"] if model.dtype == "bfloat16" else DTYPE_BYTES[dtype]
-    if quantization is not None:  # one byte per weight, int4 half of one; and its scales, the head in int8
-        computed = 1
-    return linears * computed + embedding * DTYPE_BYTES[model.dtype]
+def activation_bytes(
+    model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0, feature_size: int = 0
+) -> int:
+    """Bound of what one step allocates with the native kernels: in a layer, or for logits and their samples.
 
-
-def activation_bytes(model: ModelConfig, engine: EngineConfig, dtype: str) -> int:
-    """Bound of what one step allocates with the native kernels: in a layer, or for logits and their samples."""
+    Every guess is a row of logits. Features for a draft last as long as the step, and are gathered once more for it.
+    """
     hidden, head_dim = model.hidden_size, model.head_dim
     attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
     mlp = 3 * model.intermediate_size
     token_bytes = DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
-    rows = max(engine.max_num_seqs, SCORED_ROWS)
+    guessed_rows = min(engine.max_num_seqs * (1 + max_draft_nodes), engine.max_num_batched_tokens)
+    rows = max(engine.max_num_seqs, guessed_rows, SCORED_ROWS)
     logits_bytes = _LOGIT_COPIES * 4 * rows * model.vocab_size
     hidden_bytes = DTYPE_BYTES[dtype] * hidden * engine.max_num_batched_tokens
     step_bytes = max(token_bytes * engine.max_num_batched_tokens, hidden_bytes + logits_bytes)
-    return step_bytes + _SMALL_TENSORS_BYTES
+    feature_bytes = 2 * DTYPE_BYTES[dtype] * feature_size * engine.max_num_batched_tokens
+    return step_bytes + feature_bytes + _SMALL_TENSORS_BYTES
 
 
 def format_size(num_bytes: int) -> str:

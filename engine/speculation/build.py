@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from eagleray.core.config import SpeculationConfig
 from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.speculation.controller import AdaptiveDrafts, DraftPolicy, FixedDrafts, NoDrafts
 from eagleray.engine.speculation.decoders import DecoderNetwork, NoFeatures
-from eagleray.engine.speculation.eagle import GROUP, eagle_proposer
+from eagleray.engine.speculation.eagle import eagle_proposer
 from eagleray.engine.speculation.network import NetworkProposer
 from eagleray.engine.speculation.proposer import MedusaProposer, NgramProposer, Proposer
-from eagleray.engine.speculation.tree import DraftShape, fixed_tree
+from eagleray.engine.speculation.shape import draft_shape, require_method
+from eagleray.engine.speculation.tree import DraftShape
 from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
+from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
 from eagleray.models.draft_heads.load import load_draft
 from eagleray.models.draft_heads.medusa import MedusaHeads
-
-_MEDUSA: Final = "medusa"
-_DRAFT_MODEL: Final = "draft_model"
+from eagleray.models.draft_heads.read import method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +39,12 @@ def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
     if config.method == "early_exit":
         return _early_exit(config.early_exit_layers or 0, target)
     draft = load_draft(config.folder, target.decoder, target.kernels)
-    if method_of(draft) != config.method:
-        way_out = f"{config.folder} holds a draft for method {method_of(draft)}; set that, or another folder"
-        raise ConfigError("speculation.method", config.method, way_out)
+    require_method(config, method_of(draft.config))
     if isinstance(draft, EagleHead):
         return eagle_proposer(draft, target.dtype)
     if isinstance(draft, MedusaHeads):
         return _medusa(draft, config)
-    groups = (draft.layer_group(target.dtype, GROUP),)
-    return NetworkProposer(DecoderNetwork(draft, GROUP), NoFeatures(), groups)
-
-
-def method_of(draft: EagleHead | MedusaHeads | Decoder) -> str:
-    """The method that a loaded draft is for."""
-    if isinstance(draft, EagleHead):
-        return "eagle3" if draft.config.is_eagle3 else "eagle"
-    return _MEDUSA if isinstance(draft, MedusaHeads) else _DRAFT_MODEL
+    return NetworkProposer(DecoderNetwork(draft, DRAFT_GROUP), NoFeatures(), draft_groups(draft.config, target.dtype))
 
 
 def _medusa(heads: MedusaHeads, config: SpeculationConfig) -> Proposer:
@@ -79,16 +68,6 @@ def draft_identity(config: SpeculationConfig | None) -> str:
     if config is None or config.model is None or config.method == "medusa":
         return ""
     return "+" + compute_model_identity(config.folder)
-
-
-def draft_shape(config: SpeculationConfig) -> DraftShape:
-    """The largest tree or chain that the configuration allows. Raises ``ConfigError``."""
-    if config.tree_paths:
-        try:
-            return fixed_tree(config.tree_paths)
-        except ValueError as error:
-            raise ConfigError("speculation.tree_paths", len(config.tree_paths), str(error)) from None
-    return DraftShape(config.num_speculative_tokens, config.tree_branching, config.tree_nodes)
 
 
 def build_draft_policy(config: SpeculationConfig | None, has_network: bool) -> DraftPolicy:

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from eagleray.core.kv_layout import FeatureGroup
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.network import NetworkProposer, Tokens
+from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, FEATURE_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
-
-GROUP: Final = "draft"  # of the head's KV, as models/draft_heads names it
-FEATURE_GROUP: Final = "draft_feature"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +28,9 @@ class EagleNetwork:
 
     def forward(self, tokens: Tokens, kv: KVTensors) -> Tensor:
         assert tokens.features_NF is not None
-        return self.head.forward(tokens.token_ids_N, tokens.features_NF, tokens.slots_N, kv.group(GROUP), tokens.plan)
+        return self.head.forward(
+            tokens.token_ids_N, tokens.features_NF, tokens.slots_N, kv.group(DRAFT_GROUP), tokens.plan
+        )
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.head.compute_logits(hidden)
@@ -91,10 +89,9 @@ class EagleFeatures:
 
 def eagle_proposer(head: EagleHead, dtype: str) -> NetworkProposer:
     """A proposer that keeps the head's KV and features in elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
-    feature = FeatureGroup(FEATURE_GROUP, head.config.layers.hidden_size, dtype)
     return NetworkProposer(
         EagleNetwork(head),
         EagleFeatures(head),
-        groups=(head.layer_group(dtype), feature),
+        groups=draft_groups(head.config, dtype),
         capture_layers=head.config.capture_layers,
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from eagleray.core.kv_layout import LayerGroup
+from eagleray.core.kv_layout import FeatureGroup, LayerGroup
 from eagleray.models.model_config import ModelConfig
+
+DRAFT_GROUP: Final = "draft"  # of a draft network's KV
+FEATURE_GROUP: Final = "draft_feature"
 
 ProjectionNorm = Literal["none", "whole", "each"]
 
@@ -37,7 +40,7 @@ class EagleConfig:
 
     def kv_layer_group(self, dtype: str) -> LayerGroup:
         """What one block of the head's KV looks like with elements of ``dtype``, a key of ``DTYPE_BYTES``."""
-        return self.layers.kv_layer_group(dtype, "draft")
+        return self.layers.kv_layer_group(dtype, DRAFT_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +51,10 @@ class MedusaConfig:
     num_layers: int  # residual blocks of each head
     hidden_size: int
     vocab_size: int
+
+
+def draft_groups(config: EagleConfig | MedusaConfig | ModelConfig, dtype: str) -> tuple[LayerGroup | FeatureGroup, ...]:
+    """What a draft keeps in a block besides the target's KV, in elements of ``dtype``, a key of ``DTYPE_BYTES``."""
+    if isinstance(config, EagleConfig):
+        return config.kv_layer_group(dtype), FeatureGroup(FEATURE_GROUP, config.layers.hidden_size, dtype)
+    return () if isinstance(config, MedusaConfig) else (config.kv_layer_group(dtype, DRAFT_GROUP),)

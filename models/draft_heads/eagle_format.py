@@ -8,7 +8,7 @@ from typing import Final
 
 from eagleray.core.errors import ConfigError
 from eagleray.models.draft_heads.draft_config import EagleConfig, ProjectionNorm
-from eagleray.models.draft_heads.weight_names import DRAFT_TO_TARGET, EMBEDDING, LM_HEAD
+from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET, EMBEDDING, LM_HEAD
 from eagleray.models.families.dense import read_dense
 from eagleray.models.families.fields import Fields
 from eagleray.models.model_config import ModelConfig

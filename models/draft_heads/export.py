@@ -14,7 +14,7 @@ from eagleray.core.errors import ConfigError
 from eagleray.models.draft_heads.draft_config import EagleConfig, MedusaConfig
 from eagleray.models.draft_heads.eagle_format import LAYER_IDS
 from eagleray.models.draft_heads.medusa_format import NUM_HEADS
-from eagleray.models.draft_heads.weight_names import DRAFT_TO_TARGET, TARGET_TO_DRAFT
+from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET, TARGET_TO_DRAFT
 
 
 def export_eagle3(folder: Path, config: EagleConfig, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -16,13 +16,8 @@ from eagleray.models.draft_heads.eagle_format import LAYER_IDS, read_eagle
 from eagleray.models.draft_heads.medusa import MedusaHeads
 from eagleray.models.draft_heads.medusa_format import NUM_HEADS, read_medusa
 from eagleray.models.draft_heads.speculators_format import KIND, read_speculators
-from eagleray.models.draft_heads.weight_names import (
-    DRAFT_TO_TARGET,
-    EMBEDDING,
-    LM_HEAD,
-    eagle_views,
-    medusa_views,
-)
+from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET, EMBEDDING, LM_HEAD
+from eagleray.models.draft_heads.weight_names import eagle_views, medusa_views
 from eagleray.models.families.fields import Fields
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import random_tensor

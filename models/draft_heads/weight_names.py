@@ -8,14 +8,10 @@ import torch
 
 from eagleray.models.draft_heads.eagle import EagleHead, FusedInput
 from eagleray.models.draft_heads.medusa import MedusaHeads
+from eagleray.models.draft_heads.tensor_names import EMBEDDING
 from eagleray.models.linear import Linear
 from eagleray.models.norm import RMSNorm
 from eagleray.models.weight_names import layer_views
-
-EMBEDDING: Final = "embed_tokens.weight"
-LM_HEAD: Final = "lm_head.weight"
-DRAFT_TO_TARGET: Final = "d2t"  # int64 [draft vocabulary]: what to add to a draft id
-TARGET_TO_DRAFT: Final = "t2d"  # bool [target vocabulary]: which ids the draft has; follows from the other
 
 _MLP_NORM: Final = ("post_attention_layernorm", "mlp_norm")
 _EAGLE3_FIRST_NORMS: Final = (

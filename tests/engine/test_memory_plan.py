@@ -22,8 +22,8 @@ from eagleray.engine.execution.memory_plan import (
     activation_bytes,
     format_size,
     plan_memory,
-    weight_bytes,
 )
+from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
@@ -66,24 +66,28 @@ def test_pools_share_what_the_budget_leaves_and_the_total_stays_within_it() -> N
 
 def test_weights_count_once_where_they_are_shared_and_once_per_worker_where_not() -> None:
     shared = plan_memory(config("8GiB"), MODEL, None)
-    assert shared.weights_bytes == weight_bytes(MODEL, "float32")
+    assert shared.weights_bytes == weight_bytes(MODEL, "float32", LinearBytes())
     for private in ({"packed_weights_bytes": 0}, {"dtype": "float16"}):
         assert plan_memory(config("8GiB", model=private), MODEL, None).weights_bytes == 2 * shared.weights_bytes
 
 
 def test_weights_take_two_bytes_where_the_checkpoint_or_the_computation_has_two() -> None:
     parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 2 * 1024 * 32000
-    assert weight_bytes(MODEL, "float32") == weight_bytes(MODEL, "bfloat16") == 2 * parameters
+    assert (
+        weight_bytes(MODEL, "float32", LinearBytes())
+        == weight_bytes(MODEL, "bfloat16", LinearBytes())
+        == 2 * parameters
+    )
 
 
 def test_quantised_linear_layers_count_a_byte_per_weight() -> None:
     linears = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 1024 * 32000
-    assert weight_bytes(MODEL, "bfloat16", quantization="w8a8") == linears + 2 * 1024 * 32000
+    assert weight_bytes(MODEL, "bfloat16", LinearBytes(quantization="w8a8")) == linears + 2 * 1024 * 32000
 
 
 def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_costs_nothing() -> None:
     parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 1024 * 32000
-    assert weight_bytes(MODEL, "float32", is_packed=False) == 4 * parameters
+    assert weight_bytes(MODEL, "float32", LinearBytes(is_packed=False)) == 4 * parameters
     torch_pool = {"replicas": 1, "engine": {"kernels": "torch"}}
     plan = plan_memory(config("12GiB", prefill=torch_pool, decode=torch_pool), MODEL, None)
     assert plan.weights_bytes == 2 * 4 * parameters

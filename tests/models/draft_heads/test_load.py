@@ -266,4 +266,4 @@ def test_a_folder_without_weights_is_refused(save: Any, target: Decoder, draft_f
     next(folder.glob("*.safetensors")).unlink()
     message = refusal(folder, target)
     assert f"{file}.safetensors" in message
-    assert "speculation.draft_path" in message
+    assert "speculation.model" in message
