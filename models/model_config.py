@@ -104,7 +104,11 @@ class ModelConfig:
             why = (
                 "beyond it dynamic rope scaling would change keys already cached" if dynamic else "positions end there"
             )
-            raise ConfigError("model.max_model_tokens", requested, f"this model serves up to {limit} tokens: {why}")
+            raise ConfigError(
+                "model.max_model_tokens",
+                requested,
+                f"this model serves up to {limit} tokens: {why}; lower it or leave it out",
+            )
         return requested
 
     def resolve_dtype(self, requested: str, device: str) -> str:

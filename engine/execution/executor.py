@@ -20,7 +20,7 @@ from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
-from eagleray.engine.execution.memory_plan import format_size, plan_memory
+from eagleray.engine.execution.memory_plan import format_size, plan_memory, require_room
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
@@ -137,6 +137,7 @@ def _load(
     thread: ThreadPoolExecutor,
 ) -> LocalExecutor:
     config = load_model_config(model.folder)
+    config.resolve_max_model_tokens(model.max_model_tokens)  # refused before seconds have gone into loading
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = kernels or _select_kernels(model, engine, dtype, device)
     end_phase("kernels")
@@ -217,11 +218,5 @@ def _select_kernels(model: ModelConfigSection, engine: EngineConfig, dtype: str,
 
 def _resolve_max_model_tokens(model: ModelConfigSection, config: ModelConfig, capacity_tokens: int) -> int:
     """What the user set, which must be possible, or else as much as model and pool allow."""
-    limit = config.resolve_max_model_tokens(model.max_model_tokens)
-    if model.max_model_tokens is not None and limit > capacity_tokens:
-        raise ConfigError(
-            "model.max_model_tokens",
-            limit,
-            f"the KV pool holds {capacity_tokens} tokens; lower it or raise engine.kv_memory_bytes (or num_blocks)",
-        )
-    return min(limit, capacity_tokens)
+    require_room(model.max_model_tokens, capacity_tokens)
+    return min(config.resolve_max_model_tokens(model.max_model_tokens), capacity_tokens)

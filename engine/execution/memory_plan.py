@@ -96,7 +96,8 @@ class WorkerNeeds:
     @classmethod
     def of(cls, config: Config, pool: PoolConfig, model: ModelConfig, guesses: bool = True) -> WorkerNeeds:
         """Of a worker of ``pool``, one that ``guesses`` if that is configured; the others keep the draft's KV all the
-        same. Raises ``ConfigError`` for a length that the model does not have, or a draft that does not go with it."""
+        same. Raises ``ConfigError`` for a length that model or pool do not have, or a draft that does not go with the
+        model."""
         engine = pool.engine
         dtype = model.resolve_dtype(config.model.dtype, "cpu")
         is_packed = engine.kernels != "torch"
@@ -107,6 +108,8 @@ class WorkerNeeds:
         if engine.num_blocks is not None:
             given_bytes = engine.num_blocks * layout.block_bytes
         longest_tokens = model.resolve_max_model_tokens(config.model.max_model_tokens)
+        if given_bytes is not None:
+            require_room(config.model.max_model_tokens, given_bytes // layout.block_bytes * engine.block_size_tokens)
         least_tokens = longest_tokens
         if config.model.max_model_tokens is None:  # then the pool may limit it
             least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
@@ -127,6 +130,15 @@ class WorkerNeeds:
         if self.given_kv_bytes is not None:
             return self.given_kv_bytes
         return max(self.least_kv_bytes, min(self.least_kv_bytes + extra_bytes, self.most_kv_bytes))
+
+
+def require_room(max_model_tokens: int | None, capacity_tokens: int) -> None:
+    """Raises ``ConfigError`` when a user asks for sequences that are longer than a pool."""
+    if max_model_tokens is not None and max_model_tokens > capacity_tokens:
+        way_out = (
+            f"the KV pool holds {capacity_tokens} tokens; lower it or raise engine.kv_memory_bytes (or num_blocks)"
+        )
+        raise ConfigError("model.max_model_tokens", max_model_tokens, way_out)
 
 
 def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:

@@ -142,6 +142,21 @@ def test_the_length_that_a_user_asks_for_is_part_of_the_least() -> None:
     assert long.least_kv_bytes == (4096 // 16 + 1) * block_bytes
 
 
+def test_a_length_that_the_model_does_not_have_is_refused_with_a_way_out() -> None:
+    assert refusal(config(model={"max_model_tokens": 4097})) == (
+        "model.max_model_tokens=4097: this model serves up to 4096 tokens: positions end there; "
+        "lower it or leave it out"
+    )
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_a_length_that_a_pool_of_a_given_size_cannot_hold_is_refused(pool: str) -> None:
+    fitting, smaller = ({pool: {"replicas": 1, "engine": {"num_blocks": number}}} for number in (32, 31))
+    plan_memory(config(model={"max_model_tokens": 512}, **fitting), MODEL, None)
+    message = refusal(config(model={"max_model_tokens": 512}, **smaller))
+    assert message.startswith("model.max_model_tokens=512: the KV pool holds 496 tokens; lower it or raise")
+
+
 def test_every_part_of_the_fixed_need_is_counted_per_worker() -> None:
     one = plan_memory(config(prefill={"replicas": 0}), MODEL, 2 * GIB + GIB // 2)
     activations = activation_bytes(MODEL, EngineConfig(), "float32")
