@@ -1,0 +1,179 @@
+"""Offline engines that guess, or do not, answering the same prompts in turns under a stopwatch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from eagleray.core.acceptance import Acceptance, total_acceptance
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import Config, SpeculationConfig
+from eagleray.core.errors import ConfigError
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.engine import Engine
+from eagleray.engine.execution.executor import LocalExecutor, LocalStep, build_executor
+from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.engine.speculation.build import build_draft_policy
+from eagleray.text.chat_template import ChatTemplate
+from eagleray.text.output import OutputText
+from eagleray.text.tokenizer import Tokenizer
+
+NO_SPECULATION: Final = "none"
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """A step in which every request only decoded."""
+
+    num_requests: int
+    num_guesses: int  # that it verified, of all requests
+    verify_s: float
+    draft_s: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """All prompts of a round answered by one engine, so many at a time."""
+
+    contender: str
+    batch: int
+    duration_s: float
+    num_tokens: int
+    acceptance: Acceptance | None
+    answers: Sequence[Sequence[int]]
+    steps: Sequence[DecodingStep]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.duration_s
+
+
+class StepTimer:
+    """An ``EngineExecutor`` that notes what decoding steps took."""
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self._executor = executor
+        self.layout, self.model_identity = executor.layout, executor.model_identity
+        self.num_blocks, self.num_host_blocks = executor.num_blocks, executor.num_host_blocks
+        self.max_model_tokens = executor.max_model_tokens
+        self.steps: list[DecodingStep] = []
+
+    def submit(self, plan: StepPlan) -> TimedStep:
+        return TimedStep(plan, self._executor.submit(plan), self.steps)
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A step that was submitted."""
+
+    plan: StepPlan
+    step: LocalStep
+    steps: list[DecodingStep]
+
+    def result(self) -> StepResult:
+        result, runs = self.step.result(), self.plan.runs
+        if runs and all(run.num_tokens == 1 and run.samples for run in runs):
+            num_guesses = sum(run.num_rows - 1 for run in runs)
+            self.steps.append(DecodingStep(len(runs), num_guesses, result.verify_s, result.draft_s))
+        return result
+
+
+class Contender:
+    """One engine; no prefix is ever cached, so that every round is the same work."""
+
+    def __init__(self, name: str, config: Config, speculation: SpeculationConfig | None) -> None:
+        """Raises ``ConfigError`` for a draft that does not go with the model."""
+        self.name, self.speculation = name, speculation
+        engine = config.decode.engine
+        self._tokenizer = Tokenizer.from_folder(config.model.folder)
+        self._executor = build_executor(
+            config.model, engine, num_threads=config.decode.num_threads, speculation=speculation
+        )
+        self.model_config = self._executor.model_config
+        self._timer = StepTimer(self._executor)
+        policy = build_draft_policy(speculation, self._executor.has_draft_network)
+        self._engine = Engine(self._timer, engine, SystemClock(), self._new_text, policy)
+        self._numbers = itertools.count()
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def answer(self, prompts: Sequence[Sequence[int]], batch: int, max_tokens: int) -> Round:
+        """Greedily, ``batch`` at a time: a new prompt begins when an answer ends."""
+        self._timer.steps.clear()
+        waiting = list(enumerate(prompts))[::-1]
+        answers: list[list[int]] = [[] for _ in prompts]
+        places: dict[str, int] = {}
+        acceptances: list[Acceptance | None] = []
+        start_s = time.perf_counter()
+        while waiting or places:
+            while waiting and len(places) < batch:
+                place, token_ids = waiting.pop()
+                places[self._add(token_ids, max_tokens)] = place
+            outcome = self._engine.step()
+            acceptances.append(outcome.acceptance)
+            for output in outcome.outputs:
+                answers[places[output.request_id]].extend(output.token_ids)
+                if output.finish_reason is not None:
+                    del places[output.request_id]
+        duration_s = time.perf_counter() - start_s
+        num_tokens = sum(map(len, answers))
+        acceptance = total_acceptance(acceptances)
+        return Round(self.name, batch, duration_s, num_tokens, acceptance, answers, tuple(self._timer.steps))
+
+    def _add(self, token_ids: Sequence[int], max_tokens: int) -> str:
+        request_id = str(next(self._numbers))
+        spec = RequestSpec(
+            request_id=request_id,
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=len(token_ids),
+            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
+            eos_token_ids=self.model_config.eos_token_ids,
+        )
+        self._engine.add(spec)
+        return request_id
+
+    def _new_text(self, spec: RequestSpec) -> OutputText:
+        return OutputText(self._tokenizer, spec.sampling, spec.token_ids)
+
+
+def read_prompts(path: Path, model: Path) -> list[list[int]]:
+    """Token ids of a JSONL file whose lines have ``messages``, for the model's chat template, or ``prompt``, a text.
+
+    Raises ``ConfigError`` naming the line.
+    """
+    tokenizer = Tokenizer.from_folder(model)
+    template = ChatTemplate.from_folder(model, tokenizer)
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry: Mapping[str, Any] = json.loads(line)
+            text = template.render(entry["messages"]) if "messages" in entry else entry["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            way_out = f"needs messages or prompt in a JSON object ({error!r})"
+            raise ConfigError("--prompts", f"{path}:{number}", way_out) from None
+        prompts.append(list(tokenizer.encode(text)))
+    return prompts
+
+
+def in_turns(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    max_tokens: int,
+    repeats: int,
+) -> list[list[Round]]:
+    """Per repeat, one round of each contender over the same prompts: A B C A B C. The first, untimed, lets controllers
+    learn. Every repeat begins with another prompt, so that those that decode together differ."""
+    rounds = []
+    for repeat in range(repeats + 1):
+        first = repeat * batch % len(prompts)
+        turned = [*prompts[first:], *prompts[:first]]
+        rounds.append([contender.answer(turned, batch, max_tokens) for contender in contenders])
+    return rounds[1:]
