@@ -98,7 +98,8 @@ class AdaptiveDrafts:
         self._has_network = has_network
         self._tokens_per_step: dict[DraftShape, float] = {}
         self._verify_s: _Followed[int] = _Followed()  # by ``_size_class`` of the rows
-        self._draft_s: _Followed[tuple[DraftShape, int]] = _Followed()  # and ``_size_class`` of the requests
+        # By ``_size_class`` of the requests. A network keeps up with the text even while nothing is guessed.
+        self._draft_s: _Followed[tuple[DraftShape | None, int]] = _Followed()
         self._num_steps = 0
         self._steps_since_trial = 0
         self._next_trial = 0  # of the choices, in turn
@@ -129,21 +130,18 @@ class AdaptiveDrafts:
     def note_times(self, times: StepTimes) -> None:
         self._num_steps += 1
         self._verify_s.note(_size_class(times.num_rows), times.verify_s, self._num_steps)
-        if times.drafted is not None:
-            self._draft_s.note((times.drafted, _size_class(times.num_requests)), times.draft_s, self._num_steps)
+        self._draft_s.note((times.drafted, _size_class(times.num_requests)), times.draft_s, self._num_steps)
 
     def _tokens_per_s(self, shape: DraftShape | None, num_requests: int) -> float:
         """Per request. Before anything has been measured a shape looks good, so that it is tried."""
         num_nodes = 0 if shape is None else shape.max_nodes
         # More rows than ever measured are taken to cost nothing: often they do.
         step_s = self._verify_s.at_or_below(_size_class(num_requests * (1 + num_nodes)), otherwise=1.0)
-        if shape is None:
-            return 1.0 / step_s
         draft_s = self._draft_s.get((shape, _size_class(num_requests)), otherwise=0.0)
         return self._expected_tokens(shape) / (step_s + draft_s)
 
-    def _expected_tokens(self, shape: DraftShape) -> float:
-        return self._tokens_per_step.get(shape, 1.0 + shape.depth / 2)
+    def _expected_tokens(self, shape: DraftShape | None) -> float:
+        return 1.0 if shape is None else self._tokens_per_step.get(shape, 1.0 + shape.depth / 2)
 
 
 def _size_class(count: int) -> int:

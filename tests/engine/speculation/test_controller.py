@@ -17,9 +17,14 @@ class World:
     """Steps of ``num_requests`` requests whose guesses come true with ``acceptance`` each."""
 
     def __init__(
-        self, num_requests: int, acceptance: float, verify_s: Callable[[int], float], draft_token_s: float
+        self,
+        num_requests: int,
+        acceptance: float,
+        verify_s: Callable[[int], float],
+        draft_token_s: float,
+        upkeep_s: float = 0.0,
     ) -> None:
-        self.num_requests, self.acceptance = num_requests, acceptance
+        self.num_requests, self.acceptance, self.upkeep_s = num_requests, acceptance, upkeep_s
         self.verify_s, self.draft_token_s = verify_s, draft_token_s
         self.random = random.Random(0)
         self.pending: DraftShape | None = None
@@ -32,7 +37,7 @@ class World:
         gained = [self._gain(verified) for _ in range(self.num_requests)]
         noise = self.random.uniform(0.95, 1.05)
         verify_s = self.verify_s(num_rows) * noise
-        draft_s = self.draft_token_s * (shape.depth if shape else 0) * noise
+        draft_s = (self.upkeep_s + self.draft_token_s * (shape.depth if shape else 0)) * noise
         if verified is not None:
             policy.note_acceptance(verified, gained)
         policy.note_times(StepTimes(self.num_requests, num_rows, verify_s, draft_s, shape))
@@ -51,7 +56,7 @@ class World:
         """What always guessing ``shape`` would bring in the long run."""
         depth = shape.depth if shape else 0
         tokens = sum(self.acceptance**level for level in range(depth + 1))
-        step_s = self.verify_s(self.num_requests * (1 + depth)) + self.draft_token_s * depth
+        step_s = self.verify_s(self.num_requests * (1 + depth)) + self.upkeep_s + self.draft_token_s * depth
         return self.num_requests * tokens / step_s
 
 
@@ -72,6 +77,13 @@ def test_it_is_never_much_slower_than_no_guesses(num_requests: int, acceptance: 
         for _ in range(3000):
             world.step(policy)
         assert world.num_tokens / world.spent_s > 0.97 * world.tokens_per_s(None)
+
+
+def test_what_a_network_costs_while_nothing_is_guessed_does_not_speak_against_guessing() -> None:
+    world = World(1, 0.5, memory_bound, draft_token_s=1e-3, upkeep_s=5e-3)
+    policy = AdaptiveDrafts([DraftShape(1)], has_network=True)
+    chosen = [world.step(policy) for _ in range(500)]
+    assert chosen[-100:].count(None) < 20
 
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.95])
