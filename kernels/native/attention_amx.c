@@ -156,6 +156,7 @@ static void configure_tiles(int64_t rows) {
     uint8_t first = (uint8_t)smaller(rows, SIDE), second = (uint8_t)(rows > SIDE ? rows - SIDE : SIDE);
     config.rows[SUMS_00] = config.rows[SUMS_01] = config.rows[LEFT_0] = first;
     config.rows[SUMS_10] = config.rows[SUMS_11] = config.rows[LEFT_1] = second;
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers take the intrinsic to read no more than 8 bytes */
     _tile_loadconfig(&config);
 }
 

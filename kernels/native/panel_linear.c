@@ -14,7 +14,7 @@ enum {
     PAIR_COLUMNS = 2 * COLUMNS, /* and columns */
     DEPTH_CHUNKS = 8,           /* two panels over these fit into the first-level cache, beside activations and sums */
     MAX_GROUP_CHUNKS = 16,      /* with one scale */
-    BLOCK_ROWS = 256,           /* that pass by a pair of panels; a multiple of TILE_PAIR */
+    BLOCK_ROWS = 512,           /* that pass by a pair of panels; a multiple of TILE_PAIR */
     BLOCK_BYTES = 1 << 20,      /* or fewer: half of a usual second-level cache */
     TASK_PAIRS = 4,             /* that one thread takes at a time, so that it has use for what it prefetches */
 };
@@ -193,7 +193,7 @@ INLINE void add_scaled(float *c, const float *partial, const float *scales, int 
 }
 
 /* Scales, bias and residual, and the only rounding. */
-INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
+INLINE void finish_any_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int numbers, const int element) {
     int64_t count = smaller(PAIR_COLUMNS, job->out_features - first), at = row * job->out_features + first;
     float values[PAIR_COLUMNS];
@@ -209,14 +209,26 @@ INLINE void finish_row(const struct product *job, int64_t row, float row_scale, 
     store_columns((void *)element_at(job->out, at, element), values, count, element);
 }
 
+/* The usual case, nothing to add to whole columns, without a question per row. */
+INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
+                       const int is_plain, const int numbers, const int element) {
+    if (is_plain)
+        store_columns((void *)element_at(job->out, row * job->out_features + first, element), sums, PAIR_COLUMNS,
+                      element);
+    else
+        finish_any_row(job, row, row_scale, first, sums, numbers, element);
+}
+
 INLINE void finish_rows(const struct product *job, int64_t first_row, int64_t row, int64_t rows, int64_t pair,
                         const float *sums, const int numbers) {
+    int is_plain = numbers != QUADS && (!job->scales || job->group_chunks) && !job->bias && !job->residual &&
+                   (pair + 1) * PAIR_COLUMNS <= job->out_features;
     for (int64_t i = 0; i < rows; i++, row++, sums += PAIR_COLUMNS) {
         float row_scale = numbers == QUADS ? job->row_scales[row] : 1.0f;
         if (job->out_element == BFLOAT16)
-            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, numbers, BFLOAT16);
+            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, is_plain, numbers, BFLOAT16);
         else
-            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, numbers, FLOAT32);
+            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, is_plain, numbers, FLOAT32);
     }
 }
 
@@ -228,6 +240,17 @@ INLINE void prefetch_panels(const struct product *job, int64_t pair, int64_t chu
     for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++) {
         __builtin_prefetch(panel + line * COLUMNS, 0, 2);
         __builtin_prefetch(panel + (job->words + line) * COLUMNS, 0, 2);
+    }
+}
+
+/* Where these rows will be written: fetching the lines takes as long as multiplying a block, and their rows are too far
+ * apart for the CPU to foresee.
+ */
+INLINE void prefetch_output(const struct product *job, int64_t row, int64_t rows, int64_t pair) {
+    for (int64_t i = row; i < row + rows; i++) {
+        int64_t at = i * job->out_features + pair * PAIR_COLUMNS;
+        __builtin_prefetch(element_at(job->out, at, job->out_element), 1, 2);
+        if (job->residual) __builtin_prefetch(element_at(job->residual, at, job->out_element), 0, 2);
     }
 }
 
@@ -272,9 +295,11 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_pair < job->pairs)
             prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, parts, weights);
+        const int is_last = chunk + chunks == job->chunks;
+        if (is_last && num_rows > TILE_PAIR) prefetch_output(job, first_row + row, rows, pair);
         multiply_block(&block, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
-        if (chunk + chunks == job->chunks) finish_rows(job, first_row, row, rows, pair, sums, numbers);
+        if (is_last) finish_rows(job, first_row, row, rows, pair, sums, numbers);
     }
 }
 
