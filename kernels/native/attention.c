@@ -203,21 +203,32 @@ void join_split(const struct batch *batch, const struct tile *tile, const struct
         float keep = exp_float(total->maximum[row] - highest), take = exp_float(split->maximum[row] - highest);
         float *values = total->values + row * stride;
         const float *added = split->values + row * stride;
-        for (int64_t i = 0; i < stride; i++) values[i] = values[i] * keep + added[i] * take;
+        for (int64_t i = 0; i < stride; i += LANES)
+            store_vector(values + i, load_vector(values + i, FLOAT32) * keep + load_vector(added + i, FLOAT32) * take,
+                         FLOAT32);
         total->weight[row] = total->weight[row] * keep + split->weight[row] * take;
         total->maximum[row] = highest;
     }
 }
 
-void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total) {
+INLINE void store_rows(const struct batch *batch, const struct tile *tile, const struct partial *total,
+                       const int element) {
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t token, head;
         locate_row(batch, tile, row, &token, &head);
         int64_t first = (token * batch->num_heads + head) * batch->head_dim;
-        for (int64_t i = 0; i < batch->head_dim; i++)
-            store_element(batch->out, first + i, total->values[row * row_stride(batch) + i] / total->weight[row],
-                          batch->element);
+        const float *values = total->values + row * row_stride(batch);
+        for (int64_t i = 0; i < batch->head_dim; i += LANES)
+            store_some((void *)element_at(batch->out, first + i, element),
+                       load_vector(values + i, FLOAT32) / total->weight[row], batch->head_dim - i, element);
     }
+}
+
+void store_output(const struct batch *batch, const struct tile *tile, const struct partial *total) {
+    if (batch->element == BFLOAT16)
+        store_rows(batch, tile, total, BFLOAT16);
+    else
+        store_rows(batch, tile, total, FLOAT32);
 }
 
 static void attend_split(const struct batch *batch, const struct tile *tile, int64_t split, struct partial *found) {
