@@ -208,7 +208,7 @@ def _start_sources(layout: KVLayout) -> tuple[KVMemory, dict[bool, KVSource]]:
     blocks = np.frombuffer(memory.buffer, np.uint8)[HEADER_BYTES:]
     blocks[:] = np.arange(len(blocks)) % 251
     region = KVRegion(
-        "source", 1, layout, memory.num_blocks, memory.group_offsets, "127.0.0.1:0", memory.shared_memory_ref()
+        "source", 1, layout, memory.num_blocks, memory.group_offsets, "127.0.0.1:0", "", memory.shared_memory_ref()
     )
     config, clock = TransferConfig(), SystemClock()
     sources = {

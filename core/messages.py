@@ -17,7 +17,7 @@ from eagleray.core.kv_region import KVRegion
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.snapshot import Role, WorkerSnapshot
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +114,6 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     role: Role
     epoch: int
     region: KVRegion
-    model_identity: str
     max_model_tokens: int
     snapshot: WorkerSnapshot
     protocol: int = PROTOCOL_VERSION

@@ -50,7 +50,9 @@ class MemoryBlockStore:
 
     def region(self, worker_id: str, epoch: int = 1, address: str = "127.0.0.1:0") -> KVRegion:
         """This pool as a source is told of it."""
-        return KVRegion(worker_id, epoch, self.layout, self.num_blocks, self.group_offsets, address, self._reference())
+        return KVRegion(
+            worker_id, epoch, self.layout, self.num_blocks, self.group_offsets, address, "fake", self._reference()
+        )
 
     def close(self) -> None:
         """Offer the memory to no new reader. May be repeated."""

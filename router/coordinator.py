@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Final
 
@@ -126,7 +126,7 @@ class Coordinator:
             reads_cache=reads_cache,
         )
         view = self._view(clients, cached, layout.block_size_tokens, layout.block_bytes)
-        route = self._policy.choose(routing, view)
+        route = self._choose_route(routing, view, clients)
         if route is None:
             return None
         computing = view.decode[route.decode] if route.prefill is None else view.prefill[route.prefill]
@@ -142,9 +142,30 @@ class Coordinator:
         """A worker takes requests between two steps: in a step that is long already it would miss the deadline."""
         return client.snapshot.step_running_s < self.config.submit_deadline_s
 
+    def _choose_route(
+        self, routing: RoutingRequest, view: ClusterView, clients: Mapping[str, WorkerClient]
+    ) -> Route | None:
+        """As the policy says, among prefill workers whose KV its decode worker can read: while workers are replaced
+        one by one, some may have another draft than others."""
+        route = self._policy.choose(routing, view)
+        if route is None or route.prefill is None:
+            return route
+        region = clients[route.decode].welcome.region
+        difference = region.difference(clients[route.prefill].welcome.region)
+        if difference is None:
+            return route
+        readable = {
+            worker_id: worker
+            for worker_id, worker in view.prefill.items()
+            if region.difference(clients[worker_id].welcome.region) is None
+        }
+        decode = {route.decode: view.decode[route.decode]}
+        again = self._policy.choose(routing, replace(view, prefill=readable, decode=decode))
+        return again and replace(again, reason=f"{again.reason}; KV of {route.prefill} cannot be read: {difference}")
+
     async def _hashes(self, journal: Journal, client: WorkerClient) -> Sequence[BlockHash]:
         layout = client.welcome.region.layout
-        namespace = HashNamespace(client.welcome.model_identity, layout.block_size_tokens, layout.digest())
+        namespace = HashNamespace(client.welcome.region.model_identity, layout.block_size_tokens, layout.digest())
         root = namespace.root(journal.request.spec.tenant_salt)
         return await journal.block_hashes(root, layout.block_size_tokens)
 

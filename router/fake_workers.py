@@ -23,7 +23,13 @@ from eagleray.router.worker_client import Sink, SubmitRefused
 
 
 def fake_welcome(
-    worker_id: str, role: Role, *, block_size_tokens: int = 4, num_blocks: int = 64, max_model_tokens: int = 256
+    worker_id: str,
+    role: Role,
+    *,
+    block_size_tokens: int = 4,
+    num_blocks: int = 64,
+    max_model_tokens: int = 256,
+    model_identity: str = "fake",
 ) -> Welcome:
     """What an idle worker of a tiny model says of itself."""
     layout = KVLayout(block_size_tokens, (LayerGroup("fake", 1, 1, 1, "float32"),))
@@ -31,8 +37,7 @@ def fake_welcome(
         worker_id=worker_id,
         role=role,
         epoch=1,
-        region=KVRegion(worker_id, 1, layout, num_blocks, (0,), f"{worker_id}:1"),
-        model_identity="fake",
+        region=KVRegion(worker_id, 1, layout, num_blocks, (0,), f"{worker_id}:1", model_identity),
         max_model_tokens=max_model_tokens,
         snapshot=WorkerSnapshot(
             worker_id=worker_id, role=role, epoch=1, blocks_total=num_blocks, blocks_free=num_blocks

@@ -82,6 +82,7 @@ class WorkerParts:
             num_blocks=executor.num_blocks,
             group_offsets=tuple(executor.kv.group_offsets),
             address=f"{self.host}:0",
+            model_identity=executor.model_identity,
             shared_memory=executor.kv.shared_memory_ref(),
         )
 
@@ -94,7 +95,6 @@ class WorkerParts:
             engine,
             new_hand_over,
             self.clock,
-            model_identity=self.executor.model_identity,
             config=self.engine,
             host=self.host,
             cache_listener=self.cache_listener,

@@ -134,7 +134,7 @@ class ReaderHandOver:
         if submit.pull_from is None:
             engine.add(submit.spec)
             return Accepted(request_id)
-        difference = self._region.layout.difference(submit.pull_from.layout)
+        difference = self._region.difference(submit.pull_from)
         if difference is not None:
             return Refused(
                 request_id, RefusalKind.INCOMPATIBLE, f"KV of {submit.pull_from.worker_id} cannot be read: {difference}"

@@ -63,14 +63,12 @@ class Worker:
         new_hand_over: Callable[[Schedule], HandOver],
         clock: Clock,
         *,
-        model_identity: str,
         config: EngineConfig,
         host: str = "127.0.0.1",
         cache_listener: CacheListener | None = None,
     ) -> None:
         self.worker_id, self.role, self.epoch = worker_id, role, epoch
         self._engine, self._clock = engine, clock
-        self._model_identity = model_identity
         self._config = config
         self._meter = StepMeter()
         self._owners: dict[str, int] = {}  # request id -> connection; the step thread's
@@ -144,7 +142,6 @@ class Worker:
             role=self.role,
             epoch=self.epoch,
             region=self._hand_over.region,
-            model_identity=self._model_identity,
             max_model_tokens=self._engine.max_model_tokens,
             snapshot=self._snapshot,
         )

@@ -35,7 +35,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role, WorkerSnapshot
 
 LAYOUT = KVLayout(16, (LayerGroup("target", 2, 2, 16, "float32"),))
-REGION = KVRegion("w", 3, LAYOUT, 8, (4096,), "127.0.0.1:1", SharedMemoryRef("host", 5, 6, 7, b"\x00\xff"))
+REGION = KVRegion("w", 3, LAYOUT, 8, (4096,), "127.0.0.1:1", "model", SharedMemoryRef("host", 5, 6, 7, b"\x00\xff"))
 SNAPSHOT = WorkerSnapshot(worker_id="w", role=Role.PREFILL, epoch=3, blocks_total=8, decode_step_s=0.25)
 SAMPLING = SamplingParams(n=2, stop=("x",), logit_bias={1: -100.0}, seed=-5)
 SPEC = RequestSpec(request_id="a", token_ids=(1, 2**40), num_prompt_tokens=1, sampling=SAMPLING, choice=1)
@@ -52,7 +52,7 @@ TO_WORKER: list[Any] = [
     Ping(),
 ]  # fmt: skip
 TO_INGRESS: list[Any] = [
-    Welcome("w", Role.PREFILL, 3, REGION, "model", 512, SNAPSHOT),
+    Welcome("w", Role.PREFILL, 3, REGION, 512, SNAPSHOT),
     Accepted("a", 32),
     *(Refused("a", kind, "why") for kind in RefusalKind),
     StepOutputs((OUTPUT, TokenOutput("b", 0)), SNAPSHOT),

@@ -73,6 +73,29 @@ async def test_a_prefill_worker_that_refuses_gives_the_reservation_back_and_anot
     await answering.end()
 
 
+async def test_a_prefill_worker_with_another_draft_is_passed_over(stage: Stage, until: Until) -> None:
+    stage.p1.welcome = fake_welcome("p1", Role.PREFILL, model_identity="fake+draft")
+    answering = stage.start()
+    await until(lambda: stage.p2.open_requests)
+    stage.p2.say(0, 100)
+    stage.d1.say(1, 101, finish=LENGTH)
+    await answering.end()
+    assert stage.p1.submits == []
+    account = answering.generation.account
+    assert account is not None
+    assert "KV of p1 cannot be read: model or draft fake here, fake+draft there" in account.route_reason
+
+
+async def test_where_no_prefill_worker_can_be_read_the_decode_worker_does_both(stage: Stage, until: Until) -> None:
+    for worker in (stage.p1, stage.p2):
+        worker.welcome = fake_welcome("p", Role.PREFILL, model_identity="fake+draft")
+    answering = stage.start()
+    await until(lambda: stage.d1.open_requests)
+    stage.d1.say(0, 100, finish=LENGTH)
+    await answering.end()
+    assert stage.d1.submits[0].pull_from is None and stage.p1.submits == stage.p2.submits == []
+
+
 async def test_a_worker_that_does_not_answer_a_submit_is_passed_over(stage: Stage, until: Until) -> None:
     stage.d1.replies.append(WorkerLost("d1", "no answer to a submit in 5 s"))
     answering = stage.start()

@@ -42,7 +42,7 @@ class Bench:
         )
         self.commands: list[Callable[[Engine], None]] = []
         layout = self.executor.layout
-        self.region = KVRegion("w", 1, layout, NUM_BLOCKS, (0,), "127.0.0.1:1")
+        self.region = KVRegion("w", 1, layout, NUM_BLOCKS, (0,), "127.0.0.1:1", "model")
 
     def run_commands(self) -> None:
         while self.commands:
@@ -228,6 +228,14 @@ def test_a_source_of_another_layout_is_refused_naming_the_difference(reading: Re
     refused = reading.hand_over.accept(reading.engine, Submit(new_spec(), pull_from=other))
     assert isinstance(refused, Refused)
     assert "KV of p cannot be read: block_size_tokens 4 here, 8 there" in refused.reason
+    assert reading.num_held == 0
+
+
+def test_a_source_with_another_draft_is_refused_naming_both(reading: Reading) -> None:
+    other = msgspec.structs.replace(reading.region, worker_id="p", model_identity="model+draft")
+    refused = reading.hand_over.accept(reading.engine, Submit(new_spec(), pull_from=other))
+    assert isinstance(refused, Refused) and refused.kind is RefusalKind.INCOMPATIBLE
+    assert "KV of p cannot be read: model or draft model here, model+draft there" in refused.reason
     assert reading.num_held == 0
 
 
