@@ -101,6 +101,11 @@ class SpeculationConfig(_Frozen):
     tree_paths: tuple[tuple[int, ...], ...] = Field(
         (), description="a fixed tree instead: each guess by the ranks that lead to it, such as [0, 2]"
     )
+    verification: Literal["target_token", "rejection"] = Field(
+        "target_token",
+        description="target_token: a guess counts if it is the token that the model samples by itself; rejection: "
+        "the classic rule for chains, whose answers depend on the guesses",
+    )
     adaptive: bool = Field(True, description="guess less, or not at all, where it would not pay")
     early_exit_layers: int | None = Field(None, ge=1, description="layers that guess, for early_exit")
     prompt_lookup_min: int = Field(2, ge=1, description="shortest passage that is looked up, for ngram")
@@ -124,6 +129,11 @@ class SpeculationConfig(_Frozen):
         has_tree = self.tree_branching > 1 or bool(self.tree_paths)
         if has_tree and self.method == "ngram":
             raise ValueError("method ngram finds one passage, no tree; leave tree_branching and tree_paths out")
+        if has_tree and self.verification == "rejection":
+            raise ValueError(
+                "speculation.verification rejection is for chains; leave tree_branching and tree_paths out, or set "
+                "target_token"
+            )
         return self
 
 

@@ -24,7 +24,7 @@ from eagleray.engine.execution.memory_plan import format_size, plan_memory, requ
 from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
-from eagleray.engine.speculation.build import Target, build_proposer, draft_identity
+from eagleray.engine.speculation.build import Target, build_proposer, build_token_rule, draft_identity
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
@@ -157,8 +157,9 @@ def _load(
     kv = KVTensors(layout, num_blocks, device, shared_kv)
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
     end_phase("KV pool")
+    choose = build_token_rule(speculation, kernels)
     return LocalExecutor(
-        ModelRunner(decoder, kv, host_kv, device, kernels, SystemClock(), proposer),
+        ModelRunner(decoder, kv, host_kv, device, kernels, SystemClock(), proposer, choose),
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -13,7 +14,7 @@ from eagleray.core.messages import TokenLogprobs
 from eagleray.engine.execution.batch import PromptLogprobRows, build_batch, prompt_logprob_rows
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.memory_plan import SCORED_ROWS
-from eagleray.engine.execution.sampler import build_sampling_batch, choices_of, score_tokens
+from eagleray.engine.execution.sampler import TokenRule, choices_of, choose_tokens, score_tokens
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
 from eagleray.engine.speculation.proposer import Proposer
@@ -36,6 +37,7 @@ class ModelRunner:
         kernels: Kernels,
         clock: Clock,
         proposer: Proposer | None = None,
+        choose: TokenRule | None = None,  # none: the target's own token
     ) -> None:
         self._model = model
         self._kv = kv
@@ -44,6 +46,7 @@ class ModelRunner:
         self._kernels = kernels
         self._clock = clock
         self._proposer = proposer
+        self._choose = choose or partial(choose_tokens, kernels.sample_tokens)
         self._capture_layers = () if proposer is None else proposer.capture_layers
 
     @torch.inference_mode()
@@ -103,8 +106,7 @@ class ModelRunner:
             return tuple(map(VerifiedRun, runs, run_starts)), [()] * len(runs)
         logits = self._model.compute_logits(hidden[torch.tensor(rows, device=self._device)])
         flat = [choice for own in choices for choice in own]
-        batch = build_sampling_batch(flat, logits.shape[1], self._device)
-        chosen_token_ids = self._kernels.sample_tokens(logits, batch)
+        chosen_token_ids = self._choose(logits, flat)
         bounds = list(accumulate(map(len, choices), initial=0))
         chosen = chosen_token_ids.tolist()
         verified = tuple(

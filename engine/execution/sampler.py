@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,11 +13,23 @@ from eagleray.core.messages import TokenLogprobs
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.scheduling.plan import ScheduledRun
+from eagleray.engine.speculation.tree import DraftTree, Proposal
 from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
+SampleTokens = Callable[[Tensor, SamplingBatch], Tensor]  # ``kernels/sampling/api.sample_tokens``
+TokenRule = Callable[[Tensor, Sequence["Choice"]], Tensor]  # next tokens int64 [R] from logits [R, V]
+
 _FORBIDDEN: Final = float("-inf")
 _FORBIDDING_BIAS: Final = -100.0  # OpenAI: "values like -100 or 100 should result in a ban or exclusive selection"
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A guess of one token."""
+
+    token_id: int
+    proposal: Proposal | None  # that it was drawn from; none: there was no chance in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,7 @@ class Choice:
     known_token_ids: Sequence[int]  # may go on after the last that counts
     num_known: int
     guessed: tuple[int, ...] = ()
+    guess: Guess | None = None  # of this very token
 
     @property
     def position(self) -> int:
@@ -42,12 +55,25 @@ class Choice:
 
 def choices_of(run: ScheduledRun) -> list[Choice]:
     """After the last known token of a run that samples, then after each of its guesses."""
-    choices = [Choice(run.spec, run.known_token_ids, run.end)]
-    if run.draft is not None:
-        tree = run.draft
-        paths = (tuple(tree.token_ids[step] for step in tree.path(node)) for node in range(len(tree)))
-        choices += [Choice(run.spec, run.known_token_ids, run.end, path) for path in paths]
-    return choices
+    tree = run.draft
+    if tree is None:
+        return [Choice(run.spec, run.known_token_ids, run.end)]
+    paths = [(), *(tuple(tree.token_ids[step] for step in tree.path(node)) for node in range(len(tree)))]
+    guesses = _guesses(tree) if tree.is_chain else [None] * len(paths)
+    return [
+        Choice(run.spec, run.known_token_ids, run.end, path, guess) for path, guess in zip(paths, guesses, strict=True)
+    ]
+
+
+def _guesses(chain: DraftTree) -> list[Guess | None]:
+    """Of the token after the root, then after each node; nothing is guessed after the last."""
+    proposals = chain.proposals or [None] * len(chain)
+    return [*map(Guess, chain.token_ids, proposals), None]
+
+
+def choose_tokens(sample: SampleTokens, logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """The rule of the target's own token: int64 [R] for ``logits`` [R, V], whatever was guessed."""
+    return sample(logits, build_sampling_batch(choices, logits.shape[1], str(logits.device)))
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from eagleray.core.config import SpeculationConfig
 from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.identity import compute_model_identity
+from eagleray.engine.execution.sampler import TokenRule, choose_tokens
 from eagleray.engine.speculation.controller import AdaptiveDrafts, DraftPolicy, FixedDrafts, NoDrafts
 from eagleray.engine.speculation.decoders import DecoderNetwork, NoFeatures
 from eagleray.engine.speculation.eagle import eagle_proposer
+from eagleray.engine.speculation.growth import GrowDrafts, draw_chains, grow_trees
 from eagleray.engine.speculation.network import NetworkProposer
 from eagleray.engine.speculation.proposer import MedusaProposer, NgramProposer, Proposer
+from eagleray.engine.speculation.rejection import choose_by_rejection
 from eagleray.engine.speculation.shape import draft_shape, require_method
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.kernels.select import Kernels
@@ -37,30 +41,41 @@ def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
     if config.method == "ngram":
         return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
     if config.method == "early_exit":
-        return _early_exit(config.early_exit_layers or 0, target)
+        return _early_exit(config, target)
     draft = load_draft(config.folder, target.decoder, target.kernels)
     require_method(config, method_of(draft.config))
     if isinstance(draft, EagleHead):
-        return eagle_proposer(draft, target.dtype)
+        return eagle_proposer(draft, target.dtype, _growth(config))
     if isinstance(draft, MedusaHeads):
         return _medusa(draft, config)
-    return NetworkProposer(DecoderNetwork(draft, DRAFT_GROUP), NoFeatures(), draft_groups(draft.config, target.dtype))
+    groups = draft_groups(draft.config, target.dtype)
+    return NetworkProposer(DecoderNetwork(draft, DRAFT_GROUP), NoFeatures(), groups, _growth(config))
+
+
+def build_token_rule(config: SpeculationConfig | None, kernels: Kernels) -> TokenRule:
+    """How the tokens of a step are chosen when guesses are verified."""
+    by_rejection = config is not None and config.verification == "rejection"
+    return partial(choose_by_rejection if by_rejection else choose_tokens, kernels.sample_tokens)
+
+
+def _growth(config: SpeculationConfig) -> GrowDrafts:
+    return draw_chains if config.verification == "rejection" else grow_trees
 
 
 def _medusa(heads: MedusaHeads, config: SpeculationConfig) -> Proposer:
     if draft_shape(config).depth > heads.config.num_heads:
         way_out = f"{config.folder} has {heads.config.num_heads} heads, each one guess ahead; set at most so many"
         raise ConfigError("speculation.num_speculative_tokens", draft_shape(config).depth, way_out)
-    return MedusaProposer(heads)
+    return MedusaProposer(heads, _growth(config))
 
 
-def _early_exit(num_layers: int, target: Target) -> Proposer:
-    total = target.decoder.config.num_layers
+def _early_exit(config: SpeculationConfig, target: Target) -> Proposer:
+    num_layers, total = config.early_exit_layers or 0, target.decoder.config.num_layers
     if num_layers >= total:
         raise ConfigError("speculation.early_exit_layers", num_layers, f"the model has {total} layers; set fewer")
     group = target.decoder.layer_group(target.dtype).name
     network = DecoderNetwork(target.decoder, group, num_layers)
-    return NetworkProposer(network, NoFeatures(), groups=(), keeps_target_kv=True)
+    return NetworkProposer(network, NoFeatures(), (), _growth(config), keeps_target_kv=True)
 
 
 def draft_identity(config: SpeculationConfig | None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
+from eagleray.engine.speculation.growth import GrowDrafts, grow_trees
 from eagleray.engine.speculation.network import NetworkProposer, Tokens
 from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, FEATURE_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
@@ -87,11 +88,12 @@ class EagleFeatures:
         carried[torch.tensor(block_ids, device=computed.device)] = computed[last_rows].to(carried.dtype)
 
 
-def eagle_proposer(head: EagleHead, dtype: str) -> NetworkProposer:
+def eagle_proposer(head: EagleHead, dtype: str, grow: GrowDrafts = grow_trees) -> NetworkProposer:
     """A proposer that keeps the head's KV and features in elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
     return NetworkProposer(
         EagleNetwork(head),
         EagleFeatures(head),
         groups=draft_groups(head.config, dtype),
+        grow=grow,
         capture_layers=head.config.capture_layers,
     )

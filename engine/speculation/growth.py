@@ -6,13 +6,14 @@ of the guesser, which may be a part of the target's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from eagleray.engine.speculation.tree import ROOT, DraftShape, DraftTree, chain
+from eagleray.engine.speculation.tree import ROOT, DraftShape, DraftTree, Proposal, chain
 
 _CANDIDATES: Final = 64  # of a node that noise may bring to the front
 
@@ -45,9 +46,17 @@ class Guesser(Protocol):
 class Noise(Protocol):
     """The noise with which the target will choose: a guess that shares it agrees more often."""
 
-    def perturb(self, logits_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
-        """``logits`` of C candidates each, as the target would rank them for nodes of ``depth``."""
+    def scale(self, logits_BFC: Tensor) -> Tensor:
+        """``logits`` of C candidates each, at the temperature of their request."""
         ...
+
+    def perturb(self, scaled_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
+        """``scaled`` logits as the target would rank them for nodes of ``depth``."""
+        ...
+
+
+# One draft for each of the guesser's requests; without noise all of them are greedy.
+GrowDrafts = Callable[[Guesser, DraftShape, Noise | None], list[DraftTree]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,8 @@ class _Ranking:
         token_ids = self.guesser.target_ids(token_ids)
         if self.noise is None:
             return values - logits_BFV.logsumexp(dim=-1, keepdim=True), token_ids
-        values, order = self.noise.perturb(values, token_ids, depth).log_softmax(dim=-1).topk(self.k, dim=-1)
+        perturbed = self.noise.perturb(self.noise.scale(values), token_ids, depth)
+        values, order = perturbed.log_softmax(dim=-1).topk(self.k, dim=-1)
         return values, token_ids.gather(-1, order)
 
 
@@ -101,6 +111,31 @@ def _grow_chains(guesser: Guesser, shape: DraftShape, ranking: _Ranking) -> list
         if depth < shape.max_nodes:
             logits_BFV = guesser.expand(Level(depth, token_ids_BD[-1], torch.zeros_like(token_ids_BD[-1])))
     return [chain(row) for row in torch.cat(token_ids_BD, dim=1).tolist()]
+
+
+def draw_chains(guesser: Guesser, shape: DraftShape, noise: Noise | None) -> list[DraftTree]:
+    """A chain per request, each guess drawn from the guesser's distribution over its best candidates, which is kept
+    beside it: what the rule of rejection needs."""
+    if noise is None:
+        return grow_trees(guesser, shape)
+    token_ids_BD, probabilities_BDC, candidates_BDC = [], [], []
+    logits_BFV = guesser.root_logits()[:, None]
+    for depth in range(1, shape.max_nodes + 1):
+        values, candidates = logits_BFV.topk(min(_CANDIDATES, logits_BFV.shape[-1]), dim=-1)
+        candidates = guesser.target_ids(candidates)
+        scaled = noise.scale(values)
+        # The largest of scaled logits with Gumbel noise is a draw from their softmax.
+        drawn = noise.perturb(scaled, candidates, depth).argmax(dim=-1, keepdim=True)
+        token_ids_BD.append(candidates.gather(-1, drawn)[..., 0])
+        candidates_BDC.append(candidates)
+        probabilities_BDC.append(scaled.softmax(dim=-1))
+        if depth < shape.max_nodes:
+            logits_BFV = guesser.expand(Level(depth, token_ids_BD[-1], torch.zeros_like(token_ids_BD[-1])))
+    columns = (torch.cat(levels, dim=1).tolist() for levels in (token_ids_BD, candidates_BDC, probabilities_BDC))
+    return [
+        chain(token_ids, [Proposal(tuple(tokens), tuple(q)) for tokens, q in zip(candidates, qs, strict=True)])
+        for token_ids, candidates, qs in zip(*columns, strict=True)
+    ]
 
 
 def _grow_dynamic(guesser: Guesser, shape: DraftShape, ranking: _Ranking) -> list[DraftTree]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from eagleray.core.kv_layout import FeatureGroup, LayerGroup
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
-from eagleray.engine.speculation.growth import Level, grow_trees
+from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
 from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.proposer import drafting_runs
 from eagleray.engine.speculation.tree import DraftTree
@@ -76,6 +76,7 @@ class NetworkProposer:
     network: DraftNetwork
     features: CertainFeatures
     groups: tuple[LayerGroup | FeatureGroup, ...]
+    grow: GrowDrafts = grow_trees
     capture_layers: tuple[int, ...] = ()
     keeps_target_kv: bool = False  # the network is a part of the target: its KV of certain tokens is there already
     has_network: bool = True
@@ -98,7 +99,7 @@ class NetworkProposer:
         last_rows = [end - 1 for end in accumulate(num_slots)]
         roots = [row for row, run in zip(last_rows, step.runs, strict=True) if run in runs]
         guesser = NetworkGuesser(self.network, step.kv, runs, hidden[torch.tensor(roots, device=hidden.device)])
-        trees = grow_trees(guesser, step.shape, ChoiceNoise.of(runs, hidden.device))
+        trees = self.grow(guesser, step.shape, ChoiceNoise.of(runs, hidden.device))
         return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
 
 

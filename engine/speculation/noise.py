@@ -40,8 +40,10 @@ class ChoiceNoise:
             torch.tensor([run.run.end + len(run.sampled) for run in runs], dtype=torch.int64, device=device),
         )
 
-    def perturb(self, logits_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
+    def scale(self, logits_BFC: Tensor) -> Tensor:
+        return logits_BFC / self.temperature_B[:, None, None]
+
+    def perturb(self, scaled_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
         keys_B = row_keys(self.seed_B, self.choice_B, self.position_B + depth - 1)
         noise_BFC = token_noise(keys_B[:, None, None], target_ids_BFC)
-        scaled_BFC = logits_BFC / self.temperature_B[:, None, None]
         return scaled_BFC + noise_BFC * self.is_random_B[:, None, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagleray.core.kv_layout import FeatureGroup, LayerGroup
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
-from eagleray.engine.speculation.growth import Level, grow_trees
+from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
 from eagleray.engine.speculation.ngram import look_up
 from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.tree import DraftTree, chain
@@ -74,6 +74,7 @@ class MedusaProposer:
     2401.10774)."""
 
     heads: MedusaHeads
+    grow: GrowDrafts = grow_trees
 
     groups: tuple[LayerGroup | FeatureGroup, ...] = ()
     capture_layers: tuple[int, ...] = ()
@@ -85,7 +86,7 @@ class MedusaProposer:
             return {}
         last_rows = torch.tensor([run.rows[-1] for run in runs], device=step.hidden_TD.device)
         guesser = _HeadGuesser(self.heads.forward(step.hidden_TD[last_rows]))
-        trees = grow_trees(guesser, step.shape, ChoiceNoise.of(runs, step.hidden_TD.device))
+        trees = self.grow(guesser, step.shape, ChoiceNoise.of(runs, step.hidden_TD.device))
         return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
 
 

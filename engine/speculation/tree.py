@@ -19,14 +19,25 @@ ROOT: Final = -1  # the parent of the first level: the request's last known toke
 MAX_NODES: Final = 63  # with the root, one bit each in a row of the attention mask
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The distribution that a guess was drawn from: the probabilities of the tokens that have any."""
+
+    token_ids: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """Guessed tokens; each node's parent comes before it, so that every prefix of the nodes is a tree as well."""
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]  # index of the parent node, or ``ROOT``
+    proposals: tuple[Proposal, ...] = ()  # one for each node, if they were drawn; none: there was no chance in them
 
     def __post_init__(self) -> None:
+        if len(self.proposals) not in (0, len(self.token_ids)):
+            raise ValueError(f"{len(self.token_ids)} tokens and {len(self.proposals)} proposals")
         if len(self.token_ids) != len(self.parents) or len(self.parents) > MAX_NODES:
             raise ValueError(f"{len(self.token_ids)} tokens and {len(self.parents)} parents; at most {MAX_NODES} nodes")
         if any(not ROOT <= parent < node for node, parent in enumerate(self.parents)):
@@ -57,12 +68,14 @@ class DraftTree:
 
     def first(self, num_nodes: int) -> DraftTree:
         """The tree of the first ``num_nodes`` nodes."""
-        return self if num_nodes >= len(self) else DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes])
+        if num_nodes >= len(self):
+            return self
+        return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes], self.proposals[:num_nodes])
 
 
-def chain(token_ids: Sequence[int]) -> DraftTree:
+def chain(token_ids: Sequence[int], proposals: Sequence[Proposal] = ()) -> DraftTree:
     """One guess after the other."""
-    return DraftTree(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)))
+    return DraftTree(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), tuple(proposals))
 
 
 @dataclass(frozen=True, slots=True)

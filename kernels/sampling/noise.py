@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+NO_TOKEN: Final = -1
 _BITS: Final = 64
 _STRIDE: Final = 0x9E3779B97F4A7C15 - 2**_BITS  # the odd number nearest to 2**64 / golden ratio, as a signed integer
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9 - 2**_BITS
@@ -39,8 +40,13 @@ def gumbel_noise(seed: Tensor, choice: Tensor, position: Tensor, num_tokens: int
 
 def token_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     """float32 noise of single tokens: int64 ``keys`` of ``row_keys`` and ``token_ids`` are broadcast."""
-    uniform = uniform_from_bits(_mix(keys + (token_ids + 1) * _STRIDE))
+    uniform = token_uniform(keys, token_ids)
     return fixed_log(fixed_log(uniform).neg_()).neg_().to(torch.float32)
+
+
+def token_uniform(keys: Tensor, token_ids: Tensor | int) -> Tensor:
+    """float64 strictly between 0 and 1, one number for each key and token. ``NO_TOKEN`` gives one more per key."""
+    return uniform_from_bits(_mix(keys + (token_ids + 1) * _STRIDE))
 
 
 def row_keys(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:

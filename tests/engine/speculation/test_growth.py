@@ -93,8 +93,11 @@ def test_a_fixed_tree_has_the_ranks_of_its_paths() -> None:
 
 def test_noise_changes_what_is_guessed_at_its_depth() -> None:
     class FavourDepth:
-        def perturb(self, logits_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
-            return logits_BFC + 100.0 * (target_ids_BFC == depth)
+        def scale(self, logits_BFC: Tensor) -> Tensor:
+            return logits_BFC
+
+        def perturb(self, scaled_BFC: Tensor, target_ids_BFC: Tensor, depth: int) -> Tensor:
+            return scaled_BFC + 100.0 * (target_ids_BFC == depth)
 
     assert grow_trees(PathGuesser([1]), DraftShape(3), FavourDepth())[0].token_ids == (1, 2, 3)
 
