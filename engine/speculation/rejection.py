@@ -13,11 +13,13 @@ A guess without chance in it has q = 1. Where nothing is guessed, and for greedy
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from eagleray.engine.execution.sampler import Choice, Guess, SampleTokens, build_sampling_batch
+from eagleray.engine.speculation.tree import Proposal
 from eagleray.kernels.sampling.batch import RandomRows
 from eagleray.kernels.sampling.noise import NO_TOKEN, gumbel_noise, row_keys, token_uniform
 from eagleray.kernels.sampling.reference import adjust, truncated_scores
@@ -60,13 +62,12 @@ def keep_or_draw_anew(target: Tensor, draft: Tensor, guessed: Tensor, uniform: T
 
 def _as_tensors(guesses: Sequence[Guess], like: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities of the drafts, as ``like``, guessed tokens)."""
+    proposals = [guess.proposal or Proposal((guess.token_id,), (1.0,)) for guess in guesses]
+    rows = [row for row, proposal in enumerate(proposals) for _ in proposal.token_ids]
+    token_ids = list(chain.from_iterable(proposal.token_ids for proposal in proposals))
+    probabilities = list(chain.from_iterable(proposal.probabilities for proposal in proposals))
     draft = torch.zeros_like(like)
-    for row, guess in enumerate(guesses):
-        if guess.proposal is None:
-            draft[row, guess.token_id] = 1.0
-        else:
-            token_ids = torch.tensor(guess.proposal.token_ids, device=like.device)
-            draft[row, token_ids] = like.new_tensor(guess.proposal.probabilities)
+    draft[torch.tensor(rows), torch.tensor(token_ids)] = like.new_tensor(probabilities)
     return draft, torch.tensor([guess.token_id for guess in guesses], device=like.device)
 
 

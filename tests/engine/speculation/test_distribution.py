@@ -1,0 +1,339 @@
+"""Both rules of verification draw from the target's own distribution, whatever is guessed: chi-square tests.
+
+Target and guesser are tables of logits over six tokens, by the last two tokens, so the probability of every answer of
+three tokens is known exactly. Answers are drawn as an engine draws them: a first token without guesses, then guesses
+with the noise of the positions they are for, verified, until there are three tokens; what a refusal leaves is guessed
+again with the same noise. Everything between the tables and the tokens is the code that serves.
+
+Power. With n answers, a shift of a share d of the answers from one cell to another, both of probability p, has
+noncentrality n * 2 d^2 / p. For d = 1 % and n = 30,000 that is 36 for one of six tokens (p = 1/6, 5 degrees of freedom,
+critical value 20.5 at 0.1 %): found with a probability of 95 %. For a pair of tokens (p = 1/36, 35 degrees, critical
+value 66.6) it is 216: found as good as always. Seeds are fixed, so a run that passes passes always.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.execution.sampler import Choice, TokenRule, choices_of, choose_tokens
+from eagleray.engine.execution.verified import VerifiedRun
+from eagleray.engine.scheduling.plan import ScheduledRun
+from eagleray.engine.speculation import rejection
+from eagleray.engine.speculation.growth import GrowDrafts, Level, draw_chains, grow_trees
+from eagleray.engine.speculation.noise import ChoiceNoise
+from eagleray.engine.speculation.rejection import choose_by_rejection
+from eagleray.engine.speculation.tree import DraftShape, DraftTree
+from eagleray.engine.speculation.verify import accepted_nodes
+from eagleray.kernels.sampling.api import sample_tokens
+from eagleray.kernels.sampling.batch import RandomRows
+from eagleray.kernels.sampling.noise import NO_TOKEN, gumbel_noise, row_keys, token_uniform
+
+VOCAB_SIZE, NUM_NEW_TOKENS, NUM_ANSWERS, BATCH_SIZE = 6, 3, 30_000, 2_000
+PROMPT = (2, 4)
+SIGNIFICANCE = 1e-3
+CHAIN, TREE = DraftShape(2), DraftShape(2, branching=2, num_nodes=4)
+
+
+def make_table(seed: int) -> Tensor:
+    """Logits [before the last token, last token, next token]."""
+    return torch.randn(VOCAB_SIZE, VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+TARGET = make_table(1)
+GUESSER = TARGET + 1.2 * make_table(2)  # agrees often, not always
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- drawing answers
+
+
+@dataclass
+class TableGuesser:
+    """Implements ``Guesser`` for B requests."""
+
+    last_two_B2: Tensor
+    _last_two_BF2: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._last_two_BF2 = self.last_two_B2[:, None]
+
+    def root_logits(self) -> Tensor:
+        return GUESSER[self.last_two_B2[:, 0], self.last_two_B2[:, 1]]
+
+    def expand(self, level: Level) -> Tensor:
+        before = self._last_two_BF2[..., 1].gather(1, level.parents_BF)
+        self._last_two_BF2 = torch.stack((before, level.token_ids_BF), dim=-1)
+        return GUESSER[before, level.token_ids_BF]
+
+    def target_ids(self, token_ids: Tensor) -> Tensor:
+        return token_ids
+
+
+@dataclass(frozen=True)
+class Method:
+    """How guesses are made and verified."""
+
+    rule: TokenRule
+    grow: GrowDrafts = grow_trees
+    shape: DraftShape = CHAIN
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def guess(self, runs: Sequence[VerifiedRun]) -> list[DraftTree]:
+        last_two = torch.tensor([run.token_ids(run.num_known - 2, run.num_known) for run in runs])
+        return self.grow(TableGuesser(last_two), self.shape, ChoiceNoise.of(runs, "cpu"))
+
+    def verify(self, runs: Sequence[ScheduledRun]) -> list[VerifiedRun]:
+        choices = [choices_of(run) for run in runs]
+        flat = list(itertools.chain.from_iterable(choices))
+        rows = torch.tensor([choice.history[-2:] for choice in flat])
+        chosen = iter(self.rule(TARGET[rows[:, 0], rows[:, 1]], flat).tolist())
+        return [walk(run, [next(chosen) for _ in own]) for run, own in zip(runs, choices, strict=True)]
+
+
+def walk(run: ScheduledRun, chosen: Sequence[int]) -> VerifiedRun:
+    accepted = accepted_nodes(run.draft, chosen) if run.draft is not None else []
+    return VerifiedRun(run, 0, tuple(accepted), tuple(chosen[node + 1] for node in (-1, *accepted)))
+
+
+def draw_answers(method: Method, count: int) -> Counter[tuple[int, ...]]:
+    """How often each answer of three tokens came; each request has a seed of its own."""
+    seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+    requests = (new_run(PROMPT, SamplingParams(seed=seed, **method.sampling)) for seed in seeds)
+    answers: Counter[tuple[int, ...]] = Counter()
+    while runs := list(itertools.islice(requests, BATCH_SIZE)):
+        while runs:
+            verified = method.verify(runs)
+            answers.update(answer_of(run) for run in verified if has_ended(run))
+            verified = [run for run in verified if not has_ended(run)]
+            drafts = method.guess(verified) if verified else []
+            runs = [
+                new_run(run.token_ids(0, run.num_known), run.run.spec.sampling, draft)
+                for run, draft in zip(verified, drafts, strict=True)
+            ]
+    return answers
+
+
+def new_run(known: Sequence[int], sampling: SamplingParams, draft: DraftTree | None = None) -> ScheduledRun:
+    spec = RequestSpec(request_id="", token_ids=PROMPT, num_prompt_tokens=len(PROMPT), sampling=sampling)
+    return ScheduledRun(spec, known, len(known) - 1, 1, (), samples=True, draft=draft)
+
+
+def has_ended(run: VerifiedRun) -> bool:
+    return run.num_known >= len(PROMPT) + NUM_NEW_TOKENS
+
+
+def answer_of(run: VerifiedRun) -> tuple[int, ...]:
+    return tuple(run.token_ids(len(PROMPT), len(PROMPT) + NUM_NEW_TOKENS))
+
+
+# ---- what they should be
+
+
+def next_probabilities(known: Sequence[int], sampling: SamplingParams) -> list[float]:
+    """As the API's documents say: bias, penalties, temperature, the best k, of these the fewest with a share p, and of
+    these those that are likely enough."""
+    logits = TARGET[known[-2], known[-1]].tolist()
+    output = known[len(PROMPT) :]
+    for token in range(VOCAB_SIZE):
+        logits[token] += (sampling.logit_bias or {}).get(token, 0.0)
+        logits[token] -= sampling.presence_penalty * (token in output) + sampling.frequency_penalty * output.count(
+            token
+        )
+    weights = [math.exp(logit / sampling.temperature) for logit in logits]
+    ranked = sorted(range(VOCAB_SIZE), key=lambda token: -weights[token])[: sampling.top_k or VOCAB_SIZE]
+    ranked_sum, kept, kept_sum = sum(weights[token] for token in ranked), [], 0.0
+    for token in ranked:
+        if kept_sum < sampling.top_p * ranked_sum and weights[token] >= sampling.min_p * weights[ranked[0]]:
+            kept.append(token)
+            kept_sum += weights[token]
+    return [weights[token] / kept_sum if token in kept else 0.0 for token in range(VOCAB_SIZE)]
+
+
+def answer_probabilities(sampling: SamplingParams) -> dict[tuple[int, ...], float]:
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(NUM_NEW_TOKENS):
+        found = {
+            (*answer, token): probability * p
+            for answer, probability in found.items()
+            for token, p in enumerate(next_probabilities((*PROMPT, *answer), sampling))
+            if p > 0.0
+        }
+    return found
+
+
+def p_values(answers: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> dict[str, float]:
+    """Of each token, and of tokens together, by Pearson's test."""
+    parts: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+        "first": lambda answer: answer[:1],
+        "second": lambda answer: answer[1:2],
+        "third": lambda answer: answer[2:],
+        "first and second": lambda answer: answer[:2],
+        "second and third": lambda answer: answer[1:],
+        "all": lambda answer: answer,
+    }
+    return {name: _p_value(_summed(answers, part), _summed(expected, part)) for name, part in parts.items()}
+
+
+def _summed(
+    counts: dict[tuple[int, ...], Any], part: Callable[[tuple[int, ...]], tuple[int, ...]]
+) -> dict[tuple[int, ...], float]:
+    sums: dict[tuple[int, ...], float] = {}
+    for answer, count in counts.items():
+        sums[part(answer)] = sums.get(part(answer), 0.0) + count
+    return sums
+
+
+def _p_value(counts: dict[tuple[int, ...], float], expected: dict[tuple[int, ...], float]) -> float:
+    """Cells of which fewer than five are expected count as one. What cannot be has probability zero."""
+    if counts.keys() - expected.keys():
+        return 0.0
+    total = sum(counts.values())
+    wanted = {cell: p * total for cell, p in expected.items()}
+    rare = [cell for cell, count in wanted.items() if count < 5]
+    cells = [(counts.get(cell, 0.0), count) for cell, count in wanted.items() if count >= 5]
+    if rare:
+        cells.append((sum(counts.get(cell, 0.0) for cell in rare), sum(wanted[cell] for cell in rare)))
+    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
+    # The chi-square distribution's upper tail is the regularised incomplete gamma function.
+    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)))
+
+
+# ---- the rules
+
+
+def certain_chains(guesser: TableGuesser, shape: DraftShape, noise: Any) -> list[DraftTree]:
+    """The guesser's best, whatever the noise: text look-up is such a guesser."""
+    return grow_trees(guesser, shape)
+
+
+TARGET_TOKEN = partial(choose_tokens, sample_tokens)
+REJECTION = partial(choose_by_rejection, sample_tokens)
+PENALISED = {
+    "temperature": 0.8, "presence_penalty": 0.6, "frequency_penalty": 0.3, "logit_bias": {1: 0.9, 5: -0.4},
+    "top_p": 0.9, "min_p": 0.05,
+}  # fmt: skip
+TRUNCATED = {"temperature": 1.3, "top_k": 4, "top_p": 0.95}
+METHODS = {
+    "target token, chain": Method(TARGET_TOKEN),
+    "target token, tree": Method(TARGET_TOKEN, shape=TREE),
+    "target token, tree, penalties": Method(TARGET_TOKEN, shape=TREE, sampling=PENALISED),
+    "rejection, drawn guesses": Method(REJECTION, draw_chains),
+    "rejection, certain guesses": Method(REJECTION, certain_chains),
+    "rejection, penalties": Method(REJECTION, draw_chains, sampling=PENALISED),
+    "rejection, truncated": Method(REJECTION, draw_chains, sampling=TRUNCATED),
+}
+
+
+MAIN = ("target token, chain", "target token, tree", "rejection, drawn guesses", "rejection, penalties")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in MAIN else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
+def test_answers_have_the_targets_own_distribution(name: str) -> None:
+    method = METHODS[name]
+    answers = draw_answers(method, NUM_ANSWERS)
+    found = p_values(answers, answer_probabilities(SamplingParams(**method.sampling)))
+    assert min(found.values()) > SIGNIFICANCE, found
+
+
+# ---- rules that are wrong in one point each: the same statistics refuse them
+
+
+def assert_found_out(method: Method, count: int = NUM_ANSWERS // 3) -> None:
+    found = p_values(draw_answers(method, count), answer_probabilities(SamplingParams()))
+    assert min(found.values()) < SIGNIFICANCE, found
+
+
+def always_kept(target: Tensor, draft: Tensor, guessed: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+    return guessed
+
+
+def drawn_anew_from_the_target(
+    target: Tensor, draft: Tensor, guessed: Tensor, uniform: Tensor, noise: Tensor
+) -> Tensor:
+    p, q = (table.gather(1, guessed[:, None])[:, 0] for table in (target, draft))
+    return torch.where(uniform * q < p, guessed, (target.log() + noise).argmax(dim=-1))
+
+
+def drawn_anew_from_all_but_the_guess(
+    target: Tensor, draft: Tensor, guessed: Tensor, uniform: Tensor, noise: Tensor
+) -> Tensor:
+    others = target * (1.0 - one_hot(guessed))
+    return drawn_anew_from_the_target(target, draft, guessed, uniform, noise + others.log() - target.log())
+
+
+def one_hot(token_ids: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(token_ids, VOCAB_SIZE).to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [always_kept, drawn_anew_from_the_target, drawn_anew_from_all_but_the_guess],
+)
+def test_a_rejection_that_keeps_or_draws_wrongly_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Tensor]
+) -> None:
+    monkeypatch.setattr(rejection, "keep_or_draw_anew", wrong)
+    assert_found_out(Method(REJECTION, draw_chains))
+
+
+def guesses_noise_draws_anew(random: RandomRows, num_tokens: int) -> tuple[Tensor, Tensor]:
+    keys = row_keys(random.seed, random.choice, ~random.position)
+    return token_uniform(keys, NO_TOKEN), gumbel_noise(random.seed, random.choice, random.position, num_tokens)
+
+
+def guesses_noise_keeps(random: RandomRows, num_tokens: int) -> tuple[Tensor, Tensor]:
+    keys = row_keys(random.seed, random.choice, random.position)
+    below_zero = gumbel_noise(random.seed, random.choice, ~random.position, num_tokens)
+    return token_uniform(keys[:, None], torch.arange(num_tokens)).amax(dim=-1), below_zero
+
+
+@pytest.mark.parametrize("wrong", [guesses_noise_draws_anew, guesses_noise_keeps])
+def test_a_rejection_that_uses_the_noise_of_the_guess_again_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    monkeypatch.setattr(rejection, "_chance", wrong)
+    assert_found_out(Method(REJECTION, draw_chains), NUM_ANSWERS)
+
+
+def one_noise_for_all_positions(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    return choose_tokens(sample_tokens, logits, [replace(choice, guessed=()) for choice in choices])
+
+
+def whatever_is_guessed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    own = choose_tokens(sample_tokens, logits, choices)
+    guessed = [choice.guess.token_id if choice.guess else token for choice, token in zip(choices, own, strict=True)]
+    return torch.tensor(guessed)
+
+
+@pytest.mark.parametrize("wrong", [one_noise_for_all_positions, whatever_is_guessed])
+def test_a_wrong_rule_of_the_targets_own_token_is_found_out(wrong: TokenRule) -> None:
+    assert_found_out(Method(wrong))
+
+
+def test_a_walk_down_the_likeliest_branch_whatever_the_target_chose_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "accepted_nodes", lambda tree, chosen: tree.path(len(tree) - 1)[:1])
+    assert_found_out(Method(TARGET_TOKEN, shape=TREE))
