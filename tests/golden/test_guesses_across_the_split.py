@@ -34,6 +34,7 @@ from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import LocalExecutor, LocalStep, build_executor
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import build_draft_policy
+from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.engine.speculation.tree import DraftTree
 from eagleray.engine.speculation.verify import accepted_nodes
 from eagleray.kv_transfer.transport import BlockStore
@@ -44,6 +45,7 @@ from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.models.registry import load_model_config
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
+from eagleray.workers.build import WorkerExecutor
 
 TOKENIZER = byte_tokenizer()
 BLOCK_SIZE_TOKENS, NUM_NEW_TOKENS, MAX_DEPTH, VOCAB_SIZE = 8, 40, 4, 61
@@ -267,12 +269,12 @@ def serve_cluster(
 ) -> Served:
     """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer."""
     config = parse_config({**CLUSTER, "speculation": speculation, **changes})
-    records = Records()
+    records, new_policy = Records(), partial(draft_policy_of, config)
 
     async def serve() -> Tokens:
         with closing_executors(checkpoints, config, records) as new_executor:
             transports = partial(breaking, every_nth_block_breaks) if every_nth_block_breaks else make_transports
-            async with LocalCluster(config, new_executor, new_text, transports) as cluster:
+            async with LocalCluster(config, new_executor, new_text, transports, new_policy) as cluster:
                 for _ in range(rounds):
                     records.guesses.clear(), records.accepted.clear()
                     has_begun = {role: asyncio.Event() for role in Role}
@@ -285,6 +287,10 @@ def serve_cluster(
         return {spec.request_id: tokens for spec, (tokens, _) in zip(specs(), answers, strict=True)}
 
     return Served(asyncio.run(serve()), records)
+
+
+def draft_policy_of(config: Config, executor: WorkerExecutor) -> DraftPolicy:
+    return build_draft_policy(config.speculation, executor.has_draft_network)
 
 
 @contextmanager
