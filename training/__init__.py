@@ -1,0 +1,1 @@
+"""Training of draft heads for the models that are served."""
