@@ -1,0 +1,137 @@
+"""The loop: documents in, a trained head out, and now and then how far its guesses get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from eagleray.training.acceptance import Acceptance, measure_acceptance
+from eagleray.training.batches import epoch_batches
+from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
+from eagleray.training.lesson import Lesson, Teacher
+from eagleray.training.loss import soft_cross_entropy
+from eagleray.training.texts import Document
+from eagleray.training.trainee import Trainee
+
+_BETAS: Final = (0.9, 0.95)
+_MAX_GRADIENT_NORM: Final = 1.0
+_WARM_UP_SHARE: Final = 0.03  # of all steps
+_DEPTH_DECAY: Final = 0.8  # weight of each guess compared with the one before: it is needed less often
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """How long, how fast, and in what portions."""
+
+    num_epochs: int
+    batch_tokens: int
+    learning_rate: float
+    check_every_steps: int
+    chain_length: int  # for which held-out tokens per step are told
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What to tell a user after a step."""
+
+    step: int
+    num_steps: int
+    num_tokens: int  # of this step
+    loss: float
+    held_out: Acceptance | None = None  # at checks
+
+
+class Trainer:
+    """One run. After ``resume`` it goes on as if it had never been interrupted, bit for bit on the same machine.
+
+    Args:
+        trainee: is trained in place.
+        documents, held_out: to learn from, and to be measured on.
+        checkpoint: file that the state is written to at every check.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        teacher: Teacher,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+        plan: TrainingPlan,
+        checkpoint: Path,
+    ) -> None:
+        self.trainee = trainee
+        self._teacher = teacher
+        self._documents = documents
+        self._held_out = held_out
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._optimizer = torch.optim.AdamW(
+            trainee.parameters(), lr=plan.learning_rate, betas=_BETAS, weight_decay=0.0
+        )
+        self._num_steps = sum(1 for _ in self._batches())
+        self._step = 0
+
+    def resume(self) -> None:
+        """Go on from the checkpoint. Raises ``ConfigError``."""
+        state = load_checkpoint(self._checkpoint, asdict(self._plan))
+        self.trainee.load_state_dict(state["trainee"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = int(state["step"])
+
+    def run(self) -> Iterator[Progress]:
+        """Train to the end, one step at a time."""
+        for batch in islice(self._batches(), self._step, None):
+            loss = self._learn(self._teacher.teach(batch))
+            self._step += 1
+            num_tokens = sum(len(document.token_ids) for document in batch)
+            is_check = self._step % self._plan.check_every_steps == 0 or self._step == self._num_steps
+            if is_check:
+                self._save()
+            yield Progress(self._step, self._num_steps, num_tokens, loss, self.measure() if is_check else None)
+
+    def measure(self) -> Acceptance:
+        """On the held-out documents."""
+        plan = self._plan
+        return measure_acceptance(self.trainee, self._teacher, self._held_out, plan.chain_length, plan.batch_tokens)
+
+    def _batches(self) -> Iterator[list[Document]]:
+        for epoch in range(self._plan.num_epochs):
+            yield from epoch_batches(self._documents, self._plan.batch_tokens, self._plan.seed, epoch)
+
+    def _learn(self, lesson: Lesson) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._plan.learning_rate * learning_rate_share(self._step, self._num_steps)
+        total, weights = torch.zeros(()), 0.0
+        with torch.autocast("cpu", torch.bfloat16):
+            for depth, logits_RV in enumerate(self.trainee.guess(lesson), start=1):
+                weight = _DEPTH_DECAY ** (depth - 1)
+                loss = soft_cross_entropy(logits_RV, lesson.probabilities_NV, lesson.label_rows(depth))
+                total = total + weight * loss
+                weights += weight
+        self._optimizer.zero_grad(set_to_none=True)
+        (total / weights).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.trainee.parameters(), _MAX_GRADIENT_NORM)
+        self._optimizer.step()
+        return total.item() / weights
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {
+            "settings": asdict(self._plan),
+            "trainee": self.trainee.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self._step,
+        }
+        save_checkpoint(self._checkpoint, state)
+
+
+def learning_rate_share(step: int, num_steps: int) -> float:
+    """A straight line up, then one down to nothing."""
+    warm_up = max(1, round(num_steps * _WARM_UP_SHARE))
+    return min((step + 1) / warm_up, (num_steps - step) / max(1, num_steps - warm_up))
