@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from eagleray import __version__
 from eagleray.core.errors import EagleRayError
@@ -18,6 +18,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "status": "what a running server's workers are doing",
     "generate": "answer prompts in this process, without a server",
     "demo": "start a service, ask it a few questions and show where the time went",
+    "train-draft": "train a draft head on a model's own answers, for speculation",
     "doctor": "check this machine: software, hardware, transports, model",
 }
 EXIT_ERROR: Final = 2
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(words).parse_args(words)
     try:
-        code: int = importlib.import_module(f"eagleray.cli.{arguments.command}").run(arguments)
+        code: int = _module(arguments.command).run(arguments)
         sys.stdout.flush()
     except EagleRayError as error:
         print(f"eagleray {arguments.command}: {error}", file=sys.stderr)
@@ -55,8 +56,12 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             name, help=purpose, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in words:
-            importlib.import_module(f"eagleray.cli.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     return parser
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"eagleray.cli.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

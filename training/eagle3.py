@@ -11,16 +11,18 @@ attends to the pairs of step 0 up to s and to its own of the steps since, and is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from eagleray.models.draft_heads.draft_config import EagleConfig
+from eagleray.models.draft_heads.weight_names import LM_HEAD
 from eagleray.models.rope import RotaryEmbedding
 from eagleray.training.lesson import Lesson
+from eagleray.training.trainee import parameters_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +33,23 @@ class _Seen:
     values: list[Tensor] = field(default_factory=list)
 
 
-class Eagle3Trainee(nn.Module):
-    """Implements ``Trainee``. Parameters go by the names under which they are stored, ``midlayer`` being ``layers.0``.
+class Eagle3Trainee:
+    """Implements ``Trainee``.
 
     Args:
         config: of the head, which reads the target's embedding.
-        weights: to start from, by name: all of the head's; see ``weight_names.eagle_views``.
+        weights: to start from, by name; see ``weight_names.eagle_views``.
         embedding: [vocabulary, hidden] of the target.
         num_guesses: of each chain.
     """
 
-    def __init__(
-        self, config: EagleConfig, weights: Mapping[str, Tensor], embedding: Tensor, num_guesses: int
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: EagleConfig, weights: dict[str, Tensor], embedding: Tensor, num_guesses: int) -> None:
         self.config = config
+        self.weights = parameters_from(weights)
+        self.output_layers = frozenset({LM_HEAD})
         self.num_guesses = num_guesses
         self._embedding = embedding.detach().float()
         self._rope = RotaryEmbedding(config.layers.rope, config.layers.head_dim, "cpu")
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): nn.Parameter(weight.float().clone()) for name, weight in weights.items()}
-        )
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """All parameters by their stored names."""
-        return {name.replace("/", "."): weight.detach() for name, weight in self.weights.items()}
 
     def guess(self, lesson: Lesson) -> Iterator[Tensor]:
         """Logits [R, V] for the chains of depths 1, 2, ...: each follows the document, whatever it guesses."""
@@ -84,7 +78,7 @@ class Eagle3Trainee(nn.Module):
         layers = self.config.layers
         query, key, value = (
             linear(pair_BSP, self._weight(f"layers.0.self_attn.{name}_proj"))
-            .unflatten(-1, (-1, layers.head_dim))
+            .view(*pair_BSP.shape[:2], -1, layers.head_dim)
             .transpose(1, 2)
             for name in "qkv"
         )
@@ -100,7 +94,7 @@ class Eagle3Trainee(nn.Module):
         return rms_norm(x.float(), weight.shape, weight, self.config.layers.rms_norm_eps)
 
     def _weight(self, name: str) -> Tensor:
-        return self.weights[f"{name}.weight".replace(".", "/")]
+        return self.weights[f"{name}.weight"]
 
 
 def _attend(query_BHSD: Tensor, seen: _Seen) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from eagleray.kernels.paged_attention.api import AttentionPlan, plan_attention
 from eagleray.models.decoder import Decoder
@@ -89,4 +90,4 @@ class Teacher:
 
 def _padded(values_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """[N, ...] -> [B, T, ...]."""
-    return torch.nn.utils.rnn.pad_sequence(list(values_N.split(list(lengths))), batch_first=True)
+    return pad_sequence(list(torch.split(values_N, list(lengths))), batch_first=True)

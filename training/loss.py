@@ -41,5 +41,5 @@ def soft_cross_entropy(logits_RV: Tensor, probabilities_NV: Tensor, rows_R: Tens
         logits_RV: of the head, differentiable.
         probabilities_NV: the target's, of the draft vocabulary; what it gives to other tokens is left out.
     """
-    loss: Tensor = _SoftCrossEntropy.apply(logits_RV, probabilities_NV, rows_R)
+    loss: Tensor = _SoftCrossEntropy.apply(logits_RV, probabilities_NV, rows_R)  # type: ignore[no-untyped-call]
     return loss

@@ -47,9 +47,9 @@ class TextReader:
     def read(self, paths: Iterable[Path]) -> list[Document]:
         """All documents of the files in their order: one a line of ``.jsonl``, otherwise a plain text each.
 
-        A line has one of the keys ``messages`` (OpenAI's roles and contents), ``conversations`` (ShareGPT's ``from`` and
-        ``value``), ``prompt`` with or without ``completion``, and ``text``. Of a chat the last answer is guessed; what
-        does not leave room for an answer within ``max_tokens`` is left out.
+        A line has one of the keys ``messages`` (OpenAI's roles and contents), ``conversations`` (ShareGPT's ``from``
+        and ``value``), ``prompt`` with or without ``completion``, and ``text``. Of a chat the last answer is guessed;
+        what does not leave room for an answer within ``max_tokens`` is left out.
 
         Raises:
             ConfigError: a file that cannot be read, with the line that is wrong.

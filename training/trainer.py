@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from eagleray.training.acceptance import Acceptance, measure_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
 from eagleray.training.lesson import Lesson, Teacher
 from eagleray.training.loss import soft_cross_entropy
+from eagleray.training.optimizer import HeadOptimizer
 from eagleray.training.texts import Document
 from eagleray.training.trainee import Trainee
 
-_BETAS: Final = (0.9, 0.95)
-_MAX_GRADIENT_NORM: Final = 1.0
 _WARM_UP_SHARE: Final = 0.03  # of all steps
 _DEPTH_DECAY: Final = 0.8  # weight of each guess compared with the one before: it is needed less often
 
@@ -67,28 +65,28 @@ class Trainer:
         checkpoint: Path,
     ) -> None:
         self.trainee = trainee
-        self._teacher = teacher
+        self.teacher = teacher
         self._documents = documents
         self._held_out = held_out
         self._plan = plan
         self._checkpoint = checkpoint
-        self._optimizer = torch.optim.AdamW(
-            trainee.parameters(), lr=plan.learning_rate, betas=_BETAS, weight_decay=0.0
-        )
+        self._optimizer = HeadOptimizer(trainee)
         self._num_steps = sum(1 for _ in self._batches())
         self._step = 0
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises ``ConfigError``."""
         state = load_checkpoint(self._checkpoint, asdict(self._plan))
-        self.trainee.load_state_dict(state["trainee"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, weight in self.trainee.weights.items():
+                weight.copy_(state["weights"][name])
+        self._optimizer.load_state(state["optimizer"])
         self._step = int(state["step"])
 
     def run(self) -> Iterator[Progress]:
         """Train to the end, one step at a time."""
         for batch in islice(self._batches(), self._step, None):
-            loss = self._learn(self._teacher.teach(batch))
+            loss = self._learn(self.teacher.teach(batch))
             self._step += 1
             num_tokens = sum(len(document.token_ids) for document in batch)
             is_check = self._step % self._plan.check_every_steps == 0 or self._step == self._num_steps
@@ -99,15 +97,13 @@ class Trainer:
     def measure(self) -> Acceptance:
         """On the held-out documents."""
         plan = self._plan
-        return measure_acceptance(self.trainee, self._teacher, self._held_out, plan.chain_length, plan.batch_tokens)
+        return measure_acceptance(self.trainee, self.teacher, self._held_out, plan.chain_length, plan.batch_tokens)
 
     def _batches(self) -> Iterator[list[Document]]:
         for epoch in range(self._plan.num_epochs):
             yield from epoch_batches(self._documents, self._plan.batch_tokens, self._plan.seed, epoch)
 
     def _learn(self, lesson: Lesson) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._plan.learning_rate * learning_rate_share(self._step, self._num_steps)
         total, weights = torch.zeros(()), 0.0
         with torch.autocast("cpu", torch.bfloat16):
             for depth, logits_RV in enumerate(self.trainee.guess(lesson), start=1):
@@ -115,17 +111,15 @@ class Trainer:
                 loss = soft_cross_entropy(logits_RV, lesson.probabilities_NV, lesson.label_rows(depth))
                 total = total + weight * loss
                 weights += weight
-        self._optimizer.zero_grad(set_to_none=True)
-        (total / weights).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.trainee.parameters(), _MAX_GRADIENT_NORM)
-        self._optimizer.step()
-        return total.item() / weights
+        mean = total / weights
+        self._optimizer.step(mean, self._plan.learning_rate * learning_rate_share(self._step, self._num_steps))
+        return mean.item()
 
     def _save(self) -> None:
         state: dict[str, Any] = {
             "settings": asdict(self._plan),
-            "trainee": self.trainee.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "weights": {name: weight.detach() for name, weight in self.trainee.weights.items()},
+            "optimizer": self._optimizer.state(),
             "step": self._step,
         }
         save_checkpoint(self._checkpoint, state)
