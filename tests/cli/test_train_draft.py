@@ -1,0 +1,73 @@
+"""``eagleray train-draft`` as a whole, with a small target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagleray.cli.__main__ import main
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.llm import LLM
+from eagleray.models.random_weights import save_random_checkpoint
+from eagleray.text.fake import save_byte_tokenizer
+
+TARGET = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "torch_dtype": "float32", "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """Of a run of a few steps on ten prompts."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    save_random_checkpoint(folder, TARGET, seed=1)
+    save_byte_tokenizer(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"number {number}"}) + "\n" for number in range(10)))
+    words = f"--model {folder} --data {data} --output {tmp_path / 'head'} --max-tokens 24 --batch-tokens 64"
+    return ["train-draft", *words.split(), "--epochs", "1", "--check-every-steps", "2", "--num-threads", "1"]
+
+
+@pytest.mark.parametrize("method", ["eagle3", "medusa"])
+def test_a_head_is_trained_on_own_samples_and_served(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    assert main([*options, "--method", method]) == 0
+    shown = capsys.readouterr().out
+    assert "samples: 9 of 9 answered" in shown
+    assert "loss" in shown and "tokens per step with 3 guesses" in shown
+    speculation = {"method": method, "model": str(tmp_path / "head")}
+    llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
+    [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 5
+
+
+def test_a_run_is_gone_on_with_only_when_asked_to(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options) == 0
+    assert main(options) == 2
+    assert "holds a run; add --resume to go on" in capsys.readouterr().err
+    assert main([*options, "--resume"]) == 0  # nothing is left to do
+    assert main([*options, "--resume", "--epochs", "2"]) == 2
+    assert "--resume: num_epochs=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["--epochs", "0"], "--epochs=0: must be at least 1"),
+        (["--draft-vocab-size", "1000"], "--draft-vocab-size=1000: the target's vocabulary has 259 tokens"),
+        (["--capture-layers", "2", "1"], "--capture-layers=(2, 1): must rise and lie within 0 to 2"),
+        (["--method", "medusa", "--draft-vocab-size", "100"], "Medusa's heads have the target's whole vocabulary"),
+        (["--no-self-generate"], "documents with answers are too few; give more data"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    options: list[str], capsys: pytest.CaptureFixture[str], changes: list[str], reason: str
+) -> None:
+    assert main([*options, *changes]) == 2
+    assert reason in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""The loop: it learns, it can be interrupted at any moment, and what it says of a head is what serving it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eagleray.core.errors import ConfigError
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.llm import LLM
+from eagleray.training import checkpoint
+from eagleray.training.run import Documents, build_trainer, export_head, load_target
+from eagleray.training.texts import Document
+from eagleray.training.trainer import Trainer, learning_rate_share
+
+METHODS = pytest.mark.parametrize("method", ["eagle3", "medusa"])
+
+
+def weights_of(trainer: Trainer) -> dict[str, Any]:
+    return {name: weight.tolist() for name, weight in trainer.trainee.weights.items()}
+
+
+@METHODS
+def test_the_loss_falls(new_settings: Any, new_trainer: Any, method: str) -> None:
+    progress = list(new_trainer(new_settings(method=method, plan={"num_epochs": 6})).run())
+    losses = [one.loss for one in progress]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.1  # the target's own entropy is not far below
+    assert progress[-1].step == progress[-1].num_steps == len(progress)
+    assert [one.step for one in progress if one.held_out is not None] == [*range(6, len(progress), 6), len(progress)]
+
+
+@METHODS
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
+    new_settings: Any, new_trainer: Any, tmp_path: Path, method: str
+) -> None:
+    whole = new_trainer(new_settings(method=method, output=tmp_path / "whole"))
+    losses = [progress.loss for progress in whole.run()]
+    settings = new_settings(method=method)
+    interrupted = new_trainer(settings)
+    list(islice(interrupted.run(), 8))  # two steps after the checkpoint of step 6
+    resumed = new_trainer(settings)
+    resumed.resume()
+    assert [progress.loss for progress in resumed.run()] == losses[6:]
+    assert weights_of(resumed) == weights_of(whole)
+
+
+def test_a_checkpoint_that_was_interrupted_leaves_the_one_before(
+    new_settings: Any, new_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = new_settings()
+    trainer = new_trainer(settings)
+    list(islice(trainer.run(), 6))
+    good = settings.checkpoint.read_bytes()
+
+    def save_half(state: dict[str, Any], file: Any) -> None:
+        file.write(good[: len(good) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save()
+    assert settings.checkpoint.read_bytes() == good
+    new_trainer(settings).resume()
+
+
+def test_a_damaged_or_missing_checkpoint_and_another_plan_are_refused(new_settings: Any, new_trainer: Any) -> None:
+    settings = new_settings()
+    trainer = new_trainer(settings)
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt.*no such checkpoint"):
+        trainer.resume()
+    list(islice(trainer.run(), 6))
+    with pytest.raises(ConfigError, match=r"--resume: learning_rate=0.5.*0\.02"):
+        new_trainer(new_settings(plan={"learning_rate": 0.5})).resume()
+    settings.checkpoint.write_bytes(settings.checkpoint.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="is damaged"):
+        trainer.resume()
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+    shares = [learning_rate_share(step, 100) for step in range(101)]
+    assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert shares[100] == 0
+    assert shares[3:] == sorted(shares[3:], reverse=True)
+
+
+@pytest.mark.parametrize(("method", "vocabulary"), [("eagle3", None), ("eagle3", 120), ("medusa", None)])
+def test_held_out_acceptance_is_what_the_engine_measures_with_the_head(
+    new_settings: Any, folder: Path, documents: Sequence[Document], method: str, vocabulary: int | None
+) -> None:
+    settings = new_settings(method=method, draft_vocab_size=vocabulary, plan={"num_epochs": 40, "batch_tokens": 512})
+    held_out = greedy_answers(folder, documents[:6])
+    trainer = build_trainer(settings, Documents(held_out, held_out), load_target(settings))
+    list(trainer.run())
+    with torch.no_grad():
+        for weight in trainer.trainee.weights.values():
+            weight.copy_(weight.bfloat16())  # as they are stored
+    export_head(settings, trainer)
+    measured = trainer.measure().tokens_per_step
+    assert measured > 1.2
+    speculation = {"method": method, "model": str(settings.output), "num_speculative_tokens": 3, "adaptive": False}
+    assert tokens_per_step(LLM(folder, num_threads=1, num_blocks=64, speculation=speculation), held_out) == measured
+
+
+def greedy_answers(folder: Path, prompts: Sequence[Document]) -> list[Document]:
+    llm = LLM(folder, num_threads=1, num_blocks=64)
+    outputs = llm.generate([prompt.prompt for prompt in prompts], SamplingParams(temperature=0.0, max_tokens=40))
+    return [
+        Document((*prompt.prompt, *output.outputs[0].token_ids), prompt.num_prompt_tokens)
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def tokens_per_step(llm: LLM, answers: Sequence[Document]) -> float:
+    """Of all steps after a prompt's own; one request at a time."""
+    counts: list[int] = []
+    for answer in answers:
+        num_tokens = len(answer.token_ids) - answer.num_prompt_tokens
+        steps = outputs_of(llm, answer.prompt, num_tokens)
+        assert sum(steps, start=()) == answer.token_ids[answer.num_prompt_tokens :]
+        counts += map(len, steps[1:])
+    return sum(counts) / len(counts)
+
+
+def outputs_of(llm: LLM, prompt: tuple[int, ...], num_tokens: int) -> list[tuple[int, ...]]:
+    [spec] = llm._specs(prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens), 0)
+    llm.engine.add(spec)
+    steps = []
+    while llm.engine.has_work:
+        steps += [output.token_ids for output in llm.engine.step().outputs]
+    return [token_ids for token_ids in steps if token_ids]
