@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 from eagleray import __version__
@@ -48,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the options of those commands only that ``words`` name."""
     parser = argparse.ArgumentParser(
-        prog="eagleray",
-        description="Serve large language models with prefill and decode on separate workers.",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=20),  # on one line with the longest name
+        prog="eagleray", description="Serve large language models with prefill and decode on separate workers."
     )
     parser.add_argument("--version", action="version", version=f"eagleray {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from eagleray.cli.options import add_model_arguments, given
 from eagleray.cli.terminal import Progress
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock, SystemClock
 from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
 
 if TYPE_CHECKING:  # torch, which takes seconds to import: not before the options are known to be right
-    from eagleray.training.acceptance import Acceptance
     from eagleray.training.run import RunSettings
     from eagleray.training.trainer import Progress as StepProgress
 
@@ -137,7 +137,7 @@ class _Speed:
 def _acceptance(held_out: Acceptance | None) -> str:
     if held_out is None:
         return ""
-    shares = " ".join(f"{share:.2f}" for share in held_out.by_depth)
+    shares = " ".join(f"{share:.2f}" for share in held_out.rate_per_position)
     return f"  held out: accepted {shares}, {held_out.tokens_per_step:.2f} tokens per step with {CHAIN_LENGTH} guesses"
 
 

@@ -1,47 +1,35 @@
-"""How far guesses get on documents that the head has not learned from: what an engine would measure, without one."""
+"""How far guesses get on documents that a head has not learned from: what an engine would count, without one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.lesson import Lesson, Teacher
 from eagleray.training.texts import Document
 from eagleray.training.trainee import Trainee
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """Of chains of guesses, each the head's likeliest token."""
-
-    by_depth: tuple[float, ...]  # share of an answer's positions from where all guesses up to it come true
-    tokens_per_step: float  # when every verification, of a chain that long, starts where the last one ended
-
-
 @torch.no_grad()
 def measure_acceptance(
     trainee: Trainee, teacher: Teacher, documents: Sequence[Document], chain_length: int, batch_tokens: int
 ) -> Acceptance:
-    """On whole documents, in float32. Chains follow the documents' own tokens."""
-    hits, chances = [0] * trainee.num_guesses, [0] * trainee.num_guesses
-    num_tokens = num_steps = 0
+    """Of chains of the head's likeliest tokens, where each begins behind the last one's end.
+
+    Answers are taken for the target's own. For greedy ones that is what an engine counts; where tokens were drawn, its
+    guesses share the target's luck and get further.
+    """
+    steps: list[Acceptance] = []
     for batch in epoch_batches(documents, batch_tokens, seed=0, epoch=0):
         lesson = teacher.teach(batch)
-        lengths_BT = _accepted_lengths(trainee, lesson, teacher.draft_vocabulary_V)
-        for document, lengths_T in zip(batch, lengths_BT, strict=True):
-            first, end = document.num_prompt_tokens - 1, len(document.token_ids)
-            for depth in range(1, trainee.num_guesses + 1):
-                asked = lengths_T[first : max(first, end - 1 - depth)]
-                hits[depth - 1] += int((asked >= depth).sum())
-                chances[depth - 1] += len(asked)
-            num_tokens += max(0, end - 2 - first)
-            num_steps += _num_steps(lengths_T.clamp(max=chain_length).tolist(), first, end)
-    by_depth = tuple(hit / max(1, chance) for hit, chance in zip(hits, chances, strict=True))
-    return Acceptance(by_depth, num_tokens / max(1, num_steps))
+        lengths_BT = _accepted_lengths(trainee, lesson, teacher.draft_vocabulary_V).clamp(max=chain_length)
+        for document, lengths in zip(batch, lengths_BT.tolist(), strict=True):
+            steps += _steps(lengths, document.num_prompt_tokens - 1, len(document.token_ids), chain_length)
+    return total_acceptance(steps) or Acceptance()
 
 
 def _accepted_lengths(trainee: Trainee, lesson: Lesson, draft_vocabulary_V: Tensor | None) -> Tensor:
@@ -57,10 +45,11 @@ def _accepted_lengths(trainee: Trainee, lesson: Lesson, draft_vocabulary_V: Tens
     return lengths_BT
 
 
-def _num_steps(accepted_T: Sequence[int], first: int, end: int) -> int:
-    """Verifications until all tokens are there. The prompt's own step brings the first, and its chain of guesses."""
-    start, count = first, 0
+def _steps(accepted_T: Sequence[int], first: int, end: int, chain_length: int) -> Iterator[Acceptance]:
+    """Verifications until all tokens are there. The prompt's own step brings the first, and a chain of guesses."""
+    start = first
     while start + 2 < end:
-        start += accepted_T[start] + 1
-        count += 1
-    return count
+        # A guess for the last token brings that one and nothing after it.
+        num_accepted = min(accepted_T[start], end - start - 3)
+        yield Acceptance.of_step(chain_length, chain_length, num_accepted, 0.0, 0.0)
+        start += num_accepted + 1

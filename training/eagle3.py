@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from eagleray.models.draft_heads.draft_config import EagleConfig
-from eagleray.models.draft_heads.weight_names import LM_HEAD
+from eagleray.models.draft_heads.tensor_names import LM_HEAD
 from eagleray.models.rope import RotaryEmbedding
 from eagleray.training.lesson import Lesson
 from eagleray.training.trainee import parameters_from

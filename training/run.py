@@ -18,7 +18,7 @@ from eagleray.kernels.select import select_kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.draft_config import MedusaConfig
 from eagleray.models.draft_heads.export import export_eagle3, export_medusa
-from eagleray.models.draft_heads.weight_names import DRAFT_TO_TARGET
+from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET
 from eagleray.models.loader import load_model
 from eagleray.models.registry import load_model_config
 from eagleray.training.eagle3 import Eagle3Trainee

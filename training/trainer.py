@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from eagleray.training.acceptance import Acceptance, measure_acceptance
+from eagleray.core.acceptance import Acceptance
+from eagleray.training.acceptance import measure_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
 from eagleray.training.lesson import Lesson, Teacher

@@ -16,7 +16,7 @@ from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.eagle import EagleHead
 from eagleray.models.draft_heads.load import load_draft
 from eagleray.models.draft_heads.medusa import MedusaHeads
-from eagleray.training.acceptance import _num_steps
+from eagleray.training.acceptance import _steps
 from eagleray.training.batches import epoch_batches
 from eagleray.training.lesson import Lesson, Teacher
 from eagleray.training.loss import soft_cross_entropy
@@ -133,10 +133,15 @@ def test_every_epoch_has_all_documents_once_in_batches_that_fit(documents: Seque
 
 def test_steps_are_counted_as_an_engine_takes_them() -> None:
     # The prompt's step brings token 2; chains then start at 1, and wherever the last verification ended.
-    assert _num_steps([0, 0, 0, 0, 0, 0], first=1, end=6) == 3
-    assert _num_steps([0, 3, 0, 0, 0, 0], first=1, end=6) == 1
-    assert _num_steps([0, 1, 9, 0, 0, 0], first=1, end=6) == 2
-    assert _num_steps([0, 3], first=1, end=3) == 0
+    assert accepted([0, 0, 0, 0, 0, 0], first=1, end=6) == [0, 0, 0]
+    assert accepted([0, 2, 0, 0, 0, 0], first=1, end=6) == [2]
+    assert accepted([0, 3, 0, 0, 0, 0], first=1, end=6) == [2]
+    assert accepted([0, 1, 9, 0, 0, 0], first=1, end=6) == [1, 0]
+    assert accepted([0, 3], first=1, end=3) == []
+
+
+def accepted(lengths: list[int], first: int, end: int) -> list[int]:
+    return [step.num_accepted_tokens for step in _steps(lengths, first, end, chain_length=3)]
 
 
 def test_the_draft_vocabulary_is_what_answers_consist_of() -> None:

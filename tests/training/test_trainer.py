@@ -100,10 +100,14 @@ def test_held_out_acceptance_is_what_the_engine_measures_with_the_head(
         for weight in trainer.trainee.weights.values():
             weight.copy_(weight.bfloat16())  # as they are stored
     export_head(settings, trainer)
-    measured = trainer.measure().tokens_per_step
-    assert measured > 1.2
+    measured = trainer.measure()
+    assert measured.tokens_per_step > 1.2
     speculation = {"method": method, "model": str(settings.output), "num_speculative_tokens": 3, "adaptive": False}
-    assert tokens_per_step(LLM(folder, num_threads=1, num_blocks=64, speculation=speculation), held_out) == measured
+    counted = tokens_of_steps(LLM(folder, num_threads=1, num_blocks=64, speculation=speculation), held_out)
+    assert len(counted) == measured.num_steps
+    assert sum(counted) == measured.num_steps + measured.num_accepted_tokens
+    for position, accepted in enumerate(measured.accepted_per_position, start=1):
+        assert sum(count > position for count in counted) == accepted
 
 
 def greedy_answers(folder: Path, prompts: Sequence[Document]) -> list[Document]:
@@ -115,7 +119,7 @@ def greedy_answers(folder: Path, prompts: Sequence[Document]) -> list[Document]:
     ]
 
 
-def tokens_per_step(llm: LLM, answers: Sequence[Document]) -> float:
+def tokens_of_steps(llm: LLM, answers: Sequence[Document]) -> list[int]:
     """Of all steps after a prompt's own; one request at a time."""
     counts: list[int] = []
     for answer in answers:
@@ -123,7 +127,7 @@ def tokens_per_step(llm: LLM, answers: Sequence[Document]) -> float:
         steps = outputs_of(llm, answer.prompt, num_tokens)
         assert sum(steps, start=()) == answer.token_ids[answer.num_prompt_tokens :]
         counts += map(len, steps[1:])
-    return sum(counts) / len(counts)
+    return counts
 
 
 def outputs_of(llm: LLM, prompt: tuple[int, ...], num_tokens: int) -> list[tuple[int, ...]]:
