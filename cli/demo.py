@@ -14,7 +14,7 @@ from eagleray.cli.options import add_port_argument, config_from
 from eagleray.cli.terminal import Progress, write_now
 from eagleray.cli.timing import timing_table, workers_of
 from eagleray.core.clock import SystemClock
-from eagleray.core.config import Config
+from eagleray.core.config import DEMO_MODEL, Config, SpeculationConfig
 from eagleray.core.errors import ConfigError
 
 TABLE_WIDTH: Final = 140
@@ -26,6 +26,7 @@ SYSTEM_MESSAGE: Final = (
     "question, with a short docstring that says what it does, and with names that are full words. You use the standard "
     "library only. Answer with code."
 )
+SPECULATION: Final = SpeculationConfig(method="eagle3", model=DEMO_MODEL)
 SAMPLING: Final[dict[str, Any]] = {"max_tokens": 64, "temperature": 0.0}
 
 
@@ -72,8 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """Two workers of each kind and an index in Redis, as the defaults have it; the next port if theirs is taken."""
-    config = config_from(arguments)
+    """Two workers of each kind and an index in Redis, as the defaults have it, and the packaged head that guesses
+    ahead; the next port if theirs is taken."""
+    config = config_from(arguments).model_copy(update={"speculation": SPECULATION})
     http = config.http
     if vars(arguments)["http.port"] is None and why_not_free(http.host, http.port) is not None:
         ports = range(http.port + 1, http.port + PORTS_TRIED)

@@ -48,6 +48,8 @@ def timing_table(answer: ChatAnswer, account: TimeAccount) -> Table:
         "reused": str(account.num_cached_tokens),
         "output": str(account.num_output_tokens),
     }
+    if account.acceptance is not None:
+        columns["tokens per step"] = f"{account.acceptance.tokens_per_step:.2f}"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

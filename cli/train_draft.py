@@ -78,7 +78,7 @@ def _add_plan_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, default=3, metavar="N", help="passes over the data; default: 3")
     group.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="in one step; default: 4096")
     group.add_argument(
-        "--learning-rate", type=float, default=6e-3, metavar="RATE", help="at its highest; default: 0.006"
+        "--learning-rate", type=float, default=0.015, metavar="RATE", help="at its highest; default: 0.015"
     )
     group.add_argument(
         "--check-every-steps", type=int, default=100, metavar="N", help="held-out acceptance, and a checkpoint"

@@ -75,5 +75,7 @@ def test_a_wheel_holds_every_module_and_the_demo_model(source: Any, tmp_path: Pa
         for package, folder in source.package_folders.items()
         for file in (tree / folder).iterdir()
         if file.suffix in {".py", ".c", ".h"}
-    } | {f"eagleray/models/demo/{file.name}" for file in (tree / "models" / "demo").iterdir()}
+    }
+    demo = tree / "models" / "demo"
+    expected |= {f"eagleray/models/demo/{file.relative_to(demo)}" for file in demo.rglob("*") if file.is_file()}
     assert expected - held == set()
