@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from floors import Machine, in_child, measure_machine, shortest_load_s
 from interference import OtherProcesses
 from load import ServerError
 from load_run import as_dict, positive, positive_count, run_load
@@ -27,6 +28,10 @@ from report import Section, to_markdown, to_terminal
 from rich.console import Console
 from serve import build_rows, objective_of, parse_options
 from servers import SERVERS, Server, StartError, running
+
+from eagleray.models.registry import load_model_config
+
+_DTYPE: Final = "bfloat16"  # of all servers
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -45,6 +50,8 @@ class ServedComparison:
     origins: Sequence[Provenance]
     loads: Sequence[Load]
     failures: Mapping[str, str]  # server -> why it was not measured
+    machine: Machine  # beside the newest loads
+    limit_tokens_per_s: float  # of output, that this machine allows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.add and options.json.exists():
         before = msgspec.json.decode(options.json.read_bytes(), type=ServedComparison)
         found = ServedComparison(
-            [*before.origins, *found.origins], [*before.loads, *found.loads], {**before.failures, **found.failures}
+            [*before.origins, *found.origins],
+            [*before.loads, *found.loads],
+            {**before.failures, **found.failures},
+            found.machine,
+            found.limit_tokens_per_s,
         )
     _show(found, options)
     if options.json:
@@ -64,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> ServedComparison:
     checkpoint = checkpoint_folder(options.shape, options.folder)
+    machine = in_child(measure_machine, _DTYPE, options.threads)
+    limit_tokens_per_s = _limit_tokens_per_s(checkpoint, machine, options)
     loads: list[Load] = []
     failures: dict[str, str] = {}
     for name in options.servers:
@@ -73,7 +86,15 @@ def _measure(options: argparse.Namespace) -> ServedComparison:
         except (StartError, ServerError) as error:
             failures[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
-    return ServedComparison([provenance()], loads, failures)
+    return ServedComparison([provenance()], loads, failures, machine, limit_tokens_per_s)
+
+
+def _limit_tokens_per_s(checkpoint: Path, machine: Machine, options: argparse.Namespace) -> float:
+    load_s = shortest_load_s(
+        load_model_config(checkpoint), _DTYPE, machine, requests=options.requests, concurrency=options.concurrency,
+        prompt=options.prompt_tokens, output=options.output_tokens,
+    )  # fmt: skip
+    return float(options.requests * options.output_tokens / load_s)
 
 
 async def _load(name: str, server: Server, options: argparse.Namespace) -> list[Load]:
@@ -147,7 +168,11 @@ def served_sections(found: ServedComparison) -> list[Section]:
         server: [statistics.median(read(load.run["report"]) for load in its) for read, _ in _COLUMNS.values()]
         for server, its in loads.items()
     }
-    shown = [Section(("server", *_COLUMNS), [(server, *map(_figure, row)) for server, row in values.items()])]
+    rate = list(_COLUMNS).index("output tokens/s")
+    shares = {server: row[rate] / found.limit_tokens_per_s for server, row in values.items()}
+    limit = f"of the limit, {found.limit_tokens_per_s:,.0f} tokens/s"
+    rows = [(server, *map(_figure, row), f"{shares[server]:.0%}") for server, row in values.items()]
+    shown = [Section(("server", *_COLUMNS, limit), rows)]
     for ours in (server for server in values if server.startswith("eagleray")):
         peers = [(peer, *_times_better(values[ours], row)) for peer, row in values.items() if peer != ours]
         shown.append(Section((f"{ours}, times as good as", *_COLUMNS), peers))

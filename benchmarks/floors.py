@@ -55,6 +55,19 @@ def step_work(config: ModelConfig, dtype: str, bytes_per_weight: float, first: i
     )
 
 
+def shortest_load_s(
+    config: ModelConfig, dtype: str, machine: Machine, *, requests: int, concurrency: int, prompt: int, output: int
+) -> float:
+    """No engine answers ``requests`` sooner: steps in which all that are in flight decode, at half of their output, and
+    each prompt computed within such a step, which reads the weights anyway."""
+    bytes_per_element = float(DTYPE_BYTES[dtype])
+    decode = step_work(config, dtype, bytes_per_element, prompt + output // 2, prompt + output // 2 + 1, concurrency)
+    prefill = step_work(config, dtype, bytes_per_element, 0, prompt, 1)
+    num_steps = requests * (output - 1) / concurrency
+    mixed_s = machine.floor_s(Work(decode.num_bytes, decode.flop + prefill.flop))
+    return requests * mixed_s + max(0.0, num_steps - requests) * machine.floor_s(decode)
+
+
 def layer_weights(config: ModelConfig) -> int:
     """Elements of all linear layers but the head."""
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from compare_served import Load, ServedComparison, served_sections
+from floors import Machine
 from provenance import provenance
 from report import to_markdown
 from servers import SERVERS, Server, StartError, running
@@ -34,9 +35,12 @@ def load(server: str, ttft_s: float, output_tokens_per_s: float) -> Load:
 
 def test_ratios_are_above_one_where_ours_is_better():
     loads = [load("eagleray", 0.5, 300.0), load("vllm", 1.0, 100.0), load("vllm", 3.0, 100.0)]
-    shown = to_markdown(served_sections(ServedComparison([provenance()], loads, {"vllm-eager": "did not\nstart"})))
+    failures = {"vllm-eager": "did not\nstart"}
+    found = ServedComparison([provenance()], loads, failures, Machine(3e10, 3e12), limit_tokens_per_s=400.0)
+    shown = to_markdown(served_sections(found))
     assert "| vllm | 2,000 | 2,000 |" in shown  # the median of two loads
     assert "| vllm | 4.00 | 4.00 | 4.00 | 4.00 | 4.00 | 4.00 | 4.00 | 3.00 | - |" in shown
+    assert "of the limit, 400 tokens/s" in shown and "| 300 | 0.00 | 75% |" in shown
     assert "| vllm | 3 | 2 | 8 of 8 | 2.0% |" in shown
     assert "| vllm-eager | did not start |" in shown
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import CallCounter, KernelClock
-from floors import Machine, Work, bytes_per_weight, step_work
+from floors import Machine, Work, bytes_per_weight, shortest_load_s, step_work
 
 from eagleray.models.model_config import ModelConfig
 from engine import main
@@ -34,6 +34,15 @@ def test_a_prompt_in_chunks_is_as_many_operations_as_in_one_piece_but_for_the_he
         return step_work(CONFIG, "bfloat16", 2.0, first, last, 1).flop
 
     assert flop(0, 5) + flop(5, 9) == flop(0, 9) + 2 * HEAD
+
+
+def test_a_load_takes_a_step_per_prompt_and_those_that_only_decode() -> None:
+    lengths = {"requests": 4, "concurrency": 2, "prompt": 64, "output": 11}
+    decode, prefill = step_work(CONFIG, "bfloat16", 2.0, 69, 70, 2), step_work(CONFIG, "bfloat16", 2.0, 0, 64, 1)
+    reading = shortest_load_s(CONFIG, "bfloat16", Machine(1e9, 1e30), **lengths)
+    assert reading == pytest.approx(20 * decode.num_bytes / 1e9)
+    computing = shortest_load_s(CONFIG, "bfloat16", Machine(1e30, 1e9), **lengths)
+    assert computing == pytest.approx((20 * decode.flop + 4 * prefill.flop) / 1e9)
 
 
 def test_no_step_is_shorter_than_its_bytes_or_its_operations_take() -> None:
