@@ -62,7 +62,7 @@ class Answer:
             for rank, prompt in enumerate(request.prompts)
             for number in range(n)
         ]
-        self._generations = [service.generate(spec) for spec in request.specs]
+        self._generations = [service.generate(spec, request.already_s) for spec in request.specs]
         self._updates = self._read()
 
     def updates(self) -> AsyncGenerator[tuple[Choice, TokenOutput], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -14,11 +15,12 @@ from eagleray.api.context import ApiContext, ApiSettings
 from eagleray.api.errors import add_error_handlers
 from eagleray.api.health import health_routes
 from eagleray.api.limits import INLINE_BODY_BYTES
-from eagleray.api.middleware import FrontDoor
+from eagleray.api.middleware import ARRIVED_S, FrontDoor
 from eagleray.api.openai_types import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from eagleray.api.prepared import PreparedRequest
 from eagleray.api.response_types import ChatCompletion, Completion, ErrorBody
 from eagleray.api.stream import respond
+from eagleray.core.clock import Clock
 from eagleray.router.service import GenerationService
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.tokenizer import Tokenizer
@@ -32,12 +34,12 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 
 
 def create_app(
-    service: GenerationService, tokenizer: Tokenizer, template: ChatTemplate, settings: ApiSettings
+    service: GenerationService, tokenizer: Tokenizer, template: ChatTemplate, settings: ApiSettings, clock: Clock
 ) -> FastAPI:
     """The ASGI application."""
-    context = ApiContext(service, tokenizer, template, settings)
+    context = ApiContext(service, tokenizer, template, settings, clock)
     app = FastAPI(title="eagleray", docs_url=None, redoc_url=None)
-    app.add_middleware(FrontDoor, max_body_bytes=settings.max_body_bytes, api_key=settings.api_key)
+    app.add_middleware(FrontDoor, max_body_bytes=settings.max_body_bytes, api_key=settings.api_key, clock=clock)
     add_error_handlers(app)
     app.include_router(health_routes(context))
 
@@ -59,5 +61,7 @@ async def _prepared(prepare: Prepare[Body], body: Body, request: Request, contex
     trace_parent = request.headers.get("traceparent")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) <= INLINE_BODY_BYTES:
-        return prepare(body, context, trace_parent)
-    return await asyncio.to_thread(prepare, body, context, trace_parent)
+        prepared = prepare(body, context, trace_parent)
+    else:
+        prepared = await asyncio.to_thread(prepare, body, context, trace_parent)
+    return dataclasses.replace(prepared, already_s=context.clock.now_s() - request.scope[ARRIVED_S])

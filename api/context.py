@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eagleray.core.clock import Clock
 from eagleray.core.errors import InvalidRequest
 from eagleray.router.service import GenerationService
 from eagleray.text.chat_template import ChatTemplate
@@ -28,6 +29,7 @@ class ApiContext:
     tokenizer: Tokenizer
     template: ChatTemplate
     settings: ApiSettings
+    clock: Clock
 
     def check_model(self, model: str) -> None:
         """Raises ``InvalidRequest`` (404) for a model that is not served, naming the one that is."""

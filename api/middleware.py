@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before any endpoint sees it: its id, its key, its size."""
+"""What happens to every HTTP request before any endpoint sees it: its time of arrival, its id, its key, its size."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagleray.api.errors import error_body, error_response
+from eagleray.core.clock import Clock
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+ARRIVED_S: Final = "eagleray.arrived_s"  # key of the ASGI scope: on the front's clock
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 class FrontDoor:
     """Pure ASGI, so that a client's hang-up reaches the endpoint."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, api_key: str | None) -> None:
-        self._app, self._max_body_bytes, self._api_key = app, max_body_bytes, api_key
+    def __init__(self, app: ASGIApp, max_body_bytes: int, api_key: str | None, clock: Clock) -> None:
+        self._app, self._max_body_bytes, self._api_key, self._clock = app, max_body_bytes, api_key, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[ARRIVED_S] = self._clock.now_s()
         headers = Headers(scope=scope)
         asked_id = headers.get(REQUEST_ID_HEADER, "")
         request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex

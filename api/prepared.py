@@ -55,6 +55,7 @@ class PreparedRequest:
     prompts: tuple[TokenizedPrompt, ...]
     specs: tuple[RequestSpec, ...]  # one per prompt
     options: AnswerOptions
+    already_s: float = 0.0  # since it arrived
 
     @property
     def sampling(self) -> SamplingParams:

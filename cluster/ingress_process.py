@@ -56,6 +56,7 @@ class IngressProcess:
             tokenizer,
             ChatTemplate.from_folder(model.folder, tokenizer),
             ApiSettings(model.name, self._config.http.max_body_bytes, unix_time_s(), self._config.http.api_key),
+            clock,
         )
         self._server = HttpServer(app, self._config.http.host, self._config.http.port)
         self._discovering = asyncio.create_task(self._discover())

@@ -16,7 +16,7 @@ from eagleray.core.clock import Clock
 
 
 class Phase(str, Enum):
-    QUEUE = "queue"  # waiting in the ingress for a worker, or on a worker for its first step
+    QUEUE = "queue"  # in the ingress, read and then waiting for a worker, or on a worker waiting for its first step
     PREFILL = "prefill"  # computing known tokens up to the first new one
     TRANSFER = "transfer"  # after the first token: the decode worker waits for KV
     DECODE = "decode"
@@ -24,11 +24,15 @@ class Phase(str, Enum):
 
 
 class PhaseClock:
-    """Attributes all time from its creation on to phases. Not thread-safe: one request, one event loop."""
+    """Attributes all time to phases. Not thread-safe: one request, one event loop.
 
-    def __init__(self, clock: Clock) -> None:
+    Args:
+        already_s: since the request arrived; counting begins then.
+    """
+
+    def __init__(self, clock: Clock, already_s: float = 0.0) -> None:
         self._clock = clock
-        self._start_s = self._mark_s = clock.now_s()
+        self._start_s = self._mark_s = clock.now_s() - already_s
         self._segments: list[tuple[Phase, float]] = []  # (phase, its end), each from the end of the one before
 
     def mark(self, rest: Phase, parts: Mapping[Phase, float] | None = None) -> None:
@@ -47,7 +51,7 @@ class PhaseClock:
 
     @property
     def elapsed_s(self) -> float:
-        """Time between creation and the last mark; equals the sum of all phases."""
+        """Time between the beginning and the last mark; equals the sum of all phases."""
         return self._mark_s - self._start_s
 
     def segments(self) -> list[tuple[Phase, float, float]]:

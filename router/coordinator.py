@@ -69,7 +69,7 @@ class Coordinator:
 
     # ---- the HTTP front's side
 
-    def generate(self, spec: RequestSpec) -> RoutedGeneration:
+    def generate(self, spec: RequestSpec, already_s: float = 0.0) -> RoutedGeneration:
         """Raises ``Overloaded`` when too many requests wait already."""
         if self.num_queued >= self.config.max_queued:
             raise Overloaded(
@@ -78,7 +78,7 @@ class Coordinator:
         if spec.sampling.seed is None:  # drawn here, so that every worker that ever continues the request knows it
             seeded = msgspec.structs.replace(spec.sampling, seed=secrets.randbits(62))
             spec = msgspec.structs.replace(spec, sampling=seeded)
-        return RoutedGeneration(self, spec)
+        return RoutedGeneration(self, spec, already_s)
 
     def status(self) -> ServiceStatus:
         clients = self.pool.workers().values()

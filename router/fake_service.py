@@ -47,14 +47,14 @@ class FakeGenerationService:
         )
         self._output_tokens_total = 0
 
-    def generate(self, spec: RequestSpec) -> FakeGeneration:
+    def generate(self, spec: RequestSpec, already_s: float = 0.0) -> FakeGeneration:
         self.specs.append(spec)
         if spec.sampling.seed is None:  # a router draws one; a counter is enough here
             sampling = msgspec.structs.replace(spec.sampling, seed=1_000_000 + len(self.specs))
             spec = msgspec.structs.replace(spec, sampling=sampling)
         self.open_generations += 1
         self.all_closed.clear()
-        return FakeGeneration(self, spec, self.script, self._tokenizer)
+        return FakeGeneration(self, spec, self.script, self._tokenizer, already_s)
 
     def status(self) -> ServiceStatus:
         return self._status
@@ -72,8 +72,16 @@ class FakeGenerationService:
 class FakeGeneration:
     """One request of the fake service: its choices take turns, one output each."""
 
-    def __init__(self, service: FakeGenerationService, spec: RequestSpec, script: FakeScript, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        service: FakeGenerationService,
+        spec: RequestSpec,
+        script: FakeScript,
+        tokenizer: Tokenizer,
+        already_s: float,
+    ) -> None:
         self._service, self._spec, self._script, self._tokenizer = service, spec, script, tokenizer
+        self._already_s = already_s
         self._is_open = True
         self._num_output_tokens = 0
         self.account: TimeAccount | None = None
@@ -108,10 +116,11 @@ class FakeGeneration:
                 yield output
 
     def _finish(self) -> None:
-        phases = dict.fromkeys(Phase, 0.01)
+        phases = {**dict.fromkeys(Phase, 0.01), Phase.QUEUE: self._already_s + 0.01}
         self.account = TimeAccount.from_phases(
-            phases, total_s=0.05, time_to_first_token_s=0.02, num_prompt_tokens=self._spec.num_prompt_tokens,
-            num_cached_tokens=self._script.num_cached_tokens, num_output_tokens=self._num_output_tokens,
+            phases, total_s=self._already_s + 0.05, time_to_first_token_s=self._already_s + 0.02,
+            num_prompt_tokens=self._spec.num_prompt_tokens, num_cached_tokens=self._script.num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
             prefill_worker="prefill-0", decode_worker="decode-0", attempts=1,
         )  # fmt: skip
         self._close()

@@ -31,11 +31,11 @@ _Item = TokenOutput | BaseException | None  # None: this choice has ended
 
 
 class RoutedGeneration:
-    """A ``router.service.Generation``: merges the choices of one request."""
+    """A ``router.service.Generation``: merges the choices of one request, which arrived ``already_s`` ago."""
 
-    def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
+    def __init__(self, coordinator: Coordinator, spec: RequestSpec, already_s: float) -> None:
         self._coordinator = coordinator
-        self.phases = PhaseClock(coordinator.clock)
+        self.phases = PhaseClock(coordinator.clock, already_s)
         self._spec = spec
         self._items: Mailbox[_Item] = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []

@@ -49,8 +49,9 @@ class Generation(Protocol):
 class GenerationService(Protocol):
     """Answers requests."""
 
-    def generate(self, spec: RequestSpec) -> Generation:
-        """Start ``spec.sampling.n`` choices for the prompt ``spec.token_ids``."""
+    def generate(self, spec: RequestSpec, already_s: float = 0.0) -> Generation:
+        """Start ``spec.sampling.n`` choices for the prompt ``spec.token_ids``. The request arrived ``already_s`` ago,
+        and its time account begins there."""
         ...
 
     def status(self) -> ServiceStatus:

@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=Path("../../models/demo/tokenizer.json"))
     parser.add_argument("--seed", type=int, default=0, help="of their order")
-    parser.add_argument("--without", type=Path, help="JSON lines of this program: leave out chats that ask what these ask")
+    parser.add_argument(
+        "--without", type=Path, help="JSON lines of this program: leave out chats that ask what these ask"
+    )
     arguments = parser.parse_args()
     found = list(chats(np.load(arguments.row), Tokenizer.from_file(str(arguments.tokenizer))))
     random.Random(arguments.seed).shuffle(found)

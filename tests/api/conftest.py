@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.core.clock import SystemClock
 from eagleray.router.fake_service import FakeGenerationService
 from eagleray.text.fake import byte_tokenizer, chatml_template
 from eagleray.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def service(tokenizer: Tokenizer) -> FakeGenerationService:
 @pytest.fixture
 def app(service: FakeGenerationService, tokenizer: Tokenizer) -> FastAPI:
     settings = ApiSettings(model=MODEL, max_body_bytes=50_000, created_s=1_700_000_000)
-    return create_app(service, tokenizer, chatml_template(), settings)
+    return create_app(service, tokenizer, chatml_template(), settings, SystemClock())
 
 
 @pytest.fixture

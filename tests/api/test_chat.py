@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import time
 
+import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from eagleray.api.app import create_app
+from eagleray.api.context import ApiSettings
 from eagleray.api.response_types import ChatCompletion
+from eagleray.core.clock import ManualClock
+from eagleray.text.fake import chatml_template
 
 
 async def content(answer_task) -> str:
@@ -128,6 +133,23 @@ async def test_the_last_message_can_be_continued(ask, service, tokenizer):
     messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Once upon"}]
     await ask.chat(messages=messages, max_tokens=1, continue_final_message=True, add_generation_prompt=False)
     assert tokenizer.decode(service.specs[0].token_ids, False).endswith("assistant\nOnce upon")
+
+
+async def test_the_account_begins_when_the_request_arrives(service, tokenizer, monkeypatch):
+    clock, template = ManualClock(), chatml_template()
+    render = template.render
+
+    def slow_render(*arguments, **options):
+        clock.advance(0.25)
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(template, "render", slow_render)
+    app = create_app(service, tokenizer, template, ApiSettings("fish", 50_000, 0), clock)
+    body = {"model": "fish", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "return_timing": True}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        timing = (await client.post("/v1/chat/completions", json=body)).json()["timing"]
+    assert timing["queue_s"] == pytest.approx(0.01 + 0.25)
+    assert timing["total_s"] == pytest.approx(0.05 + 0.25)
 
 
 async def test_timing_comes_when_asked_for(ask):

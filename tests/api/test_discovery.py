@@ -7,6 +7,7 @@ import pytest
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.core.clock import SystemClock
 from eagleray.router.fake_service import FakeGenerationService
 from eagleray.text.fake import chatml_template
 
@@ -18,7 +19,7 @@ async def test_health_says_that_the_process_lives(client):
 async def test_readiness_tells_the_reason_when_nothing_can_be_served(client, tokenizer):
     assert (await client.get("/ready")).json() == {"ready": True, "reason": ""}
     service = FakeGenerationService(tokenizer, ready=False)
-    app = create_app(service, tokenizer, chatml_template(), ApiSettings("m", 1000, 0))
+    app = create_app(service, tokenizer, chatml_template(), ApiSettings("m", 1000, 0), SystemClock())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as unready:
         answer = await unready.get("/ready")
     assert (answer.status_code, answer.json()["reason"]) == (503, "no decode worker")
@@ -77,7 +78,7 @@ async def test_a_request_id_that_no_header_should_carry_is_replaced(client):
 
 
 async def test_a_wrong_or_missing_key_is_401_where_a_key_is_asked_for(service, tokenizer):
-    app = create_app(service, tokenizer, chatml_template(), ApiSettings("m", 1000, 0, api_key="s3cret"))
+    app = create_app(service, tokenizer, chatml_template(), ApiSettings("m", 1000, 0, api_key="s3cret"), SystemClock())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         for authorization, status in (("", 401), ("Bearer no", 401), ("Basic s3cret", 401), ("Bearer s3cret", 200)):
             answer = await client.get("/v1/models", headers={"authorization": authorization})

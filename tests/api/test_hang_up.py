@@ -28,9 +28,9 @@ async def test_hanging_up_before_the_first_token_closes_the_generation(server_ur
     started = asyncio.Event()
     generate = service.generate
 
-    def noticed(spec):
+    def noticed(spec, already_s):
         started.set()
-        return generate(spec)
+        return generate(spec, already_s)
 
     service.generate = noticed
     async with httpx.AsyncClient(base_url=server_url, timeout=10) as http:

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.core.clock import SystemClock
 from eagleray.router.fake_service import FakeGenerationService
 from eagleray.text.fake import chatml_template
 from eagleray.text.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ def service(tokenizer: Tokenizer, limit: int | None) -> FakeGenerationService:
 
 @pytest.fixture
 def app(service: FakeGenerationService, tokenizer: Tokenizer) -> FastAPI:
-    return create_app(service, tokenizer, chatml_template(), ApiSettings("fish", 50_000, 1_700_000_000))
+    return create_app(service, tokenizer, chatml_template(), ApiSettings("fish", 50_000, 1_700_000_000), SystemClock())
 
 
 @pytest.mark.parametrize("limit", [None], indirect=True)

@@ -12,6 +12,7 @@ import uvicorn
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.core.clock import SystemClock
 from eagleray.router.fake_service import FakeGenerationService
 from eagleray.text.fake import byte_tokenizer, chatml_template
 
@@ -55,7 +56,7 @@ async def locked_server_url(service: FakeGenerationService) -> AsyncIterator[str
 @asynccontextmanager
 async def _http_front(service: FakeGenerationService, api_key: str | None) -> AsyncIterator[str]:
     settings = ApiSettings(model="fish", max_body_bytes=100_000, created_s=1_700_000_000, api_key=api_key)
-    app = create_app(service, byte_tokenizer(), chatml_template(), settings)
+    app = create_app(service, byte_tokenizer(), chatml_template(), settings, SystemClock())
     config = uvicorn.Config(app, port=0, lifespan="off", log_level="warning")
     config.load()
     server = uvicorn.Server(config)

@@ -60,7 +60,7 @@ async def test_the_command_replays_ten_requests_and_writes_everything_down(
     assert report["throughput"]["output_tokens"] == sum(spec.sampling.max_tokens for spec in service.specs)
     assert report["prefix_hits"]["measured"] == pytest.approx(160 / num_prompt_tokens)
     assert report["routing"]["prefill"] == {"prefill-0": 10}
-    assert report["phases_mean_s"]["queue"] == pytest.approx(0.01)
+    assert report["phases_mean_s"]["prefill"] == pytest.approx(0.01)
     assert scaling["block_tokens"] % 16 == 0 and scaling["factor"] == scaling["block_tokens"] / 512
     assert written["server"]["name"] == "fish" and written["server"]["max_model_tokens"] == 1024
     assert written["provenance"]["num_cores"] >= 1 and "--seed 4" in written["provenance"]["command"]

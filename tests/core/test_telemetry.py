@@ -72,6 +72,14 @@ def test_time_after_the_last_mark_belongs_to_nobody_yet() -> None:
     assert phases.elapsed_s == phases.spent_s()[Phase.QUEUE] == 1.0
 
 
+def test_time_before_the_first_mark_counts_from_the_arrival() -> None:
+    clock = ManualClock(10.0)
+    phases = PhaseClock(clock, already_s=0.5)
+    clock.advance(1.0)
+    phases.mark(Phase.QUEUE)
+    assert phases.segments() == [(Phase.QUEUE, 9.5, 11.0)]
+
+
 def test_an_account_tells_the_phases_in_seconds() -> None:
     phases = run_marks([(1.0, Phase.QUEUE, {}), (2.0, Phase.PREFILL, {}), (4.0, Phase.DECODE, {})])
     account = TimeAccount.from_phases(

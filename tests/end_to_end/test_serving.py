@@ -46,8 +46,9 @@ def test_a_long_prompt_is_prefilled_in_one_pool_and_decoded_in_the_other(whole_s
 
 
 def test_the_time_account_sums_to_what_the_client_measured(whole_service: Service) -> None:
-    """Within max(2 ms, 2 %), the client's own network beside it; the best of a few tries: others use the cores."""
-    gaps = []
+    """Within max(2 ms, 2 %), beside the client's own network: what it measures of a request that no worker sees. The
+    best of a few tries: others use the cores."""
+    own_s, gaps = min(round_trip_s(whole_service) for _ in range(5)), []
     for number in range(5):
         body = {
             "model": MODEL,
@@ -62,8 +63,14 @@ def test_the_time_account_sums_to_what_the_client_measured(whole_service: Servic
         phases_s = sum(timing[f"{phase}_s"] for phase in ("queue", "prefill", "transfer", "decode", "network"))
         assert phases_s == pytest.approx(timing["total_s"], abs=1e-6)
         assert phases_s <= total_s
-        gaps.append((total_s - phases_s) - max(0.002, 0.02 * total_s))
+        gaps.append((total_s - own_s - phases_s) - max(0.002, 0.02 * total_s))
     assert min(gaps) <= 0
+
+
+def round_trip_s(service: Service) -> float:
+    start_s = time.perf_counter()
+    service.http.get("/health").raise_for_status()
+    return time.perf_counter() - start_s
 
 
 def test_a_repeated_prompt_is_found_in_the_cache(whole_service: Service) -> None:
