@@ -1,4 +1,4 @@
-"""Servers beside each other on one machine, in turn, under one load: eagleray aggregated and split, and vLLM's server.
+"""Servers in turn on one machine, under one load: eagleray's and vLLM's, aggregated and split.
 
     python benchmarks/compare_served.py --folder models --vllm-python vllm/bin/python --json result.json
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,17 @@ def read_use(pid: int) -> ProcessUse:
     return ProcessUse((user_ticks + system_ticks) / TICKS_PER_S, sum(waits))
 
 
+def thread_times_s(pid: int) -> dict[int, float]:
+    """User and system time of every thread of ``pid`` and of all processes below it, in steps of a clock tick."""
+    times_s = {}
+    for process in (pid, *descendants(pid)):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            for task in (_PROC / str(process) / "task").iterdir():
+                user_ticks, system_ticks = _fields_of(task)[11:13]
+                times_s[int(task.name)] = (int(user_ticks) + int(system_ticks)) / TICKS_PER_S
+    return times_s
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Every process below ``pid``: its id, and the title that it goes by."""
     children: dict[int, list[int]] = {}
@@ -54,8 +66,13 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def stat_fields(pid: int) -> list[str]:
+    """From the third on."""
+    return _fields_of(_PROC / str(pid))
+
+
+def _fields_of(process_or_thread: Path) -> list[str]:
     """From the third on: the second, the name, may hold blanks and brackets."""
-    return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return (process_or_thread / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _num_waits(task: Path) -> int:

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ _STOP_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.2
 _PROBE_TIMEOUT_S: Final = 10.0
 _KV_GIB: Final = 2
+_VLLM_SPLIT: Final = Path(__file__).with_name("vllm_split.py")
 
 
 class StartError(RuntimeError):
@@ -60,24 +62,42 @@ def _our_server(checkpoint: Path, options: argparse.Namespace, prefill: int, thr
 
 
 def _vllm(checkpoint: Path, options: argparse.Namespace) -> Server:
-    if options.vllm_python is None:
-        raise StartError("no --vllm-python was given")
-    command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--port", str(options.port), "--no-enable-prefix-caching"]
-    command += ["--max-model-len", str(options.prompt_tokens + options.output_tokens)]
-    environment = {
-        **vllm_environment(options.vllm_python),
-        "OMP_NUM_THREADS": str(options.threads),
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
-        "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return Server(command, environment)
+    server = _vllm_without_place(checkpoint, options)
+    threads = {"OMP_NUM_THREADS": str(options.threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}"}
+    return Server([*server.command, "--port", str(options.port)], {**server.environment, **threads})
 
 
 def _vllm_eager(checkpoint: Path, options: argparse.Namespace) -> Server:
     server = _vllm(checkpoint, options)
     return replace(server, command=[*server.command, "--enforce-eager"])
+
+
+def _vllm_split(checkpoint: Path, options: argparse.Namespace) -> Server:
+    """Ports and cores of the two instances are the business of ``vllm_split.py``."""
+    server = _vllm_without_place(checkpoint, options)
+    _require_nixl(options.vllm_python)
+    command = [sys.executable, str(_VLLM_SPLIT), "--port", str(options.port)]
+    command += ["--threads", str(max(1, options.threads // 2)), "--", *server.command]
+    return replace(server, command=command)
+
+
+def _vllm_without_place(checkpoint: Path, options: argparse.Namespace) -> Server:
+    """What all of vLLM's have in common: no port and no cores yet."""
+    if options.vllm_python is None:
+        raise StartError("no --vllm-python was given")
+    command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
+    command += ["--no-enable-prefix-caching", "--max-model-len", str(options.prompt_tokens + options.output_tokens)]
+    environment = vllm_environment(options.vllm_python)
+    return Server(command, {**environment, "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB), "HF_HUB_OFFLINE": "1"})
+
+
+def _require_nixl(python: Path) -> None:
+    """Raises ``StartError``: vLLM itself would say so only after a minute."""
+    command = [python, "-c", "import nixl._api"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_START_TIMEOUT_S, check=False)
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise StartError(f"{python} has no NIXL that can be imported ({why}); install nixl there")
 
 
 # By name, what builds one; raises ``StartError`` for what it lacks.
@@ -86,6 +106,7 @@ SERVERS: Final[Mapping[str, Callable[[Path, argparse.Namespace], Server]]] = {
     "eagleray-split": _eagleray_split,
     "vllm": _vllm,
     "vllm-eager": _vllm_eager,
+    "vllm-split": _vllm_split,
 }
 
 

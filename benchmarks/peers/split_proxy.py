@@ -1,7 +1,7 @@
 """The proxy before a split vLLM: a request goes to the prefill instance for its KV, then to the decode instance.
 
-The prefill instance answers one token, which is thrown away, with the ``kv_transfer_params`` that say where its KV lies;
-with them in the request the decode instance fetches it (vLLM, "NixlConnector Usage Guide").
+The prefill instance answers one token, which is thrown away, with the ``kv_transfer_params`` that say where its KV
+lies; with them in the request the decode instance fetches it (vLLM, "NixlConnector Usage Guide").
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def create_proxy(prefill: httpx.AsyncClient, decode: httpx.AsyncClient) -> Starl
         asked = decode.build_request("POST", _COMPLETIONS, json=decode_body(body, prefilled.json()))
         answer = await decode.send(asked, stream=True)
         return StreamingResponse(
-            _chunks(answer), answer.status_code, media_type=_media_type(answer), background=BackgroundTask(answer.aclose)
+            _chunks(answer),
+            answer.status_code,
+            media_type=_media_type(answer),
+            background=BackgroundTask(answer.aclose),
         )
 
     return Starlette(routes=[Route("/v1/models", models), Route(_COMPLETIONS, completions, methods=["POST"])])

@@ -55,8 +55,17 @@ def test_a_split_divides_the_threads():
 
 
 def test_a_server_without_its_python_is_refused():
-    with pytest.raises(StartError, match="--vllm-python"):
-        SERVERS["vllm-eager"](Path("model"), OPTIONS)
+    for server in ("vllm-eager", "vllm-split"):
+        with pytest.raises(StartError, match="--vllm-python"):
+            SERVERS[server](Path("model"), OPTIONS)
+
+
+def test_a_split_vllm_without_nixl_is_refused(tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"No module named 'nixl'\" >&2\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    with pytest.raises(StartError, match="No module named 'nixl'.*install nixl"):
+        SERVERS["vllm-split"](Path("model"), argparse.Namespace(**{**vars(OPTIONS), "vllm_python": python}))
 
 
 async def test_a_server_that_ends_says_why():
