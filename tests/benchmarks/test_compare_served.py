@@ -64,7 +64,7 @@ def test_a_split_vllm_without_nixl_is_refused(tmp_path: Path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho \"No module named 'nixl'\" >&2\nexit 1\n", encoding="utf-8")
     python.chmod(0o755)
-    with pytest.raises(StartError, match="No module named 'nixl'.*install nixl"):
+    with pytest.raises(StartError, match=r"No module named 'nixl'.*install nixl"):
         SERVERS["vllm-split"](Path("model"), argparse.Namespace(**{**vars(OPTIONS), "vllm_python": python}))
 
 
