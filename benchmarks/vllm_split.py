@@ -102,9 +102,8 @@ async def _serve(options: argparse.Namespace) -> None:
             )
             for instance in both
         ]
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            for process, client in zip(started, (prefill, decode), strict=True):
-                await process.until_it_answers(client)
+        for process, client in zip(started, (prefill, decode), strict=True):
+            await process.until_it_answers(client)
         for process in started:
             process.keep_to_its_cores()
         await let_pollers_yield([process.pid for process in started], _WATCH_S)
@@ -123,15 +122,17 @@ class _Started:
         return self.process.pid
 
     async def until_it_answers(self, client: httpx.AsyncClient) -> None:
-        """Raises ``InstanceError`` when it ends before."""
-        while self.process.returncode is None:
-            with suppress(httpx.HTTPError):
-                if (await client.get("/health")).is_success:
-                    return
-            await asyncio.sleep(_POLL_S)
-        raise InstanceError(
-            f"the {self.instance.name} instance ended with {self.process.returncode}: {last_line(self.log)}"
-        )
+        """Raises ``InstanceError`` when it ends before, or takes too long."""
+        reason = f"did not answer in {_START_TIMEOUT_S:g} s"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                while self.process.returncode is None:
+                    with suppress(httpx.HTTPError):
+                        if (await client.get("/health")).is_success:
+                            return
+                    await asyncio.sleep(_POLL_S)
+                reason = f"ended with {self.process.returncode}"
+        raise InstanceError(f"the {self.instance.name} instance {reason}: {last_line(self.log)}")
 
     def keep_to_its_cores(self) -> None:
         for thread in thread_times_s(self.pid):
