@@ -42,7 +42,7 @@ class Attention:
         if config.qk_norm:
             self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
             self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels, dtype=dtype, device=device)
-        self._head_norms = _head_norms(self.query_norm, self.key_norm)
+        self.head_norms = _head_norms(self.query_norm, self.key_norm)
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class Attention:
         """[T, input_size] -> [T, hidden], added to ``residual``."""
         num_tokens = hidden.shape[0]
         heads = self.qkv(hidden).view(num_tokens, -1, self.head_dim)
-        query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self._head_norms)
+        query = self._kernels.rotate_and_store(heads, cos_T, sin_T, kv_layer, plan.slots_T, self.head_norms)
         context = self._kernels.paged_attention(query, kv_layer, plan, self.scale, self.sliding_window)
         return self.output(context.view(num_tokens, -1), residual)
 

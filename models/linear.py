@@ -62,6 +62,18 @@ class Linear:
         """A view [out_features[i], in_features] per fused projection."""
         return torch.split(self.weight, list(self.out_features))
 
+    def last(self, num_projections: int) -> Linear:
+        """The last of the fused projections by themselves, on the same weights for as long as these are not packed."""
+        sizes = self.out_features[-num_projections:]
+        rows = slice(sum(self.out_features) - sum(sizes), None)
+        weight = nn.Parameter(self.weight.detach()[rows], requires_grad=False)
+        part = Linear(weight.shape[1], sizes, bias=False, dtype=weight.dtype, device=weight.device, weight=weight)
+        if self.bias is not None:
+            part.bias = nn.Parameter(self.bias.detach()[rows], requires_grad=False)
+        part._product = TorchLinear(part.weight, part.bias)
+        part.shares_weight = False  # the view: nobody else needs it once it is packed
+        return part
+
     def bias_parts(self) -> tuple[torch.Tensor, ...]:
         """A view [out_features[i]] per fused projection; none without bias."""
         return () if self.bias is None else torch.split(self.bias, list(self.out_features))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedStep
-from eagleray.engine.speculation.network import Tokens
+from eagleray.engine.speculation.network import CertainTokens, Tokens
 from eagleray.models.decoder import Decoder
 
 
@@ -41,5 +41,5 @@ class DecoderNetwork:
 class NoFeatures:
     """Implements ``CertainFeatures`` for networks that read tokens alone."""
 
-    def before(self, step: VerifiedStep, first_slots: Sequence[int], num_slots: Sequence[int]) -> None:
+    def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> None:
         return None

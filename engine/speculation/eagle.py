@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.growth import GrowDrafts, grow_trees
-from eagleray.engine.speculation.network import NetworkProposer, Tokens
+from eagleray.engine.speculation.network import CertainTokens, NetworkProposer, Tokens
 from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, FEATURE_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
 
@@ -49,26 +50,26 @@ class EagleFeatures:
 
     head: EagleHead
 
-    def before(self, step: VerifiedStep, first_slots: Sequence[int], num_slots: Sequence[int]) -> Tensor:
+    def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> Tensor:
+        raw, size = step.features_TF, step.kv.layout.block_size_tokens
         rows = [row for run in step.runs for row in run.rows]
-        raw = step.features_TF
-        computed = self.head.project(raw[torch.tensor(rows, device=raw.device)])  # of all tokens that are certain
+        # Rows rise: as many as the step has are all of them.
+        certain = raw if len(rows) == len(raw) else raw[torch.tensor(rows, device=raw.device)]
+        computed = self.head.project(certain)
         carried = step.kv.group(FEATURE_GROUP)
-        size = step.kv.layout.block_size_tokens
-        sources: list[int] = []  # rows of `computed`, then one per run: what its first token follows
-        num_computed = len(rows)
+        starts = accumulate((run.num_computed - run.run.start for run in step.runs), initial=0)
+        first_rows = {run.run.spec.request_id: row for run, row in zip(step.runs, starts, strict=False)}
+        sources: list[int] = []  # rows of `computed`, then of `earlier`
         earlier_blocks: list[int] = []
-        first_row = 0
-        for run, first, count in zip(step.runs, first_slots, num_slots, strict=True):
-            start = run.run.start
-            positions = range(first - 1, first - 1 + count)
-            sources += [
-                num_computed + len(earlier_blocks) if position < start else first_row + position - start
-                for position in positions
-            ]
-            earlier_blocks.append(run.run.block_ids[max(start - 1, 0) // size])
-            first_row += run.num_computed - start
-        earlier = carried[torch.tensor(earlier_blocks, device=raw.device)].to(computed.dtype)
+        for span in spans:
+            run = span.run.run
+            first_row, first = first_rows[run.spec.request_id], span.first
+            if first == run.start:  # what comes before it was computed in an earlier step
+                sources.append(len(rows) + len(earlier_blocks))
+                earlier_blocks.append(run.block_ids[(first - 1) // size])
+                first += 1
+            sources += range(first_row + first - 1 - run.start, first_row + span.end - 1 - run.start)
+        earlier = carried[torch.tensor(earlier_blocks, dtype=torch.int64, device=raw.device)].to(computed.dtype)
         features = torch.cat((computed, earlier))[torch.tensor(sources, dtype=torch.int64, device=raw.device)]
         self._carry(step.runs, computed, carried, size)
         return features
@@ -88,6 +89,19 @@ class EagleFeatures:
         carried[torch.tensor(block_ids, device=computed.device)] = computed[last_rows].to(carried.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _StoreKeysAndValues:
+    """Implements ``StoreTokens``."""
+
+    head: EagleHead
+
+    def __call__(
+        self, token_ids_N: Tensor, slots_N: Tensor, features_NF: Tensor | None, kv: KVTensors, pool_slots_N: Tensor
+    ) -> None:
+        assert features_NF is not None
+        self.head.store_keys_and_values(token_ids_N, features_NF, slots_N, kv.group(DRAFT_GROUP), pool_slots_N)
+
+
 def eagle_proposer(head: EagleHead, dtype: str, grow: GrowDrafts = grow_trees) -> NetworkProposer:
     """A proposer that keeps the head's KV and features in elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
     return NetworkProposer(
@@ -96,4 +110,5 @@ def eagle_proposer(head: EagleHead, dtype: str, grow: GrowDrafts = grow_trees) -
         groups=draft_groups(head.config, dtype),
         grow=grow,
         capture_layers=head.config.capture_layers,
+        store=_StoreKeysAndValues(head) if head.has_one_layer else None,
     )

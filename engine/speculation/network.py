@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.proposer import drafting_runs
 from eagleray.engine.speculation.tree import DraftTree
 from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, plan_attention, tree_run
+
+_COMPUTED_WITH_THE_LAST: Final = 8  # certain tokens of a run: fewer are not worth a pass of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,30 @@ class DraftNetwork(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CertainTokens:
+    """Tokens of one run that have become certain, at slots ``first`` up to ``end``."""
+
+    run: VerifiedRun
+    first: int
+    end: int
+
+
 class CertainFeatures(Protocol):
     """The target's true features, in the form in which the network reads them."""
 
-    def before(self, step: VerifiedStep, first_slots: Sequence[int], num_slots: Sequence[int]) -> Tensor | None:
-        """Per run and slot from its first on: the feature of the token before, [N, feature]."""
+    def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> Tensor | None:
+        """Per token of ``spans``: the feature of the one before it, [N, feature]."""
+        ...
+
+
+class StoreTokens(Protocol):
+    """Writes the KV of tokens, as ``DraftNetwork.forward`` would, but computes nothing else."""
+
+    def __call__(
+        self, token_ids_N: Tensor, slots_N: Tensor, features_NF: Tensor | None, kv: KVTensors, pool_slots_N: Tensor
+    ) -> None:
+        """``pool_slots_N``: where the KV of each token lies, block * block_size + offset."""
         ...
 
 
@@ -80,48 +101,77 @@ class NetworkProposer:
     capture_layers: tuple[int, ...] = ()
     keeps_target_kv: bool = False  # the network is a part of the target: its KV of certain tokens is there already
     has_network: bool = True
+    store: StoreTokens | None = None  # for tokens whose hidden states nobody needs; None: there is no short way
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
-        drafting = {run.run.spec.request_id for run in drafting_runs(step)}
-        first_slots, ends = [], []
+        drafting = drafting_runs(step)
+        stored, computed = self._certain_tokens(step, drafting)
+        features = self.features.before(step, [*stored, *computed])
+        num_stored = sum(span.end - span.first for span in stored)
+        if num_stored and self.store is not None:
+            self._store(self.store, step, stored, None if features is None else features[:num_stored])
+        if not computed:
+            return {}
+        features = None if features is None else features[num_stored:]
+        hidden = self.network.forward(_network_tokens(step, computed, features, self.network), step.kv)
+        if not drafting or step.shape is None:
+            return {}
+        ends = accumulate(span.end - span.first for span in computed)
+        roots = [end - 1 for end, span in zip(ends, computed, strict=True) if span.end > span.run.num_computed]
+        guesser = NetworkGuesser(self.network, step.kv, drafting, hidden[torch.tensor(roots, device=hidden.device)])
+        trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden.device))
+        return {run.run.spec.request_id: tree for run, tree in zip(drafting, trees, strict=True)}
+
+    def _certain_tokens(
+        self, step: VerifiedStep, drafting: Sequence[VerifiedRun]
+    ) -> tuple[list[CertainTokens], list[CertainTokens]]:
+        """(Those of which only the KV is wanted, those to be computed: all, or as guesses begin with them.)"""
+        stored, computed = [], []
+        drafting_ids = {run.run.spec.request_id for run in drafting}
         for run in step.runs:
-            begin = run.num_computed if self.keeps_target_kv else run.run.start
-            first_slots.append(max(begin, self.network.first_slot))
-            ends.append(run.num_computed + (run.run.spec.request_id in drafting))
-        num_slots = [max(0, end - first) for first, end in zip(first_slots, ends, strict=True)]
-        features = self.features.before(step, first_slots, num_slots)
-        if not any(num_slots):
-            return {}
-        hidden = self.network.forward(_certain_tokens(step, first_slots, num_slots, features, self.network), step.kv)
-        runs = [run for run in step.runs if run.run.spec.request_id in drafting]
-        if not runs or step.shape is None:
-            return {}
-        last_rows = [end - 1 for end in accumulate(num_slots)]
-        roots = [row for row, run in zip(last_rows, step.runs, strict=True) if run in runs]
-        guesser = NetworkGuesser(self.network, step.kv, runs, hidden[torch.tensor(roots, device=hidden.device)])
-        trees = self.grow(guesser, step.shape, ChoiceNoise.of(runs, hidden.device))
-        return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
+            is_drafting = run.run.spec.request_id in drafting_ids
+            first = max(run.num_computed if self.keeps_target_kv else run.run.start, self.network.first_slot)
+            end = run.num_computed + is_drafting
+            if self.store is None or (is_drafting and end - first <= _COMPUTED_WITH_THE_LAST):
+                begin = first
+            else:
+                begin = end - is_drafting
+            if first < begin:
+                stored.append(CertainTokens(run, first, begin))
+            if begin < end:
+                computed.append(CertainTokens(run, begin, end))
+        return stored, computed
+
+    @staticmethod
+    def _store(
+        store: StoreTokens, step: VerifiedStep, spans: Sequence[CertainTokens], features_NF: Tensor | None
+    ) -> None:
+        size, device = step.kv.layout.block_size_tokens, step.hidden_TD.device
+        pool_slots = [slot for span in spans for slot in span.run.slots(range(span.first, span.end), size)]
+        token_ids, slots = _ids_and_slots(spans, device)
+        store(token_ids, slots, features_NF, step.kv, torch.tensor(pool_slots, device=device))
 
 
-def _certain_tokens(
-    step: VerifiedStep,
-    first_slots: Sequence[int],
-    num_slots: Sequence[int],
-    features: Tensor | None,
-    network: DraftNetwork,
+def _ids_and_slots(spans: Sequence[CertainTokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    token_ids = [token_id for span in spans for token_id in span.run.token_ids(span.first, span.end)]
+    slots = [slot for span in spans for slot in range(span.first, span.end)]
+    return (
+        torch.tensor(token_ids, dtype=torch.int64, device=device),
+        torch.tensor(slots, dtype=torch.int64, device=device),
+    )
+
+
+def _network_tokens(
+    step: VerifiedStep, spans: Sequence[CertainTokens], features: Tensor | None, network: DraftNetwork
 ) -> Tokens:
     device = step.hidden_TD.device
-    parts = [(run, first, count) for run, first, count in zip(step.runs, first_slots, num_slots, strict=True) if count]
-    token_ids = chain.from_iterable(run.token_ids(first, first + count) for run, first, count in parts)
-    slots = chain.from_iterable(range(first, first + count) for _, first, count in parts)
     return Tokens(
-        torch.tensor(list(token_ids), dtype=torch.int64, device=device),
-        torch.tensor(list(slots), dtype=torch.int64, device=device),
+        *_ids_and_slots(spans, device),
         features,
         plan_attention(
-            list(accumulate((count for *_, count in parts), initial=0)),
-            [first for _, first, _ in parts],
-            [run.run.block_ids for run, *_ in parts],
+            list(accumulate((span.end - span.first for span in spans), initial=0)),
+            [span.first for span in spans],
+            [span.run.run.block_ids for span in spans],
             step.kv.layout.block_size_tokens,
             device,
             first_key=network.first_slot,

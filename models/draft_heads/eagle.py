@@ -83,6 +83,8 @@ class FirstLayer:
         else:
             self.input, input_size = FusedInput(config, kernels, dtype=dtype, device=device), layers.hidden_size
         self.attention = Attention(layers, 0, kernels, dtype=dtype, device=device, input_size=input_size)
+        self.keys_and_values = self.attention.qkv.last(2)
+        self._rotate_and_store = kernels.rotate_and_store
         self.mlp_norm = RMSNorm(layers.hidden_size, layers.rms_norm_eps, kernels, dtype=dtype, device=device)
         self.mlp = GatedMLP(layers, kernels, dtype=dtype, device=device)
 
@@ -100,8 +102,23 @@ class FirstLayer:
         after_attention = self.attention(attended, cos_T, sin_T, kv_layer, plan, residual)
         return self.mlp(self.mlp_norm(after_attention), after_attention)
 
+    def store_keys_and_values(
+        self,
+        embedded: torch.Tensor,  # [T, hidden]
+        feature: torch.Tensor,  # [T, hidden]
+        cos_T: torch.Tensor,
+        sin_T: torch.Tensor,
+        kv_layer: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        """What a call writes, and nothing that attention or later layers would make of it."""
+        attended, _ = self.input(embedded, feature)
+        attention = self.attention
+        heads = self.keys_and_values(attended).view(len(attended), -1, attention.head_dim)
+        self._rotate_and_store(heads, cos_T, sin_T, kv_layer, slots_T, attention.head_norms)
+
     def linears(self) -> tuple[Linear, ...]:
-        return (*self.input.linears(), *self.attention.linears(), *self.mlp.linears())
+        return (*self.input.linears(), self.keys_and_values, *self.attention.linears(), *self.mlp.linears())
 
 
 class FeatureProjection:
@@ -218,6 +235,31 @@ class EagleHead:
             (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key),
         )
         return hidden
+
+    @property
+    def has_one_layer(self) -> bool:
+        """So ``store_keys_and_values`` writes all of a token's KV."""
+        return not self.further_layers
+
+    def store_keys_and_values(
+        self,
+        token_ids_T: torch.Tensor,
+        features: torch.Tensor,
+        positions_T: torch.Tensor,
+        kv: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        """Write the KV that ``forward`` would write, bit for bit, of tokens whose hidden states nobody needs: for heads
+        of one layer.
+
+        Args:
+            slots_T: int64 [T] of the pool, block * block_size + offset. Other arguments as in ``forward``.
+        """
+        table = self._target_embedding if self.embedding is None else self.embedding
+        embedded = embedding(token_ids_T, table).to(self._dtype)
+        features = features.masked_fill((positions_T == 0)[:, None], 0)
+        angles = self._rope.angles(positions_T - 1, embedded.dtype)
+        self.first_layer.store_keys_and_values(embedded, features, *angles, kv[:, 0], slots_T)
 
     def _compute_layers(
         self,
