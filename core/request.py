@@ -84,7 +84,7 @@ class Request:
     """A request on one holder (a worker's engine, the router, the simulator)."""
 
     __slots__ = (
-        "arrival_s", "block_hashes", "num_cached_tokens", "num_computed_tokens",
+        "arrival_s", "block_hashes", "num_cached_tokens", "num_complete_tokens", "num_computed_tokens",
         "output_limit", "spec", "state", "token_ids",
     )  # fmt: skip
 
@@ -94,6 +94,7 @@ class Request:
         self.state = RequestState.QUEUED
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0  # whose KV lies in blocks that this request holds
+        self.num_complete_tokens = 0  # of them, those whose KV of a draft lies there as well
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache at first admission
         self.block_hashes: list[BlockHash] = []  # of the full blocks of token_ids, extended as they fill
         self.output_limit = output_limit  # tokens that this holder emits before it hands over (a prefill worker: 1)

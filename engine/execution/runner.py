@@ -54,6 +54,8 @@ class ModelRunner:
         """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them."""
         start_s = self._clock.now_s()
         self._swap(plan)
+        if self._proposer is not None and plan.gone:
+            self._proposer.forget(plan.gone)
         if not plan.runs:
             return StepResult()
         batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)

@@ -72,7 +72,7 @@ class KVManager:
         """Hold ``matched`` blocks as the start of the request's table; their tokens count as computed."""
         self.pool.retain(matched)
         self._tables[request.request_id] = list(matched)
-        request.num_computed_tokens = len(matched) * self.block_size_tokens
+        request.num_computed_tokens = request.num_complete_tokens = len(matched) * self.block_size_tokens
 
     # ---- growth and end
 
@@ -93,11 +93,13 @@ class KVManager:
         self.pool.release(table[kept:])
         del table[kept:]
 
-    def note_computed(self, request: Request, num_computed_tokens: int) -> None:
-        """KV up to here has been written: full blocks become findable."""
-        first_new = request.num_computed_tokens // self.block_size_tokens
-        end = num_computed_tokens // self.block_size_tokens
-        request.num_computed_tokens = num_computed_tokens
+    def note_computed(self, request: Request, num_computed_tokens: int, num_complete_tokens: int | None = None) -> None:
+        """KV up to here has been written; that of a draft, where there is one, up to ``num_complete_tokens`` (None: as
+        far). Full blocks that are complete become findable."""
+        num_complete_tokens = num_computed_tokens if num_complete_tokens is None else num_complete_tokens
+        first_new = request.num_complete_tokens // self.block_size_tokens
+        end = num_complete_tokens // self.block_size_tokens
+        request.num_computed_tokens, request.num_complete_tokens = num_computed_tokens, num_complete_tokens
         if first_new >= end or not self._enable_prefix_caching:
             return
         self._extend_hashes(request)
@@ -109,7 +111,7 @@ class KVManager:
         """Give up all blocks of the request, on the device and in host memory. Idempotent."""
         self.pool.release(self._tables.pop(request.request_id, []))
         self.host_pool.release(self._host_tables.pop(request.request_id, []))
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_complete_tokens = 0
 
     # ---- swap
 

@@ -28,6 +28,8 @@ class ScheduledRun:
     samples: bool  # the run ends with the last known token: choose the next one
     draft: DraftTree | None = None  # guesses to verify: node i is computed in the slot of position ``end + i``
     may_draft: bool = False  # guess for the next step; the blocks reach far enough
+    num_deferred: int = 0  # tokens before ``start`` whose KV of the draft has not been written yet
+    defers: bool = False  # that of this run need not be written now either
 
     @property
     def end(self) -> int:
@@ -55,6 +57,7 @@ class StepPlan:
     swap_out: tuple[BlockCopy, ...] = ()  # device block -> host block
     swap_in: tuple[BlockCopy, ...] = ()  # host block -> device block
     shape: DraftShape | None = None  # of the guesses for the next step, for runs that may draft
+    gone: tuple[str, ...] = ()  # requests whose deferred tokens will never be asked for
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,10 @@ from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
+# While nothing is guessed a draft's KV waits until many tokens lack it: one pass over them costs little more than one
+# over a single token. Blocks become findable as much later.
+_MAX_DEFERRED_TOKENS: Final = 256  # of all requests
+_MAX_DEFERRED_TOKENS_EACH: Final = 32
 
 
 class Scheduler:
@@ -34,11 +38,13 @@ class Scheduler:
         self._kv = kv
         self._draft_policy = draft_policy
         self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
+        self._gone: list[str] = []  # since the last step, with tokens deferred
         self._order = ORDERS[config.scheduling_policy]
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # in order
         self._running: list[Request] = []
         self._swapped: list[Request] = []
+        self._may_defer = False  # in the step that is being scheduled
         self._watermark_blocks = int(config.watermark * kv.pool.num_blocks)
         self.num_preemptions = 0
 
@@ -99,7 +105,7 @@ class Scheduler:
     def end(self, request: Request, state: RequestState) -> None:
         """Finish, abort or fail a request, wherever it is: all its blocks become free at once."""
         request.move(state)
-        self._kv.free(request)
+        self._free(request)
         self._drafts.pop(request.request_id, None)
         del self._requests[request.request_id]
         for queue in (self._waiting, self._running, self._swapped):
@@ -112,12 +118,16 @@ class Scheduler:
         """Decide the next step. Running requests come first, those that lack one token before those that lack many:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
         shape = self._draft_policy.choose(sum(1 for request in self._running if request.num_uncomputed_tokens <= 1))
+        self._may_defer = self._draft_policy.has_network and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(shape)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
             self._admit(runs, shape)
-        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape)
+        plan = StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape, tuple(self._gone))
+        if not plan.is_empty:
+            self._gone.clear()
+        return plan
 
     def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
         """Of a step that has been computed: the runs of requests that have not ended or been handed over meanwhile."""
@@ -132,7 +142,8 @@ class Scheduler:
         """A run has been computed, and what it sampled has been appended to its request, ``num_guessed`` tokens of it
         guesses that came true: those tokens count as computed, full blocks become findable. ``draft`` is for the next
         run."""
-        self._kv.note_computed(request, run.end + num_guessed)
+        num_computed = run.end + num_guessed
+        self._kv.note_computed(request, num_computed, request.num_complete_tokens if run.defers else num_computed)
         if run.samples and request.state is RequestState.PREFILLING:
             request.move(RequestState.DECODING)
         if draft is not None:
@@ -194,7 +205,19 @@ class Scheduler:
             samples=samples,
             draft=draft,
             may_draft=may_draft,
+            num_deferred=start - request.num_complete_tokens,
+            defers=self._may_defer and num_tokens == 1 and request.output_limit is None and not may_draft,
         )
+
+    def _has_deferred_enough(self) -> bool:
+        deferred = [request.num_computed_tokens - request.num_complete_tokens for request in self._running]
+        return sum(deferred) >= _MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
+
+    def _free(self, request: Request) -> None:
+        """Give up a request's blocks, and what waits to be written into them."""
+        if request.num_complete_tokens < request.num_computed_tokens:
+            self._gone.append(request.request_id)
+        self._kv.free(request)
 
     def _grow_for_guesses(self, request: Request, num_tokens: int) -> bool:
         """Only while every running request could still get a block: nobody gives way for guesses."""
@@ -217,7 +240,7 @@ class Scheduler:
             insort(self._swapped, victim, key=self._order)
             return copies
         victim.move(RequestState.QUEUED)
-        self._kv.free(victim)
+        self._free(victim)
         insort(self._waiting, victim, key=self._order)
         return []
 

@@ -37,6 +37,11 @@ class StepTimes:
 class DraftPolicy(Protocol):
     """How much to guess for the next step."""
 
+    @property
+    def has_network(self) -> bool:
+        """Who guesses has KV of its own, which must keep up with the text."""
+        ...
+
     def choose(self, num_decoding: int) -> DraftShape | None:
         """The shape of the guesses for ``num_decoding`` requests, or None: do not guess."""
         ...
@@ -56,6 +61,8 @@ class DraftPolicy(Protocol):
 
 class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
+
+    has_network = False
 
     def choose(self, num_decoding: int) -> DraftShape | None:
         return None
@@ -95,7 +102,7 @@ class AdaptiveDrafts:
 
     def __init__(self, shapes: Sequence[DraftShape], has_network: bool) -> None:
         self._choices: tuple[DraftShape | None, ...] = (None, *shapes)
-        self._has_network = has_network
+        self.has_network = has_network
         self._tokens_per_step: dict[DraftShape, float] = {}
         self._verify_s: _Followed[int] = _Followed()  # by ``_size_class`` of the rows
         # By ``_size_class`` of the requests. A network keeps up with the text even while nothing is guessed.
@@ -120,7 +127,7 @@ class AdaptiveDrafts:
         return trial
 
     def slots_needed(self, shape: DraftShape) -> int:
-        return 1 + shape.num_expanded if self._has_network else 0
+        return 1 + shape.num_expanded if self.has_network else 0
 
     def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
         for count in num_tokens:

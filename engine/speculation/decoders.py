@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
-from eagleray.engine.execution.verified import VerifiedStep
+from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.network import CertainTokens, Tokens
 from eagleray.models.decoder import Decoder
 
@@ -43,3 +43,9 @@ class NoFeatures:
 
     def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> None:
         return None
+
+    def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
+        pass
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        pass

@@ -45,34 +45,73 @@ class EagleNetwork:
 
 
 @dataclass(frozen=True, slots=True)
-class EagleFeatures:
-    """Implements ``CertainFeatures``."""
+class _Rows:
+    """Features of consecutive tokens of a request, as the target has left them."""
 
-    head: EagleHead
+    features_TF: Tensor  # of a step
+    rows: list[int]
+
+
+class EagleFeatures:
+    """Implements ``CertainFeatures``. Those of tokens that are deferred stay where their steps have left them."""
+
+    def __init__(self, head: EagleHead) -> None:
+        self._head = head
+        self._kept: dict[str, list[_Rows]] = {}  # by request id, of the tokens that it has deferred
 
     def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> Tensor:
-        raw, size = step.features_TF, step.kv.layout.block_size_tokens
-        rows = [row for run in step.runs for row in run.rows]
-        # Rows rise: as many as the step has are all of them.
-        certain = raw if len(rows) == len(raw) else raw[torch.tensor(rows, device=raw.device)]
-        computed = self.head.project(certain)
+        size, device = step.kv.layout.block_size_tokens, step.features_TF.device
+        runs = [run for run in step.runs if not run.run.defers]
+        computed = self._head.project(self._raw(step, runs))  # of all tokens that have become certain
         carried = step.kv.group(FEATURE_GROUP)
-        starts = accumulate((run.num_computed - run.run.start for run in step.runs), initial=0)
-        first_rows = {run.run.spec.request_id: row for run, row in zip(step.runs, starts, strict=False)}
+        first_rows: dict[str, int] = {}
+        num_rows = 0
+        for run in runs:
+            first_rows[run.run.spec.request_id] = num_rows
+            num_rows += run.num_computed - _begin(run)
         sources: list[int] = []  # rows of `computed`, then of `earlier`
         earlier_blocks: list[int] = []
         for span in spans:
-            run = span.run.run
-            first_row, first = first_rows[run.spec.request_id], span.first
-            if first == run.start:  # what comes before it was computed in an earlier step
-                sources.append(len(rows) + len(earlier_blocks))
-                earlier_blocks.append(run.block_ids[(first - 1) // size])
+            begin, first = _begin(span.run), span.first
+            if first == begin:  # what comes before it is in its block
+                sources.append(num_rows + len(earlier_blocks))
+                earlier_blocks.append(span.run.run.block_ids[(first - 1) // size])
                 first += 1
-            sources += range(first_row + first - 1 - run.start, first_row + span.end - 1 - run.start)
-        earlier = carried[torch.tensor(earlier_blocks, dtype=torch.int64, device=raw.device)].to(computed.dtype)
-        features = torch.cat((computed, earlier))[torch.tensor(sources, dtype=torch.int64, device=raw.device)]
-        self._carry(step.runs, computed, carried, size)
+            row = first_rows[span.run.run.spec.request_id] - begin - 1  # of the token before position 0
+            sources += range(row + first, row + span.end)
+        earlier = carried[torch.tensor(earlier_blocks, dtype=torch.int64, device=device)].to(computed.dtype)
+        features = torch.cat((computed, earlier))[torch.tensor(sources, dtype=torch.int64, device=device)]
+        self._carry(runs, computed, carried, size)
         return features
+
+    def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
+        features, rows_of = step.features_TF, [run.rows for run in runs]
+        num_rows = sum(map(len, rows_of))
+        if 2 * num_rows < len(features):  # not the whole of a long prompt for a few tokens beside it
+            rows = [row for rows in rows_of for row in rows]
+            features = features[torch.tensor(rows, dtype=torch.int64, device=features.device)]
+            ends = accumulate(map(len, rows_of))
+            rows_of = [list(range(end - len(rows), end)) for rows, end in zip(rows_of, ends, strict=True)]
+        for run, rows in zip(runs, rows_of, strict=True):
+            self._kept.setdefault(run.run.spec.request_id, []).append(_Rows(features, rows))
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
+
+    def _raw(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> Tensor:
+        """The target's features of all tokens from each run's beginning on, those that were deferred included."""
+        parts: list[_Rows] = []
+        for run in runs:
+            parts += self._kept.pop(run.run.spec.request_id, ())
+            parts.append(_Rows(step.features_TF, run.rows))
+        steps = {id(part.features_TF): part.features_TF for part in parts}
+        offsets = dict(zip(steps, accumulate(map(len, steps.values()), initial=0), strict=False))
+        rows = [offsets[id(part.features_TF)] + row for part in parts for row in part.rows]
+        raw = step.features_TF if len(steps) == 1 else torch.cat(list(steps.values()))
+        # Of one step, rows rise: as many as it has are all of them.
+        is_whole = len(steps) == 1 and len(rows) == len(raw)
+        return raw if is_whole else raw[torch.tensor(rows, dtype=torch.int64, device=raw.device)]
 
     def _carry(self, runs: Sequence[VerifiedRun], computed: Tensor, carried: Tensor, size: int) -> None:
         """Leave in each block the feature of the last token that has been computed in it."""
@@ -80,13 +119,18 @@ class EagleFeatures:
         block_ids: list[int] = []
         first_row = 0
         for run in runs:
-            start, end = run.run.start, run.num_computed
-            for index in range(start // size, -(-end // size)):
-                rows.append(first_row + min((index + 1) * size, end) - 1 - start)
+            begin, end = _begin(run), run.num_computed
+            for index in range(begin // size, -(-end // size)):
+                rows.append(first_row + min((index + 1) * size, end) - 1 - begin)
                 block_ids.append(run.run.block_ids[index])
-            first_row += end - start
+            first_row += end - begin
         last_rows = torch.tensor(rows, device=computed.device)
         carried[torch.tensor(block_ids, device=computed.device)] = computed[last_rows].to(carried.dtype)
+
+
+def _begin(run: VerifiedRun) -> int:
+    """Position of the first token that is not in the draft's KV yet."""
+    return run.run.start - run.run.num_deferred
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,14 @@ class CertainFeatures(Protocol):
         """Per token of ``spans``: the feature of the one before it, [N, feature]."""
         ...
 
+    def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
+        """``runs`` are deferred: their features will be asked for in a later step, or never."""
+        ...
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Those of these requests will never be asked for."""
+        ...
+
 
 class StoreTokens(Protocol):
     """Writes the KV of tokens, as ``DraftNetwork.forward`` would, but computes nothing else."""
@@ -105,7 +113,10 @@ class NetworkProposer:
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
         drafting = drafting_runs(step)
+        self.features.keep(step, [run for run in step.runs if run.run.defers])
         stored, computed = self._certain_tokens(step, drafting)
+        if not stored and not computed:
+            return {}
         features = self.features.before(step, [*stored, *computed])
         num_stored = sum(span.end - span.first for span in stored)
         if num_stored and self.store is not None:
@@ -122,6 +133,9 @@ class NetworkProposer:
         trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden.device))
         return {run.run.spec.request_id: tree for run, tree in zip(drafting, trees, strict=True)}
 
+    def forget(self, request_ids: Sequence[str]) -> None:
+        self.features.forget(request_ids)
+
     def _certain_tokens(
         self, step: VerifiedStep, drafting: Sequence[VerifiedRun]
     ) -> tuple[list[CertainTokens], list[CertainTokens]]:
@@ -129,8 +143,11 @@ class NetworkProposer:
         stored, computed = [], []
         drafting_ids = {run.run.spec.request_id for run in drafting}
         for run in step.runs:
+            if run.run.defers:
+                continue
             is_drafting = run.run.spec.request_id in drafting_ids
-            first = max(run.num_computed if self.keeps_target_kv else run.run.start, self.network.first_slot)
+            begin = run.num_computed if self.keeps_target_kv else run.run.start - run.run.num_deferred
+            first = max(begin, self.network.first_slot)
             end = run.num_computed + is_drafting
             if self.store is None or (is_drafting and end - first <= _COMPUTED_WITH_THE_LAST):
                 begin = first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,8 @@ from eagleray.models.draft_heads.medusa import MedusaHeads
 
 class Proposer(Protocol):
     """Guesses what comes after each step. Everything it needs besides the step lies in the request's blocks, so that it
-    goes on after a prefix hit, a swap, a hand-over or a fail-over as if nothing had happened."""
+    goes on after a prefix hit, a swap, a hand-over or a fail-over as if nothing had happened; but for tokens that a run
+    defers: what comes of these goes into the blocks when a later run does not, before anybody else can find them."""
 
     @property
     def groups(self) -> tuple[LayerGroup | FeatureGroup, ...]:
@@ -38,6 +40,10 @@ class Proposer(Protocol):
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
         """Take note of what the step computed, and guess for its runs that may draft. By request id."""
+        ...
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """What has been noted of these requests, and is not in their blocks, will never be needed."""
         ...
 
 
@@ -67,6 +73,9 @@ class NgramProposer:
                 drafts[run.run.spec.request_id] = chain(found)
         return drafts
 
+    def forget(self, request_ids: Sequence[str]) -> None:
+        pass
+
 
 @dataclass(frozen=True, slots=True)
 class MedusaProposer:
@@ -88,6 +97,9 @@ class MedusaProposer:
         guesser = _HeadGuesser(self.heads.forward(step.hidden_TD[last_rows]))
         trees = self.grow(guesser, step.shape, ChoiceNoise.of(runs, step.hidden_TD.device))
         return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
