@@ -6,7 +6,7 @@ on no token beyond it. The feature of a block's last computed token lies in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -45,11 +45,23 @@ class EagleNetwork:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Features of consecutive tokens of a request, as the target has left them."""
+class _StepRows:
+    """What a step has left for some of its runs."""
 
-    features_TF: Tensor  # of a step
-    rows: list[int]
+    features_TF: Tensor  # as captured from the target
+    rows: dict[str, list[int]]  # by request id
+
+    def of_few(self) -> _StepRows:
+        """The same without the rows of others, where these are most: a long prompt beside a few tokens."""
+        rows = [row for rows in self.rows.values() for row in rows]
+        if 2 * len(rows) >= len(self.features_TF):
+            return self
+        ends = accumulate(map(len, self.rows.values()))
+        places = {
+            request_id: list(range(end - len(rows), end))
+            for (request_id, rows), end in zip(self.rows.items(), ends, strict=True)
+        }
+        return _StepRows(self.features_TF[torch.tensor(rows, device=self.features_TF.device)], places)
 
 
 class EagleFeatures:
@@ -57,75 +69,77 @@ class EagleFeatures:
 
     def __init__(self, head: EagleHead) -> None:
         self._head = head
-        self._kept: dict[str, list[_Rows]] = {}  # by request id, of the tokens that it has deferred
+        self._kept: list[_StepRows] = []  # the oldest first
 
     def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> Tensor:
         size, device = step.kv.layout.block_size_tokens, step.features_TF.device
         runs = [run for run in step.runs if not run.run.defers]
-        computed = self._head.project(self._raw(step, runs))  # of all tokens that have become certain
+        captured, rows_of = self._take(step, runs)
+        computed = self._head.project(captured)
         carried = step.kv.group(FEATURE_GROUP)
-        first_rows: dict[str, int] = {}
-        num_rows = 0
-        for run in runs:
-            first_rows[run.run.spec.request_id] = num_rows
-            num_rows += run.num_computed - _begin(run)
-        sources: list[int] = []  # rows of `computed`, then of `earlier`
+        rows: list[int] = []  # of `computed`, then of `earlier`
         earlier_blocks: list[int] = []
         for span in spans:
-            begin, first = _begin(span.run), span.first
-            if first == begin:  # what comes before it is in its block
-                sources.append(num_rows + len(earlier_blocks))
-                earlier_blocks.append(span.run.run.block_ids[(first - 1) // size])
-                first += 1
-            row = first_rows[span.run.run.spec.request_id] - begin - 1  # of the token before position 0
-            sources += range(row + first, row + span.end)
+            own, first = rows_of[span.run.run.spec.request_id], span.first - _begin(span.run)
+            if first == 0:  # what comes before it is in its block
+                rows.append(len(captured) + len(earlier_blocks))
+                earlier_blocks.append(span.run.run.block_ids[(span.first - 1) // size])
+                first = 1
+            rows += own[first - 1 : span.end - _begin(span.run) - 1]
         earlier = carried[torch.tensor(earlier_blocks, dtype=torch.int64, device=device)].to(computed.dtype)
-        features = torch.cat((computed, earlier))[torch.tensor(sources, dtype=torch.int64, device=device)]
-        self._carry(runs, computed, carried, size)
+        features = torch.cat((computed, earlier))[torch.tensor(rows, dtype=torch.int64, device=device)]
+        self._carry(runs, rows_of, computed, carried, size)
         return features
 
     def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
-        features, rows_of = step.features_TF, [run.rows for run in runs]
-        num_rows = sum(map(len, rows_of))
-        if 2 * num_rows < len(features):  # not the whole of a long prompt for a few tokens beside it
-            rows = [row for rows in rows_of for row in rows]
-            features = features[torch.tensor(rows, dtype=torch.int64, device=features.device)]
-            ends = accumulate(map(len, rows_of))
-            rows_of = [list(range(end - len(rows), end)) for rows, end in zip(rows_of, ends, strict=True)]
-        for run, rows in zip(runs, rows_of, strict=True):
-            self._kept.setdefault(run.run.spec.request_id, []).append(_Rows(features, rows))
+        if runs:
+            self._kept.append(_rows_of(step, runs).of_few())
 
     def forget(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._kept.pop(request_id, None)
+        for step in self._kept:
+            for request_id in request_ids:
+                step.rows.pop(request_id, None)
+        self._kept = [step for step in self._kept if step.rows]
 
-    def _raw(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> Tensor:
-        """The target's features of all tokens from each run's beginning on, those that were deferred included."""
-        parts: list[_Rows] = []
-        for run in runs:
-            parts += self._kept.pop(run.run.spec.request_id, ())
-            parts.append(_Rows(step.features_TF, run.rows))
-        steps = {id(part.features_TF): part.features_TF for part in parts}
-        offsets = dict(zip(steps, accumulate(map(len, steps.values()), initial=0), strict=False))
-        rows = [offsets[id(part.features_TF)] + row for part in parts for row in part.rows]
-        raw = step.features_TF if len(steps) == 1 else torch.cat(list(steps.values()))
-        # Of one step, rows rise: as many as it has are all of them.
-        is_whole = len(steps) == 1 and len(rows) == len(raw)
-        return raw if is_whole else raw[torch.tensor(rows, dtype=torch.int64, device=raw.device)]
+    def _take(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> tuple[Tensor, dict[str, list[int]]]:
+        """(Captured features [N, feature_size], rows in them of each run's tokens: those deferred, then its own.)"""
+        rows_of: dict[str, list[int]] = {run.run.spec.request_id: [] for run in runs}
+        parts: list[Tensor] = []
+        num_rows = 0
+        for earlier in (*self._kept, _rows_of(step, runs)):
+            part = _StepRows(earlier.features_TF, {name: earlier.rows[name] for name in rows_of if name in earlier.rows})
+            if part.rows:
+                part = part.of_few()
+                for request_id, rows in part.rows.items():
+                    rows_of[request_id] += [num_rows + row for row in rows]
+                parts.append(part.features_TF)
+                num_rows += len(part.features_TF)
+        self.forget(list(rows_of))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), rows_of
 
-    def _carry(self, runs: Sequence[VerifiedRun], computed: Tensor, carried: Tensor, size: int) -> None:
+    def _carry(
+        self,
+        runs: Sequence[VerifiedRun],
+        rows_of: Mapping[str, Sequence[int]],
+        computed: Tensor,
+        carried: Tensor,
+        size: int,
+    ) -> None:
         """Leave in each block the feature of the last token that has been computed in it."""
         rows: list[int] = []
         block_ids: list[int] = []
-        first_row = 0
         for run in runs:
             begin, end = _begin(run), run.num_computed
+            own = rows_of[run.run.spec.request_id]
             for index in range(begin // size, -(-end // size)):
-                rows.append(first_row + min((index + 1) * size, end) - 1 - begin)
+                rows.append(own[min((index + 1) * size, end) - 1 - begin])
                 block_ids.append(run.run.block_ids[index])
-            first_row += end - begin
         last_rows = torch.tensor(rows, device=computed.device)
         carried[torch.tensor(block_ids, device=computed.device)] = computed[last_rows].to(carried.dtype)
+
+
+def _rows_of(step: VerifiedStep, runs: Sequence[VerifiedRun]) -> _StepRows:
+    return _StepRows(step.features_TF, {run.run.spec.request_id: run.rows for run in runs})
 
 
 def _begin(run: VerifiedRun) -> int:

@@ -253,11 +253,11 @@ class EagleHead:
         of one layer.
 
         Args:
-            slots_T: int64 [T] of the pool, block * block_size + offset. Other arguments as in ``forward``.
+            slots_T: int64 [T] of the pool, block * block_size + offset. Other arguments as in ``forward``, but that
+                positions begin with 1.
         """
         table = self._target_embedding if self.embedding is None else self.embedding
         embedded = embedding(token_ids_T, table).to(self._dtype)
-        features = features.masked_fill((positions_T == 0)[:, None], 0)
         angles = self._rope.angles(positions_T - 1, embedded.dtype)
         self.first_layer.store_keys_and_values(embedded, features, *angles, kv[:, 0], slots_T)
 
