@@ -224,11 +224,14 @@ class Engine:
         gained = [len(run.new.sampled) for run in step.runs if run.new is not None and run.run.num_tokens == 1]
         if self._guessed is not None and gained:
             self._draft_policy.note_acceptance(self._guessed, gained)
-        self._guessed = step.plan.shape
+        guessed, self._guessed = self._guessed, step.plan.shape
         if step.plan.runs and all(run.num_tokens == 1 for run in step.plan.runs):
             num_rows = sum(run.num_rows for run in step.plan.runs)
+            num_caught_up = sum(run.num_deferred for run in step.plan.runs if not run.defers)
             times = (step.result.verify_s, step.result.draft_s)
-            self._draft_policy.note_times(StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape))
+            self._draft_policy.note_times(
+                StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape, guessed, num_caught_up)
+            )
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""

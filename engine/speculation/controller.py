@@ -1,25 +1,34 @@
 """How much to guess, step by step: what brings most tokens per second by what has been measured.
 
-    tokens per second = requests * tokens per request and step / (time to verify + time to guess)
+    seconds per token = (time to verify + time to guess) / tokens per request and step
 
-Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, so that
-a change of one is soon understood. What looks bad is tried again now and then, since texts change, but so rarely that
-trying costs at most one part in a hundred of the time.
+Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, and
+what was learned from one shape or batch serves the others: a chain's guesses come true as those of a longer one do, and
+rows that were never verified are taken to cost what the sizes around them say. So little has to be tried. What is
+tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
 
-_Key = TypeVar("_Key")
 _SMOOTHING: Final = 0.1  # weight of the newest measurement
 _MAX_WEIGHT: Final = 0.5
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
+_STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
+_OUTLIER: Final = 2.0  # what takes longer than so many times the usual counts as that: somebody disturbed it
+_OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
+_ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
+_WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
+_FORGETTING: Final = 0.02  # of what is known of acceptance, per step of one request
+_COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
+_COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
 
 
@@ -32,6 +41,8 @@ class StepTimes:
     verify_s: float
     draft_s: float
     drafted: DraftShape | None  # what the step guessed
+    verified: DraftShape | None = None  # what the one before did
+    num_caught_up: int = 0  # tokens of earlier steps that the network took in beside the newest ones
 
 
 class DraftPolicy(Protocol):
@@ -101,77 +112,171 @@ class AdaptiveDrafts:
     """Implements ``DraftPolicy``: the best of some shapes, or none."""
 
     def __init__(self, shapes: Sequence[DraftShape], has_network: bool) -> None:
-        self._choices: tuple[DraftShape | None, ...] = (None, *shapes)
         self.has_network = has_network
-        self._tokens_per_step: dict[DraftShape, float] = {}
-        self._verify_s: _Followed[int] = _Followed()  # by ``_size_class`` of the rows
-        # By ``_size_class`` of the requests. A network keeps up with the text even while nothing is guessed.
-        self._draft_s: _Followed[tuple[DraftShape | None, int]] = _Followed()
+        # Shapes of several depths that are alike in the rest share what is known of their guesses.
+        acceptances = {_kind(shape): _Acceptance() for shape in shapes}
+        self._none = _Option(None, _Acceptance())
+        self._options = {shape: _Option(shape, acceptances[_kind(shape)]) for shape in shapes}
+        self._choices = (self._none, *self._options.values())
+        self._verify_s = _Costs()  # by rows
+        self._level_s = _Costs()  # of guessing one token ahead, by requests
+        self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
         self._num_steps = 0
-        self._steps_since_trial = 0
-        self._next_trial = 0  # of the choices, in turn
+        self._last_trial = 0
+        self._trial = self._none
+        self._trial_steps = 0  # still to be taken
 
     def choose(self, num_decoding: int) -> DraftShape | None:
         if num_decoding == 0:
             return None
-        rates = {shape: self._tokens_per_s(shape, num_decoding) for shape in self._choices}
-        best = max(self._choices, key=lambda shape: rates[shape])
-        chosen = best if rates[best] > _GAIN_TO_GUESS * rates[None] else None
-        trial = self._choices[self._next_trial % len(self._choices)]
-        lost = rates[best] / rates[trial] - 1.0  # steps' worth of time that a trial costs
-        self._steps_since_trial += 1
-        if self._steps_since_trial <= max(_MIN_STEPS_BETWEEN_TRIALS, 2 * lost / _TRYING_SHARE):
-            return chosen
-        self._steps_since_trial = 0
-        self._next_trial += 1
-        return trial
+        self._num_steps += 1
+        chosen = self._trial
+        if self._trial_steps == 0:
+            costs = [self._s_per_token(option, num_decoding) for option in self._choices]
+            best = min(costs)
+            chosen = self._choices[costs.index(best)] if _GAIN_TO_GUESS * best < costs[0] else self._none
+            trial = self._due_for_trial(costs, chosen)
+            if trial is not None:
+                self._trial = chosen = trial
+                self._trial_steps = _STEPS_OF_TRIAL
+        if self._trial_steps > 0:
+            self._trial_steps -= 1
+            self._last_trial = self._num_steps
+        chosen.last_used = self._num_steps
+        return chosen.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self.has_network else 0
 
     def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
-        for count in num_tokens:
-            old = self._tokens_per_step.get(shape, self._expected_tokens(shape))
-            self._tokens_per_step[shape] = old + _SMOOTHING / len(num_tokens) ** 0.5 * (count - old)
+        self._options[shape].acceptance.note([count - 1 for count in num_tokens], shape.depth)
 
     def note_times(self, times: StepTimes) -> None:
-        self._num_steps += 1
-        self._verify_s.note(_size_class(times.num_rows), times.verify_s, self._num_steps)
-        self._draft_s.note((times.drafted, _size_class(times.num_requests)), times.draft_s, self._num_steps)
+        size = times.num_requests
+        self._verify_s.note(times.num_rows, times.verify_s, self._num_steps)
+        if times.verified is not None:
+            share = (times.num_rows - size) / (size * times.verified.max_nodes)
+            option = self._options[times.verified]
+            option.share_of_nodes += _SMOOTHING * (share - option.share_of_nodes)
+        if times.drafted is None:
+            if times.num_caught_up:
+                self._catch_up_s.note(1, times.draft_s / times.num_caught_up, self._num_steps)
+        elif not times.num_caught_up:
+            self._options[times.drafted].draft_s.note(size, times.draft_s, self._num_steps)
+            self._level_s.note(size, times.draft_s / times.drafted.depth, self._num_steps)
 
-    def _tokens_per_s(self, shape: DraftShape | None, num_requests: int) -> float:
-        """Per request. Before anything has been measured a shape looks good, so that it is tried."""
-        num_nodes = 0 if shape is None else shape.max_nodes
-        # More rows than ever measured are taken to cost nothing: often they do.
-        step_s = self._verify_s.at_or_below(_size_class(num_requests * (1 + num_nodes)), otherwise=1.0)
-        draft_s = self._draft_s.get((shape, _size_class(num_requests)), otherwise=0.0)
-        return self._expected_tokens(shape) / (step_s + draft_s)
+    def _due_for_trial(self, costs: Sequence[float], chosen: _Option) -> _Option | None:
+        """What else to try now. Each other choice may lose the same share of the time, so that what loses little is
+        tried often."""
+        if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
+            return None
+        share = _TRYING_SHARE / max(1, len(self._options))
+        cost_of_chosen = costs[self._choices.index(chosen)]
+        for option, cost in zip(self._choices, costs, strict=True):
+            lost_steps = _STEPS_OF_TRIAL * (cost / cost_of_chosen - 1.0)
+            if option is not chosen and lost_steps <= share * (self._num_steps - option.last_used):
+                return option
+        return None
 
-    def _expected_tokens(self, shape: DraftShape | None) -> float:
-        return 1.0 if shape is None else self._tokens_per_step.get(shape, 1.0 + shape.depth / 2)
+    def _s_per_token(self, option: _Option, num_requests: int) -> float:
+        """Of one request."""
+        plain_s = self._verify_s.at(num_requests, 1.0)
+        shape = option.shape
+        if shape is None:
+            return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
+        num_rows = round(num_requests * (1 + option.share_of_nodes * shape.max_nodes))
+        draft_s = option.draft_s.at(num_requests, -1.0)
+        if draft_s < 0.0:
+            draft_s = shape.depth * self._level_s.at(num_requests, _COST_OF_LEVEL * plain_s)
+        return (self._verify_s.at(num_rows, 1.0) + draft_s) / option.acceptance.tokens_per_step(shape.depth)
+
+
+def _kind(shape: DraftShape) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
+    return shape.branching, shape.num_nodes, shape.paths
+
+
+class _Acceptance:
+    """How likely a guess comes true when the one before it has, by how far ahead it is."""
+
+    def __init__(self) -> None:
+        self._true: list[float] = []  # guesses, the older the less they count
+        self._all: list[float] = []
+
+    def note(self, num_accepted: Sequence[int], depth: int) -> None:
+        """Of requests for which a guess was made for each of ``depth`` tokens ahead."""
+        while len(self._all) < depth:
+            self._true.append(_ACCEPTANCE * _WEIGHT_OF_ACCEPTANCE)
+            self._all.append(_WEIGHT_OF_ACCEPTANCE)
+        # Many requests tell in few steps what a text is like, and smooth out each other's chance.
+        kept = 1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)
+        for level in range(depth):
+            num_all = sum(1 for accepted in num_accepted if accepted >= level)
+            if num_all:
+                num_true = sum(1 for accepted in num_accepted if accepted > level)
+                self._true[level] = kept * self._true[level] + num_true
+                self._all[level] = kept * self._all[level] + num_all
+
+    def tokens_per_step(self, depth: int) -> float:
+        tokens = reached = 1.0
+        for level in range(depth):
+            reached *= self._true[level] / self._all[level] if level < len(self._all) else _ACCEPTANCE
+            tokens += reached
+        return tokens
+
+
+class _Costs:
+    """Smoothed seconds by size. A measurement that comes after a long time counts more: what it replaces is old."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[float, int]] = {}  # by size class; and the step of the newest measurement
+        self._sizes: list[int] = []  # classes that were measured, rising
+
+    def note(self, size: int, seconds: float, step: int) -> None:
+        size = _size_class(size)
+        if size not in self._values:
+            insort(self._sizes, size)
+            self._values[size] = (seconds, step)
+            return
+        old, when = self._values[size]
+        weight = min(_MAX_WEIGHT, 1.0 - (1.0 - _SMOOTHING) ** max(1, step - when))
+        new = old + weight * (min(seconds, _OUTLIER * old) - old)
+        self._values[size] = (new, step)
+        for smaller in self._sizes[: bisect_left(self._sizes, size)]:
+            value, when = self._values[smaller]
+            if value > _OUT_OF_ORDER * new:  # it has become faster since: fewer rows take no longer than more
+                self._values[smaller] = (_OUT_OF_ORDER * new, when)
+
+    def at(self, size: int, otherwise: float) -> float:
+        """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement."""
+        size = _size_class(size)
+        if size in self._values:
+            return self._values[size][0]
+        if not self._sizes:
+            return otherwise
+        place = bisect_left(self._sizes, size)
+        if len(self._sizes) == 1:
+            return self._values[self._sizes[0]][0] * (1.0 + _COST_OF_ROWS * (size / self._sizes[0] - 1.0))
+        is_inside = 0 < place < len(self._sizes)
+        low, high = (self._sizes[place - 1], self._sizes[place]) if is_inside else (self._sizes[0], self._sizes[-1])
+        low_s, high_s = self._values[low][0], self._values[high][0]
+        # More rows take no less time, and not more than in proportion.
+        slope = min(max(0.0, (high_s - low_s) / (high - low)), high_s / high)
+        nearest = high if size > high else low
+        return self._values[nearest][0] + slope * (size - nearest)
+
+
+@dataclass(slots=True, eq=False)
+class _Option:
+    """What is known of one choice."""
+
+    shape: DraftShape | None
+    acceptance: _Acceptance
+    draft_s: _Costs = field(default_factory=_Costs)  # of all tokens ahead, by requests
+    share_of_nodes: float = 1.0  # that are found, by look-up for instance
+    last_used: int = 0  # step
 
 
 def _size_class(count: int) -> int:
     """Counts that cost about the same: exact up to 8, then in steps of an eighth to a quarter."""
     step = 1 << max(0, count.bit_length() - 4)
     return count // step * step
-
-
-class _Followed(Generic[_Key]):
-    """Smoothed measurements. One that comes after a long time counts more: what it replaces is old."""
-
-    def __init__(self) -> None:
-        self._values: dict[_Key, tuple[float, int]] = {}  # and the step of the newest measurement
-
-    def note(self, key: _Key, value: float, step: int) -> None:
-        old, when = self._values.get(key, (value, step))
-        weight = min(_MAX_WEIGHT, 1.0 - (1.0 - _SMOOTHING) ** max(1, step - when))
-        self._values[key] = (old + weight * (value - old), step)
-
-    def get(self, key: _Key, otherwise: float) -> float:
-        return self._values[key][0] if key in self._values else otherwise
-
-    def at_or_below(self: _Followed[int], size: int, otherwise: float) -> float:
-        """The measurement of the next smaller size, or the smallest."""
-        known = [other for other in self._values if other <= size] or [min(self._values, default=0)]
-        return self.get(max(known), otherwise)

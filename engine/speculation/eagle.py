@@ -107,7 +107,8 @@ class EagleFeatures:
         parts: list[Tensor] = []
         num_rows = 0
         for earlier in (*self._kept, _rows_of(step, runs)):
-            part = _StepRows(earlier.features_TF, {name: earlier.rows[name] for name in rows_of if name in earlier.rows})
+            wanted = {name: earlier.rows[name] for name in rows_of if name in earlier.rows}
+            part = _StepRows(earlier.features_TF, wanted)
             if part.rows:
                 part = part.of_few()
                 for request_id, rows in part.rows.items():

@@ -40,7 +40,8 @@ class World:
         draft_s = (self.upkeep_s + self.draft_token_s * (shape.depth if shape else 0)) * noise
         if verified is not None:
             policy.note_acceptance(verified, gained)
-        policy.note_times(StepTimes(self.num_requests, num_rows, verify_s, draft_s, shape))
+        caught_up = self.num_requests if self.upkeep_s and shape is None else 0
+        policy.note_times(StepTimes(self.num_requests, num_rows, verify_s, draft_s, shape, verified, caught_up))
         self.pending = shape
         self.spent_s += verify_s + draft_s
         self.num_tokens += sum(gained)
