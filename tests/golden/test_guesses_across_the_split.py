@@ -35,7 +35,7 @@ from eagleray.engine.execution.executor import LocalExecutor, LocalStep, build_e
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.engine.speculation.controller import DraftPolicy
-from eagleray.engine.speculation.tree import DraftTree
+from eagleray.engine.speculation.tree import DraftShape, DraftTree
 from eagleray.engine.speculation.verify import accepted_nodes
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.kv_transfer.transports.loopback import LoopbackTransport
@@ -191,7 +191,11 @@ class Served:
 
 @contextmanager
 def running_engine(
-    checkpoints: Checkpoints, speculation: Mapping[str, Any] | None, records: Records, **changes: Any
+    checkpoints: Checkpoints,
+    speculation: Mapping[str, Any] | None,
+    records: Records,
+    with_policy: Callable[[DraftPolicy], DraftPolicy] = lambda policy: policy,
+    **changes: Any,
 ) -> Iterator[Engine]:
     settings = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 1024}
     pools = {"prefill": {"replicas": 0}, "decode": {"engine": settings | changes}}
@@ -202,9 +206,25 @@ def running_engine(
         num_threads=1,
         speculation=config.speculation,
     )
-    policy = build_draft_policy(config.speculation, executor.has_draft_network)
+    policy = with_policy(build_draft_policy(config.speculation, executor.has_draft_network))
     yield Engine(records.follow(executor), config.decode.engine, SystemClock(), new_text, policy)
     executor.close()
+
+
+class SeldomDrafts:
+    """Implements ``DraftPolicy``: guesses in two steps of eleven; between them the draft's KV waits."""
+
+    has_network = True
+
+    def __init__(self, always: DraftPolicy) -> None:
+        self.slots_needed, self.note_acceptance = always.slots_needed, always.note_acceptance
+        self.note_times = always.note_times
+        self._always = always
+        self._num_steps = 0
+
+    def choose(self, num_decoding: int) -> DraftShape | None:
+        self._num_steps += 1
+        return self._always.choose(num_decoding) if self._num_steps % 11 < 2 else None
 
 
 def new_text(spec: RequestSpec) -> OutputText:
@@ -371,6 +391,10 @@ WAYS: Mapping[str, Callable[[Checkpoints, Mapping[str, Any]], Served]] = {
     "preempted by recompute": partial(preempted, enable_prefix_caching=False),
     "preempted by recompute, with a cache": preempted,
     "preempted by swap": partial(preempted, num_host_blocks=128),
+    "guessed for now and then": partial(serve_offline, with_policy=SeldomDrafts),
+    "guessed for now and then, prefix hit": partial(serve_offline, with_policy=SeldomDrafts, rounds=3),
+    "guessed for now and then, preempted by recompute": partial(preempted, with_policy=SeldomDrafts),
+    "guessed for now and then, preempted by swap": partial(preempted, with_policy=SeldomDrafts, num_host_blocks=128),
     "split over shared memory": partial(split, transfer={"transports": ["shared_memory"]}),
     "split over tcp": partial(split, transfer={"transports": ["tcp"]}),
     "split over loopback": partial(split, transfer={"transports": ["loopback"]}),
@@ -430,7 +454,14 @@ def oracles(checkpoints: Checkpoints) -> Mapping[str, Oracle]:
 
 
 # Draft heads in every way; what has no features to carry in the ways that move or lose KV.
-MOVING = ("prefix hit", "preempted by swap", "split over tcp", "split, prefix hit", "decode worker dies")
+MOVING = (
+    "guessed for now and then",
+    "prefix hit",
+    "preempted by swap",
+    "split over tcp",
+    "split, prefix hit",
+    "decode worker dies",
+)
 CASES = [
     *((method, way) for method in ("eagle", "eagle3") for way in WAYS),
     *((method, way) for method in ("draft_model", "early_exit") for way in MOVING),

@@ -1,0 +1,126 @@
+"""While nothing is guessed, KV of a draft waits: until much of it is lacking, or until somebody wants it."""
+
+from __future__ import annotations
+
+import pytest
+
+from eagleray.core.block_hash import HashNamespace
+from eagleray.core.config import EngineConfig
+from eagleray.core.request import Request, RequestSpec, RequestState
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.scheduling.kv_manager import KVManager
+from eagleray.engine.scheduling.plan import StepPlan
+from eagleray.engine.scheduling.scheduler import Scheduler
+from eagleray.engine.speculation.controller import FixedDrafts
+from eagleray.engine.speculation.tree import DraftShape
+
+BLOCK_SIZE_TOKENS = 4
+
+
+class Sometimes:
+    """Implements ``DraftPolicy``: guesses when it is told to."""
+
+    has_network = True
+
+    def __init__(self) -> None:
+        self.guesses = False
+        always = FixedDrafts(DraftShape(2))
+        self.slots_needed = always.slots_needed
+        self.note_acceptance, self.note_times = always.note_acceptance, always.note_times
+
+    def choose(self, num_decoding: int) -> DraftShape | None:
+        return DraftShape(2) if self.guesses else None
+
+
+class Bench:
+    """A scheduler whose steps each sample token 7."""
+
+    def __init__(self) -> None:
+        config = EngineConfig(block_size_tokens=BLOCK_SIZE_TOKENS)
+        self.kv = KVManager(256, BLOCK_SIZE_TOKENS, HashNamespace("model", BLOCK_SIZE_TOKENS, "layout").root)
+        self.policy = Sometimes()
+        self.scheduler = Scheduler(config, self.kv, self.policy)
+
+    def add(self, request_id: str, num_tokens: int, output_limit: int | None = None) -> Request:
+        spec = RequestSpec(
+            request_id=request_id,
+            token_ids=tuple(range(num_tokens)),
+            num_prompt_tokens=num_tokens,
+            sampling=SamplingParams(temperature=0.0, max_tokens=200),
+        )
+        request = Request(spec, 0.0, output_limit)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        for run, request in self.scheduler.runs_that_count(plan):
+            if run.samples:
+                request.token_ids.append(7)
+            self.scheduler.note_computed(run, request, 0, None)
+        return plan
+
+    def num_findable(self) -> int:
+        return len(self.kv.cache.drain_changes()[0])
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_prompt_is_complete_at_once_and_single_tokens_wait(bench: Bench) -> None:
+    request = bench.add("a", 9)
+    assert not bench.step().runs[0].defers
+    assert bench.num_findable() == 2
+    plans = [bench.step() for _ in range(10)]
+    assert all(plan.runs[0].defers for plan in plans)
+    assert [plan.runs[0].num_deferred for plan in plans] == list(range(10))
+    assert (request.num_complete_tokens, request.num_computed_tokens) == (9, 19)
+
+
+def test_blocks_are_findable_only_when_what_waited_has_been_written(bench: Bench) -> None:
+    bench.add("a", 9)
+    bench.step(), bench.num_findable()
+    while bench.step().runs[0].defers:
+        assert bench.num_findable() == 0
+    assert bench.num_findable() > 5
+
+
+def test_nothing_waits_for_long_and_all_requests_are_written_together(bench: Bench) -> None:
+    requests = [bench.add(str(index), 2 + index) for index in range(20)]
+    for _ in range(60):
+        bench.step()
+        waiting = [request.num_computed_tokens - request.num_complete_tokens for request in requests]
+        assert sum(waiting) < 256 + len(requests)
+        assert len(set(waiting)) == 1
+
+
+def test_what_waited_is_written_when_guesses_begin(bench: Bench) -> None:
+    request = bench.add("a", 9)
+    for _ in range(6):
+        bench.step()
+    bench.policy.guesses = True
+    run = bench.step().runs[0]
+    assert (run.may_draft, run.defers, run.num_deferred) == (True, False, 5)
+    assert request.num_complete_tokens == request.num_computed_tokens
+
+
+def test_nothing_waits_in_a_request_that_is_handed_over(bench: Bench) -> None:
+    bench.add("a", 9, output_limit=5)
+    for _ in range(5):
+        assert not bench.step().runs[0].defers
+
+
+def test_the_executor_hears_once_of_requests_that_leave_tokens_behind(bench: Bench) -> None:
+    left, complete, other = bench.add("left", 5), bench.add("complete", 6), bench.add("other", 7)
+    bench.step()
+    bench.scheduler.end(complete, RequestState.ABORTED)
+    bench.step()
+    bench.scheduler.end(left, RequestState.ABORTED)
+    assert bench.step().gone == ("left",)
+    assert bench.step().gone == ()
+    bench.scheduler.end(other, RequestState.ABORTED)
+    assert bench.step().is_empty
+    bench.add("next", 5)
+    assert bench.step().gone == ("other",)
