@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from eagleray.models.model_config import ModelConfig
 
 _PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo.jsonl"
 _KV_MEMORY_BYTES: Final = 512 * 2**20
+_BATCHES_OF_PROMPTS: Final = 6  # at least, in a round
 _ADAPTIVE: Final = ", adaptive"
 _QUICK: Final = {"num_prompts": 4, "max_tokens": 32, "repeats": 2, "batches": (1, 4)}
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> Run:
     """Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
-    prompts = read_prompts(options.prompts, config.model.folder)[: options.num_prompts]
+    prompts = read_prompts(options.prompts, config.model.folder)
     others = OtherProcesses()
     figures: list[Figure] = []
     plain = Contender(NO_SPECULATION, config, None)
@@ -104,7 +106,10 @@ def _compare(
     ]
     figures = []
     for batch in options.batches:
-        rounds = in_turns([plain, *guessing], prompts, batch, options.max_tokens, options.repeats)
+        # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
+        num_prompts = max(options.num_prompts, _BATCHES_OF_PROMPTS * batch)
+        asked = list(islice(cycle(prompts), num_prompts))
+        rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
         always_rounds, adaptive_rounds = guessing_rounds
         figures += [figure(plain_rounds, always_rounds, options.depth), figure(plain_rounds, adaptive_rounds, None)]
@@ -214,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--draft", type=Path, nargs="*", default=(), help="folders of drafts; none: the packaged one, or a random one")
     add("--only", nargs="*", default=(), help="methods to measure; none: all that there are")
     add("--prompts", type=Path, default=_PROMPTS, help="JSONL with messages or prompt in each line")
-    add("--num-prompts", type=int, default=16, help="of the file's first ones, answered in each round")
+    add("--num-prompts", type=int, default=16, help="answered in each round, at least 6 for each place of a batch")
     add("--max-tokens", type=int, default=128, help="of each answer")
     add("--depth", type=int, default=3, help="tokens ahead to guess")
     add("--early-exit-layers", type=int, help="layers that guess; default: a quarter of the model's")

@@ -36,8 +36,8 @@ class Bench:
     """A scheduler whose steps each sample token 7."""
 
     def __init__(self) -> None:
-        config = EngineConfig(block_size_tokens=BLOCK_SIZE_TOKENS)
-        self.kv = KVManager(256, BLOCK_SIZE_TOKENS, HashNamespace("model", BLOCK_SIZE_TOKENS, "layout").root)
+        config = EngineConfig(block_size_tokens=BLOCK_SIZE_TOKENS, max_num_seqs=32)
+        self.kv = KVManager(1024, BLOCK_SIZE_TOKENS, HashNamespace("model", BLOCK_SIZE_TOKENS, "layout").root)
         self.policy = Sometimes()
         self.scheduler = Scheduler(config, self.kv, self.policy)
 

@@ -87,6 +87,25 @@ def test_what_a_network_costs_while_nothing_is_guessed_does_not_speak_against_gu
     assert chosen[-100:].count(None) < 20
 
 
+@pytest.mark.parametrize("num_requests", [4, 16])
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.75])
+def test_it_loses_little_from_the_first_step_on_where_no_guessing_is_best(num_requests: int, acceptance: float) -> None:
+    world = World(num_requests, acceptance, compute_bound, draft_token_s=1e-3)
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    for _ in range(400):
+        world.step(policy)
+    assert world.num_tokens / world.spent_s > 0.96 * world.tokens_per_s(None)
+
+
+def test_what_one_batch_size_taught_serves_another() -> None:
+    world = World(16, 0.6, compute_bound, draft_token_s=1e-3)
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    for _ in range(400):
+        world.step(policy)
+    world.num_requests = 12
+    assert [world.step(policy) for _ in range(30)].count(None) >= 28
+
+
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.95])
 def test_it_comes_close_to_the_best_shape(acceptance: float) -> None:
     world = World(4, acceptance, memory_bound, draft_token_s=1e-3)
