@@ -55,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     lines = options.chats.read_text(encoding="utf-8").splitlines()[: options.num_chats]
     prompts = [_question(msgspec.json.decode(line)["messages"]) for line in lines]
+    origin = provenance()
     rows = [row for name in options.shapes for row in measure(options, name, prompts)]
-    report = Report(provenance(), len(prompts), rows)
+    report = Report(origin, len(prompts), rows)
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if options.markdown:
