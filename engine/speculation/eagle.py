@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
-from eagleray.engine.speculation.growth import GrowDrafts, grow_trees
-from eagleray.engine.speculation.network import NetworkProposer, Tokens
+from eagleray.engine.speculation.growth import GrowDrafts
+from eagleray.engine.speculation.network import ChainGuesser, NetworkProposer, Tokens
 from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, FEATURE_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
 
@@ -36,8 +36,9 @@ class EagleNetwork:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.head.compute_logits(hidden)
 
-    def target_ids(self, token_ids: Tensor) -> Tensor:
-        return self.head.target_ids(token_ids)
+    @property
+    def target_ids_V(self) -> Tensor | None:
+        return self.head.target_ids_D
 
     def guessed_features(self, hidden: Tensor) -> Tensor:
         return self.head.next_feature(hidden)
@@ -88,12 +89,14 @@ class EagleFeatures:
         carried[torch.tensor(block_ids, device=computed.device)] = computed[last_rows].to(carried.dtype)
 
 
-def eagle_proposer(head: EagleHead, dtype: str, grow: GrowDrafts = grow_trees) -> NetworkProposer:
+def eagle_proposer(network: EagleNetwork, dtype: str, grow: GrowDrafts, chains: ChainGuesser | None) -> NetworkProposer:
     """A proposer that keeps the head's KV and features in elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
+    config = network.head.config
     return NetworkProposer(
-        EagleNetwork(head),
-        EagleFeatures(head),
-        groups=draft_groups(head.config, dtype),
+        network,
+        EagleFeatures(network.head),
+        groups=draft_groups(config, dtype),
         grow=grow,
-        capture_layers=head.config.capture_layers,
+        chains=chains,
+        capture_layers=config.capture_layers,
     )
