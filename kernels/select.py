@@ -42,6 +42,8 @@ KernelChoice = Literal["auto", "native", "torch"]
 # Of the head, whatever the other layers have: it is a fourth of a small model's bytes, and what rounding it does to a
 # logit nothing after it evens out. So 8 bits, and its activations as they are.
 HEAD_QUANTIZATION: Final = "int8"
+# Where int8 is the fastest whatever the number of rows: with fewer instructions it is slower than float32 from some on.
+_FAST_INT8_LEVELS: Final = ("amx", "avx512_bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,17 @@ class Kernels:
     join_columns: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
     head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
+    draft_format: LinearFormat | None  # of all layers of a network that only guesses; None: as the others
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
     guess_tokens: Callable[[torch.Tensor, SharedNoise, torch.Tensor | None], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
     new_replayer: Callable[[], Replayer]  # one per network
+
+    def for_drafts(self) -> Kernels:
+        """For networks that only guess: what rounding makes wrong costs time, never a token."""
+        if self.draft_format is None:
+            return self
+        return replace(self, linear_format=self.draft_format, head_format=None)
 
 
 TORCH_KERNELS: Final = Kernels(
@@ -77,6 +86,7 @@ TORCH_KERNELS: Final = Kernels(
     join_columns=activation.join_columns,
     linear_format=None,
     head_format=None,
+    draft_format=None,
     sample_tokens=sampling.sample_tokens,
     guess_tokens=sampling.guess_tokens,
     copy_blocks=kv_ops.copy_blocks,
@@ -153,6 +163,7 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         join_columns=partial(native_activation.join_columns, library),
         linear_format=linear_format,
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
+        draft_format=PanelLinearFormat(library, "w8a8") if library.level in _FAST_INT8_LEVELS else None,
         sample_tokens=partial(native_sampling.sample_tokens, library),
         guess_tokens=partial(native_sampling.guess_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),

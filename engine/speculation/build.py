@@ -42,7 +42,7 @@ def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
         return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
     if config.method == "early_exit":
         return _early_exit(config, target)
-    draft = load_draft(config.folder, target.decoder, target.kernels)
+    draft = load_draft(config.folder, target.decoder, target.kernels.for_drafts())
     require_method(config, method_of(draft.config))
     if isinstance(draft, EagleHead):
         head = EagleNetwork(draft)

@@ -8,5 +8,6 @@ from eagleray.kernels.embedding import reference
 
 
 def gather_rows(table: torch.Tensor, rows_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``table`` [N, size] at ``rows_T``, int64 [T], in ``dtype``: [T, size]. Raises ``IndexError`` for a row beyond it."""
+    """``table`` [N, size] at ``rows_T``, int64 [T], in ``dtype``: [T, size]. Raises ``IndexError`` for a row that it
+    lacks."""
     return reference.gather_rows(table, rows_T, dtype)
