@@ -12,7 +12,7 @@ from eagleray.cli.client import ApiClient
 from eagleray.cli.local_service import local_service, print_snippets, wait_for_signal, why_not_free
 from eagleray.cli.options import add_port_argument, config_from
 from eagleray.cli.terminal import Progress, write_now
-from eagleray.cli.timing import timing_table, workers_of
+from eagleray.cli.timing import timing_table, tokens_per_step, workers_of
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import DEMO_MODEL, Config, SpeculationConfig
 from eagleray.core.errors import ConfigError
@@ -96,6 +96,10 @@ def _ask_all(client: ApiClient, model: str) -> None:
         if answer.account is not None:
             console.print(timing_table(answer, answer.account))
             console.print(f"[dim]{workers_of(answer.account)} ({answer.account.route_reason})[/dim]")
+            if answer.account.acceptance is not None:
+                console.print(
+                    f"[dim]{tokens_per_step(answer.account.acceptance)}: the draft's guesses that came true[/dim]"
+                )
     console.print(
         "\n[dim]* with what lies between the server and this client; the parts sum to the client's total[/dim]"
     )

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from eagleray.cli.client import ChatAnswer
 from eagleray.cli.terminal import format_ms
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.telemetry import Phase, TimeAccount
 
 
@@ -31,7 +32,7 @@ def timing_line(answer: ChatAnswer) -> str:
         parts += [f"{phase.value} {format_ms(seconds)}" for phase, seconds in spent_s(account, answer.total_s).items()]
         parts.append(f"{account.num_cached_tokens} of {account.num_prompt_tokens} prompt tokens reused")
         if account.acceptance is not None:
-            parts.append(f"{account.acceptance.tokens_per_step:.2f} tokens per step")
+            parts.append(tokens_per_step(account.acceptance))
     return " · ".join(parts)
 
 
@@ -48,13 +49,16 @@ def timing_table(answer: ChatAnswer, account: TimeAccount) -> Table:
         "reused": str(account.num_cached_tokens),
         "output": str(account.num_output_tokens),
     }
-    if account.acceptance is not None:
-        columns["tokens per step"] = f"{account.acceptance.tokens_per_step:.2f}"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*columns.values())
     return table
+
+
+def tokens_per_step(acceptance: Acceptance) -> str:
+    """What guessing ahead has brought, in words."""
+    return f"{acceptance.tokens_per_step:.2f} tokens per step"
 
 
 def workers_of(account: TimeAccount) -> str:

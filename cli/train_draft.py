@@ -13,6 +13,7 @@ from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock, SystemClock
 from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
+from eagleray.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch, which takes seconds to import: not before the options are known to be right
     from eagleray.training.run import RunSettings
@@ -89,8 +90,7 @@ def _add_plan_arguments(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings, clock = _settings(arguments), SystemClock()
     is_begun = settings.checkpoint.exists()
-    if is_begun and not arguments.resume:
-        raise ConfigError("--output", str(settings.output), "holds a run; add --resume to go on, or name another")
+    _check_output(settings, arguments.resume)
     import torch
 
     from eagleray.training.run import build_trainer, export_head, gather_documents, load_target
@@ -111,6 +111,17 @@ def run(arguments: argparse.Namespace) -> int:
     show(f"the head is in {settings.output}; serve it with")
     print(f"  --set speculation.method={settings.method} --set speculation.model={settings.output}")
     return 0
+
+
+def _check_output(settings: RunSettings, resume: bool) -> None:
+    """Nothing that lies in the folder may be lost. Raises ``ConfigError``."""
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError("--output", str(output), "is a file; name a folder")
+    if settings.checkpoint.exists() and not resume:
+        raise ConfigError("--output", str(output), "holds a run; add --resume to go on, or name another")
+    if output.exists() and any(output.iterdir()) and not settings.work_folder.is_dir():
+        raise ConfigError("--output", str(output), "holds files of something else; name another folder")
 
 
 class _Speed:
@@ -145,10 +156,22 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
     from eagleray.training.run import RunSettings
     from eagleray.training.trainer import TrainingPlan
 
-    for name in ("epochs", "batch_tokens", "check_every_steps", "max_tokens", "num_guesses", "num_documents"):
+    for name in (
+        "epochs",
+        "batch_tokens",
+        "check_every_steps",
+        "max_tokens",
+        "num_guesses",
+        "num_documents",
+        "num_threads",
+    ):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", value, "must be at least 1")
+    if not arguments.learning_rate > 0:
+        raise ConfigError("--learning-rate", arguments.learning_rate, "must be more than 0")
+    for temperature in arguments.temperatures:
+        SamplingParams(temperature=temperature)  # refuses what cannot be sampled
     plan = TrainingPlan(
         num_epochs=arguments.epochs,
         batch_tokens=arguments.batch_tokens,

@@ -14,6 +14,8 @@ import torch
 
 from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
+from eagleray.kernels.embedding import api as embedding
+from eagleray.kernels.embedding import native as native_embedding
 from eagleray.kernels.kv_ops import api as kv_ops
 from eagleray.kernels.kv_ops import native as native_kv_ops
 from eagleray.kernels.linear.api import LinearFormat
@@ -33,13 +35,15 @@ from eagleray.kernels.replay.api import ComputeAnew, Replayer
 from eagleray.kernels.replay.native import NativeReplayer
 from eagleray.kernels.sampling import api as sampling
 from eagleray.kernels.sampling import native as native_sampling
-from eagleray.kernels.sampling.batch import SamplingBatch
+from eagleray.kernels.sampling.batch import SamplingBatch, SharedNoise
 
 KernelChoice = Literal["auto", "native", "torch"]
 
 # Of the head, whatever the other layers have: it is a fourth of a small model's bytes, and what rounding it does to a
 # logit nothing after it evens out. So 8 bits, and its activations as they are.
 HEAD_QUANTIZATION: Final = "int8"
+# Where int8 is the fastest whatever the number of rows: with fewer instructions it is slower than float32 from some on.
+_FAST_INT8_LEVELS: Final = ("amx", "avx512_bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Kernels:
 
     description: str  # one line, for logs and ``eagleray doctor``
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    gather_rows: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+    rotary_angles: Callable[[torch.Tensor, int, torch.Tensor, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
     rotate_and_store: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, HeadNorms | None], torch.Tensor
     ]
@@ -56,21 +62,33 @@ class Kernels:
     join_columns: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
     head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
+    draft_format: LinearFormat | None  # of all layers of a network that only guesses; None: as the others
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
+    guess_tokens: Callable[[torch.Tensor, SharedNoise, torch.Tensor | None], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
     new_replayer: Callable[[], Replayer]  # one per network
+
+    def for_drafts(self) -> Kernels:
+        """For networks that only guess: what rounding makes wrong costs time, never a token."""
+        if self.draft_format is None:
+            return self
+        return replace(self, linear_format=self.draft_format, head_format=None)
 
 
 TORCH_KERNELS: Final = Kernels(
     description="torch",
     rms_norm=norm_rope.rms_norm,
+    gather_rows=embedding.gather_rows,
+    rotary_angles=norm_rope.rotary_angles,
     rotate_and_store=norm_rope.rotate_and_store,
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
     join_columns=activation.join_columns,
     linear_format=None,
     head_format=None,
+    draft_format=None,
     sample_tokens=sampling.sample_tokens,
+    guess_tokens=sampling.guess_tokens,
     copy_blocks=kv_ops.copy_blocks,
     new_replayer=ComputeAnew,
 )
@@ -137,13 +155,17 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
     return Kernels(
         description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
         rms_norm=partial(native_norm_rope.rms_norm, library),
+        gather_rows=partial(native_embedding.gather_rows, library),
+        rotary_angles=partial(native_norm_rope.rotary_angles, library),
         rotate_and_store=partial(native_norm_rope.rotate_and_store, library),
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
         join_columns=partial(native_activation.join_columns, library),
         linear_format=linear_format,
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
+        draft_format=PanelLinearFormat(library, "w8a8") if library.level in _FAST_INT8_LEVELS else None,
         sample_tokens=partial(native_sampling.sample_tokens, library),
+        guess_tokens=partial(native_sampling.guess_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),
         new_replayer=partial(NativeReplayer, library),
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
 
 from eagleray.core.kv_layout import LayerGroup
 from eagleray.kernels.paged_attention.api import AttentionPlan
@@ -89,7 +88,8 @@ class Decoder:
             device=device,
             weight=self.embedding if config.tie_word_embeddings else None,
         )
-        self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, device, kernels)
+        self._kernels = kernels
         self._replayer = kernels.new_replayer()
 
     def layer_group(self, dtype: str, name: str = "target") -> LayerGroup:
@@ -139,33 +139,34 @@ class Decoder:
         num_layers: int | None,
         capture_layers: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = embedding(input_ids_T, self.embedding).to(self.dtype)
-        angles = self._rope.angles(positions_T, hidden.dtype)
         tensors = plan.tensors
         normed, *captured = self._replayer.run(
-            partial(self._compute_layers, hidden, angles, kv, plan, num_layers, capture_layers),
-            StepInputs((hidden, *angles, *tensors.fixed), tensors.ragged),
+            partial(self._compute_layers, input_ids_T, positions_T, kv, plan, num_layers, capture_layers),
+            StepInputs((input_ids_T, positions_T, *tensors.fixed), tensors.ragged),
             (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, capture_layers),
         )
-        return normed, torch.cat(captured, dim=-1) if captured else normed
+        return normed, captured[0] if captured else normed
 
     def _compute_layers(
         self,
-        hidden: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
         kv: torch.Tensor,
         plan: AttentionPlan,
         num_layers: int | None,
         capture_layers: tuple[int, ...],
     ) -> tuple[torch.Tensor, ...]:
-        """(What the final norm makes of the last layer's result, the streams captured)."""
+        """(What the final norm makes of the last layer's result, the streams captured, if there are any)."""
+        hidden = self._kernels.gather_rows(self.embedding, input_ids_T, self.dtype)
+        angles = self._rope.angles(positions_T, self.dtype)
         captured = []
         layers = zip(self.layers, kv.unbind(1), strict=True)
         for index, (layer, kv_layer) in enumerate(islice(layers, num_layers)):
             if index in capture_layers:
                 captured.append(hidden)
             hidden = layer(hidden, *angles, kv_layer, plan)
-        return self.norm(hidden), *captured
+        streams = (reduce(self._kernels.join_columns, captured),) if captured else ()
+        return self.norm(hidden), *streams
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""

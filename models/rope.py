@@ -6,25 +6,27 @@ import math
 
 import torch
 
+from eagleray.kernels.select import TORCH_KERNELS, Kernels
 from eagleray.models.model_config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 
 class RotaryEmbedding:
     """Angles are computed per step rather than looked up: a table of a long context would be larger than a layer."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self, config: RopeConfig, head_dim: int, device: torch.device | str, kernels: Kernels = TORCH_KERNELS
+    ) -> None:
         scaling = config.scaling
+        self._rotary_angles = kernels.rotary_angles
         self._frequencies = inverse_frequencies(config, head_dim).to(device)  # [D / 2]
         self._magnitude = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
-    def angles(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, [T, D] each, both halves alike; computed in float32, then rounded to ``dtype``."""
-        angles = positions_T[:, None].float() * self._frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        if self._magnitude != 1.0:
-            cos, sin = cos * self._magnitude, sin * self._magnitude
-        return cos.to(dtype), sin.to(dtype)
+    def angles(
+        self, positions_T: torch.Tensor, dtype: torch.dtype, shift: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for ``positions_T + shift``, [T, D] each, both halves alike; computed in float32, then
+        rounded to ``dtype``."""
+        return self._rotary_angles(positions_T, shift, self._frequencies, self._magnitude, dtype)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -3,7 +3,6 @@ others wrote. Kept in a file line by line, so that whoever is interrupted goes o
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import IO, Any, Final
 from eagleray.core.errors import ConfigError
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
-from eagleray.training.texts import Document
+from eagleray.training.texts import Document, digest
 
 _BATCH_PROMPTS: Final = 512  # answered before they are written down
 
@@ -35,7 +34,10 @@ def write_own_samples(
     Raises:
         ConfigError: the file was made from other prompts or with other settings.
     """
-    heading = {"prompts": _digest(prompts), **asdict(settings)}
+    heading = {
+        "prompts": digest([Document(prompt.prompt, prompt.num_prompt_tokens) for prompt in prompts]),
+        **asdict(settings),
+    }
     num_answers, num_tokens = _complete_lines(path, json.loads(json.dumps(heading)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -96,10 +98,3 @@ def _complete_lines(path: Path, heading: dict[str, Any]) -> tuple[int, int]:
 def _write_lines(file: IO[str], records: Sequence[dict[str, Any]]) -> None:
     file.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
     file.flush()
-
-
-def _digest(prompts: Sequence[Document]) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        hasher.update(json.dumps(prompt.prompt).encode())
-    return hasher.hexdigest()

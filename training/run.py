@@ -32,7 +32,7 @@ from eagleray.training.start import (
     warm_eagle3,
     warm_medusa,
 )
-from eagleray.training.texts import FIELD, Document, TextReader
+from eagleray.training.texts import FIELD, Document, TextReader, digest
 from eagleray.training.trainer import Trainer, TrainingPlan
 
 _HELD_OUT_SHARE: Final = 20  # one document in so many, where the user has set none aside
@@ -112,7 +112,16 @@ def build_trainer(settings: RunSettings, documents: Documents, target: Decoder) 
     """A trainer before its first step. Raises ``ConfigError``."""
     build = _eagle3 if settings.method == "eagle3" else _medusa
     trainee, teacher = build(settings, documents.learned, target)
-    return Trainer(trainee, teacher, documents.learned, documents.held_out, settings.plan, settings.checkpoint)
+    in_common = {
+        "method": settings.method,
+        "num_guesses": settings.num_guesses,
+        "capture_layers": list(teacher.capture_layers),
+        "draft_vocab_size": settings.draft_vocab_size,
+        "documents": digest(documents.learned),
+    }
+    return Trainer(
+        trainee, teacher, documents.learned, documents.held_out, settings.plan, settings.checkpoint, in_common
+    )
 
 
 def export_head(settings: RunSettings, trainer: Trainer) -> None:
@@ -176,6 +185,10 @@ def _eagle3(settings: RunSettings, documents: Sequence[Document], target: Decode
 
 def _medusa(settings: RunSettings, documents: Sequence[Document], target: Decoder) -> tuple[MedusaTrainee, Teacher]:
     size = target.config.vocab_size
+    if settings.capture_layers is not None:
+        raise ConfigError(
+            "--capture-layers", settings.capture_layers, "Medusa reads the last layer alone; leave it out"
+        )
     if settings.draft_vocab_size not in (None, size):
         way_out = f"Medusa's heads have the target's whole vocabulary, {size} tokens; leave it out"
         raise ConfigError("--draft-vocab-size", settings.draft_vocab_size, way_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ class Document:
     @property
     def prompt(self) -> tuple[int, ...]:
         return self.token_ids[: self.num_prompt_tokens]
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """Of their tokens, in this order."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        hasher.update(json.dumps(document.token_ids).encode())
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class TextReader:
         documents = [document for path in paths for document in self._read_file(path)]
         if not documents:
             shown = ", ".join(map(str, paths))
-            way_out = f"nothing in it has a prompt shorter than {self.max_tokens} tokens; raise --max-tokens"
+            way_out = f"no prompt of 1 to {self.max_tokens - 1} tokens is in it; give more data, or raise --max-tokens"
             raise ConfigError(FIELD, shown, way_out)
         return documents
 

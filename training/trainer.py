@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,7 @@ class Trainer:
         trainee: is trained in place.
         documents, held_out: to learn from, and to be measured on.
         checkpoint: file that the state is written to at every check.
+        settings: what else a resumed run must have in common with the interrupted one, by name.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Trainer:
         held_out: Sequence[Document],
         plan: TrainingPlan,
         checkpoint: Path,
+        settings: Mapping[str, Any],
     ) -> None:
         self.trainee = trainee
         self.teacher = teacher
@@ -71,13 +73,14 @@ class Trainer:
         self._held_out = held_out
         self._plan = plan
         self._checkpoint = checkpoint
+        self._settings = {**settings, **asdict(plan)}
         self._optimizer = HeadOptimizer(trainee)
         self._num_steps = sum(1 for _ in self._batches())
         self._step = 0
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises ``ConfigError``."""
-        state = load_checkpoint(self._checkpoint, asdict(self._plan))
+        state = load_checkpoint(self._checkpoint, self._settings)
         with torch.no_grad():
             for name, weight in self.trainee.weights.items():
                 weight.copy_(state["weights"][name])
@@ -118,7 +121,7 @@ class Trainer:
 
     def _save(self) -> None:
         state: dict[str, Any] = {
-            "settings": asdict(self._plan),
+            "settings": self._settings,
             "weights": {name: weight.detach() for name, weight in self.trainee.weights.items()},
             "optimizer": self._optimizer.state(),
             "step": self._step,

@@ -57,7 +57,7 @@ class Channel:
         self._host, self._port = host, port
         self._outboxes: dict[int, Outbox] = {}
         self._transports: dict[int, asyncio.WriteTransport] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # a loop holds its tasks weakly
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
@@ -110,7 +110,7 @@ class Channel:
         asyncio.run_coroutine_threadsafe(function(), self._loop).result(START_DEADLINE_S)  # type: ignore[arg-type]
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, self._host, self._port)
+        self._server = await asyncio.start_server(self._connected, self._host, self._port)
         self._port = self._server.sockets[0].getsockname()[1]
         self._tasks.add(asyncio.create_task(self._beat()))
 
@@ -119,9 +119,11 @@ class Channel:
             self._server.close()
         if last_words is not None:
             self.broadcast(last_words)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Again until there are none: a connection that was being accepted begins to be served meanwhile.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _beat(self) -> None:
         while True:
@@ -130,11 +132,17 @@ class Channel:
             if message is not None:
                 self.broadcast(message)
 
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            writer.close()  # here, because a task that is cancelled before it begins closes nothing
+
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = next(self._numbers)
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         frames = FrameReader(reader, ToWorker)
         try:
             hello = await self._next(frames)
@@ -157,13 +165,11 @@ class Channel:
         except (ChannelError, asyncio.CancelledError):
             pass  # either way the connection ends here, and its requests with it
         finally:
-            self._tasks.discard(task)
             ended = self._outboxes.pop(connection, None)
             if ended is not None:
                 del self._transports[connection]
                 ended.close()
                 self._events.disconnected(connection)
-            writer.close()
 
     async def _next(self, frames: FrameReader) -> ToWorker | None:
         async with asyncio.timeout(self._silence_deadline_s):

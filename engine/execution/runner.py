@@ -106,7 +106,8 @@ class ModelRunner:
         ]
         if not rows:
             return tuple(map(VerifiedRun, runs, run_starts)), [()] * len(runs)
-        logits = self._model.compute_logits(hidden[torch.tensor(rows, device=self._device)])
+        is_all = len(rows) == len(hidden)
+        logits = self._model.compute_logits(hidden if is_all else hidden[torch.tensor(rows, device=self._device)])
         flat = [choice for own in choices for choice in own]
         chosen_token_ids = self._choose(logits, flat)
         bounds = list(accumulate(map(len, choices), initial=0))

@@ -58,8 +58,12 @@ def choices_of(run: ScheduledRun) -> list[Choice]:
     tree = run.draft
     if tree is None:
         return [Choice(run.spec, run.known_token_ids, run.end)]
-    paths = [(), *(tuple(tree.token_ids[step] for step in tree.path(node)) for node in range(len(tree)))]
-    guesses = _guesses(tree) if tree.is_chain else [None] * len(paths)
+    if tree.is_chain:
+        paths = [tree.token_ids[:depth] for depth in range(len(tree) + 1)]
+        guesses = _guesses(tree)
+    else:
+        paths = [(), *(tuple(tree.token_ids[step] for step in tree.path(node)) for node in range(len(tree)))]
+        guesses = [None] * len(paths)
     return [
         Choice(run.spec, run.known_token_ids, run.end, path, guess) for path, guess in zip(paths, guesses, strict=True)
     ]
@@ -89,11 +93,19 @@ def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> l
 
 def build_sampling_batch(choices: Sequence[Choice], vocab_size: int, device: str) -> SamplingBatch:
     """The parameters and histories of ``choices``, one row each, as tensors on ``device``."""
+    if all(map(_asks_for_nothing, {id(choice.spec): choice.spec for choice in choices}.values())):
+        return SamplingBatch()
     return SamplingBatch(
         bias=_build_bias(choices, vocab_size, device),
         penalties=_build_penalties(choices, vocab_size, device),
         random=_build_random(choices, vocab_size, device),
     )
+
+
+def _asks_for_nothing(spec: RequestSpec) -> bool:
+    """Greedy, from the logits as they are: so is nearly every step, and rows need not be asked one by one."""
+    sampling = spec.sampling
+    return sampling.is_greedy and not (sampling.logit_bias or sampling.min_tokens or _has_penalties(sampling))
 
 
 def _build_bias(choices: Sequence[Choice], vocab_size: int, device: str) -> LogitBias | None:

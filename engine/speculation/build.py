@@ -11,9 +11,9 @@ from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.sampler import TokenRule, choose_tokens
 from eagleray.engine.speculation.controller import AdaptiveDrafts, DraftPolicy, FixedDrafts, NoDrafts
 from eagleray.engine.speculation.decoders import DecoderNetwork, NoFeatures
-from eagleray.engine.speculation.eagle import eagle_proposer
+from eagleray.engine.speculation.eagle import EagleNetwork, eagle_proposer
 from eagleray.engine.speculation.growth import GrowDrafts, draw_chains, grow_trees
-from eagleray.engine.speculation.network import NetworkProposer
+from eagleray.engine.speculation.network import ChainGuesser, DraftNetwork, NetworkProposer
 from eagleray.engine.speculation.proposer import MedusaProposer, NgramProposer, Proposer
 from eagleray.engine.speculation.rejection import choose_by_rejection
 from eagleray.engine.speculation.shape import draft_shape, require_method
@@ -42,14 +42,16 @@ def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
         return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
     if config.method == "early_exit":
         return _early_exit(config, target)
-    draft = load_draft(config.folder, target.decoder, target.kernels)
+    draft = load_draft(config.folder, target.decoder, target.kernels.for_drafts())
     require_method(config, method_of(draft.config))
     if isinstance(draft, EagleHead):
-        return eagle_proposer(draft, target.dtype, _growth(config))
+        head = EagleNetwork(draft)
+        return eagle_proposer(head, target.dtype, _growth(config), _chains(head, config, target))
     if isinstance(draft, MedusaHeads):
         return _medusa(draft, config)
     groups = draft_groups(draft.config, target.dtype)
-    return NetworkProposer(DecoderNetwork(draft, DRAFT_GROUP), NoFeatures(), groups, _growth(config))
+    network = DecoderNetwork(draft, DRAFT_GROUP)
+    return NetworkProposer(network, NoFeatures(), groups, _growth(config), _chains(network, config, target))
 
 
 def build_token_rule(config: SpeculationConfig | None, kernels: Kernels) -> TokenRule:
@@ -60,6 +62,10 @@ def build_token_rule(config: SpeculationConfig | None, kernels: Kernels) -> Toke
 
 def _growth(config: SpeculationConfig) -> GrowDrafts:
     return draw_chains if config.verification == "rejection" else grow_trees
+
+
+def _chains(network: DraftNetwork, config: SpeculationConfig, target: Target) -> ChainGuesser | None:
+    return None if config.verification == "rejection" else ChainGuesser.of(network, target.kernels)
 
 
 def _medusa(heads: MedusaHeads, config: SpeculationConfig) -> Proposer:
@@ -75,7 +81,8 @@ def _early_exit(config: SpeculationConfig, target: Target) -> Proposer:
         raise ConfigError("speculation.early_exit_layers", num_layers, f"the model has {total} layers; set fewer")
     group = target.decoder.layer_group(target.dtype).name
     network = DecoderNetwork(target.decoder, group, num_layers)
-    return NetworkProposer(network, NoFeatures(), (), _growth(config), keeps_target_kv=True)
+    chains = _chains(network, config, target)
+    return NetworkProposer(network, NoFeatures(), (), _growth(config), chains, keeps_target_kv=True)
 
 
 def draft_identity(config: SpeculationConfig | None) -> str:

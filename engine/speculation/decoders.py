@@ -22,6 +22,7 @@ class DecoderNetwork:
     group: str  # of its KV
     num_layers: int | None = None
     first_slot: int = 0
+    target_ids_V: None = None
 
     def forward(self, tokens: Tokens, kv: KVTensors) -> Tensor:
         return self.decoder.forward(
@@ -30,9 +31,6 @@ class DecoderNetwork:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.compute_logits(hidden)
-
-    def target_ids(self, token_ids: Tensor) -> Tensor:
-        return token_ids
 
     def guessed_features(self, hidden: Tensor) -> None:
         return None

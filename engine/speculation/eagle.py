@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
-from eagleray.engine.speculation.growth import GrowDrafts, grow_trees
-from eagleray.engine.speculation.network import CertainTokens, NetworkProposer, Tokens
+from eagleray.engine.speculation.growth import GrowDrafts
+from eagleray.engine.speculation.network import CertainTokens, ChainGuesser, NetworkProposer, Tokens
 from eagleray.models.draft_heads.draft_config import DRAFT_GROUP, FEATURE_GROUP, draft_groups
 from eagleray.models.draft_heads.eagle import EagleHead
 
@@ -37,8 +37,9 @@ class EagleNetwork:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.head.compute_logits(hidden)
 
-    def target_ids(self, token_ids: Tensor) -> Tensor:
-        return self.head.target_ids(token_ids)
+    @property
+    def target_ids_V(self) -> Tensor | None:
+        return self.head.target_ids_D
 
     def guessed_features(self, hidden: Tensor) -> Tensor:
         return self.head.next_feature(hidden)
@@ -161,13 +162,15 @@ class _StoreKeysAndValues:
         self.head.store_keys_and_values(token_ids_N, features_NF, slots_N, kv.group(DRAFT_GROUP), pool_slots_N)
 
 
-def eagle_proposer(head: EagleHead, dtype: str, grow: GrowDrafts = grow_trees) -> NetworkProposer:
+def eagle_proposer(network: EagleNetwork, dtype: str, grow: GrowDrafts, chains: ChainGuesser | None) -> NetworkProposer:
     """A proposer that keeps the head's KV and features in elements of ``dtype``, a key of ``kv_layout.DTYPE_BYTES``."""
+    config = network.head.config
     return NetworkProposer(
-        EagleNetwork(head),
-        EagleFeatures(head),
-        groups=draft_groups(head.config, dtype),
+        network,
+        EagleFeatures(network.head),
+        groups=draft_groups(config, dtype),
         grow=grow,
-        capture_layers=head.config.capture_layers,
-        store=_StoreKeysAndValues(head) if head.has_one_layer else None,
+        chains=chains,
+        capture_layers=config.capture_layers,
+        store=_StoreKeysAndValues(network.head) if network.head.has_one_layer else None,
     )

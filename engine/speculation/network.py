@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from itertools import accumulate, chain
 from typing import Final, Protocol
 
@@ -20,10 +21,14 @@ from eagleray.core.kv_layout import FeatureGroup, LayerGroup
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
-from eagleray.engine.speculation.noise import ChoiceNoise
+from eagleray.engine.speculation.noise import ChoiceNoise, shared_noise
 from eagleray.engine.speculation.proposer import drafting_runs
 from eagleray.engine.speculation.tree import DraftTree
-from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, plan_attention, tree_run
+from eagleray.engine.speculation.tree import chain as chain_of
+from eagleray.kernels.paged_attention.api import AttentionPlan, ChainPlan, plan_attention, plan_chains, tree_run
+from eagleray.kernels.replay.api import Replayer, StepInputs
+from eagleray.kernels.sampling.batch import SharedNoise
+from eagleray.kernels.select import Kernels
 
 _COMPUTED_WITH_THE_LAST: Final = 8  # certain tokens of a run: fewer are not worth a pass of their own
 
@@ -54,8 +59,9 @@ class DraftNetwork(Protocol):
         """float32 [..., V] for the token after each."""
         ...
 
-    def target_ids(self, token_ids: Tensor) -> Tensor:
-        """The target's token ids for the network's own."""
+    @property
+    def target_ids_V(self) -> Tensor | None:
+        """int64: the target's token ids for the network's own; None: they are the same."""
         ...
 
     def guessed_features(self, hidden: Tensor) -> Tensor | None:
@@ -106,6 +112,7 @@ class NetworkProposer:
     features: CertainFeatures
     groups: tuple[LayerGroup | FeatureGroup, ...]
     grow: GrowDrafts = grow_trees
+    chains: ChainGuesser | None = None  # None: chains are grown as trees are
     capture_layers: tuple[int, ...] = ()
     keeps_target_kv: bool = False  # the network is a part of the target: its KV of certain tokens is there already
     has_network: bool = True
@@ -129,8 +136,12 @@ class NetworkProposer:
             return {}
         ends = accumulate(span.end - span.first for span in computed)
         roots = [end - 1 for end, span in zip(ends, computed, strict=True) if span.end > span.run.num_computed]
-        guesser = NetworkGuesser(self.network, step.kv, drafting, hidden[torch.tensor(roots, device=hidden.device)])
-        trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden.device))
+        hidden_BD = hidden[torch.tensor(roots, device=hidden.device)]
+        if self.chains is not None and step.shape.is_chain:
+            trees = self.chains.guess(hidden_BD, step.kv, drafting, step.shape.max_nodes)
+        else:
+            guesser = NetworkGuesser(self.network, step.kv, drafting, hidden_BD)
+            trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden.device))
         return {run.run.spec.request_id: tree for run, tree in zip(drafting, trees, strict=True)}
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -196,12 +207,63 @@ def _network_tokens(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ChainGuesser:
+    """Guesses chains for B requests: each token is what the target would choose if its logits were the network's.
+
+    All L guesses are one step for the replayer. Slots and noise are known before it begins, so that nothing of a guess
+    but its id is needed to go on.
+    """
+
+    network: DraftNetwork
+    kernels: Kernels
+    replayer: Replayer
+
+    @classmethod
+    def of(cls, network: DraftNetwork, kernels: Kernels) -> ChainGuesser:
+        return cls(network, kernels, kernels.new_replayer())
+
+    def guess(self, hidden_BD: Tensor, kv: KVTensors, runs: Sequence[VerifiedRun], length: int) -> list[DraftTree]:
+        """Chains of ``length``, from the hidden states of each request's last known token."""
+        device = hidden_BD.device
+        plan = plan_chains(
+            [run.num_known for run in runs],
+            length - 1,
+            [run.run.block_ids for run in runs],
+            kv.layout.block_size_tokens,
+            device,
+            self.network.first_slot,
+        )
+        noise = shared_noise(runs, length, device)
+        tensors = plan.tensors
+        of_noise = (noise.temperature, noise.seed, noise.choice, noise.position)
+        (token_ids_BL,) = self.replayer.run(
+            partial(self._compute, hidden_BD, kv, plan, noise),
+            StepInputs((hidden_BD, *of_noise, *tensors.fixed), tensors.ragged),
+            kv,
+        )
+        return [chain_of(token_ids) for token_ids in token_ids_BL.tolist()]
+
+    def _compute(self, hidden_BD: Tensor, kv: KVTensors, plan: ChainPlan, noise: SharedNoise) -> tuple[Tensor]:
+        network = self.network
+        guesses: list[Tensor] = []
+        for level, position_B in enumerate(noise.position.unbind()):
+            if level > 0:
+                features = network.guessed_features(hidden_BD)
+                tokens = Tokens(guesses[-1], plan.positions_LB[level - 1], features, plan.step(level - 1))
+                hidden_BD = network.forward(tokens, kv)
+            of_level = SharedNoise(noise.temperature, noise.seed, noise.choice, position_B)
+            logits = network.compute_logits(hidden_BD)
+            guesses.append(self.kernels.guess_tokens(logits, of_level, network.target_ids_V))
+        return (reduce(self.kernels.join_columns, [guess_B[:, None] for guess_B in guesses]),)
+
+
 @dataclass(slots=True)
 class NetworkGuesser:
     """Implements ``Guesser`` for B requests: guesses so far lie in the slots after each request's last known token.
 
-    A chain computes one token per level. A tree computes all its nodes again at each level, which costs little: the
-    network's weights are what takes the time, and they are read once.
+    All nodes are computed again at each level, which costs little: the network's weights are what takes the time, and
+    they are read once.
     """
 
     network: DraftNetwork
@@ -225,13 +287,13 @@ class NetworkGuesser:
         return self.network.compute_logits(self.hidden_BD)
 
     def target_ids(self, token_ids: Tensor) -> Tensor:
-        return self.network.target_ids(token_ids)
+        ids = self.network.target_ids_V
+        return token_ids if ids is None else ids[token_ids]
 
     def expand(self, level: Level) -> Tensor:
         num_new = level.token_ids_BF.shape[1]
         self._append(level)
-        is_chain = max(len(token_ids) for token_ids in self._token_ids_BE) == level.depth
-        hidden = self.network.forward(self._newest() if is_chain else self._all(), self.kv)
+        hidden = self.network.forward(self._all(), self.kv)
         self._hidden_BFD = hidden.view(len(self.runs), -1, hidden.shape[-1])[:, -num_new:]
         return self.network.compute_logits(self._hidden_BFD)
 
@@ -248,41 +310,19 @@ class NetworkGuesser:
             index_BF = level.parents_BF if level.depth > 1 else torch.zeros_like(level.parents_BF)
             self._features_BEF.append(guessed.gather(1, index_BF[..., None].expand(-1, -1, guessed.shape[-1])))
 
-    def _newest(self) -> Tokens:
-        """The last node of each chain."""
-        slots = [run.num_known + len(self._token_ids_BE[0]) - 1 for run in self.runs]
-        features = self._features_BEF[-1].flatten(0, 1) if self._features_BEF else None
-        return self._tokens([token_ids[-1:] for token_ids in self._token_ids_BE], slots, [[0]] * len(slots), features)
-
     def _all(self) -> Tokens:
         """All nodes of each tree."""
-        trees = [tree_run(parents) for parents in self._parents_BE]
-        features = torch.cat(self._features_BEF, dim=1).flatten(0, 1) if self._features_BEF else None
-        return self._tokens(
-            self._token_ids_BE,
-            [run.num_known for run in self.runs],
-            [tree.depths for tree in trees],
-            features,
-            trees,
-        )
-
-    def _tokens(
-        self,
-        token_ids_BN: Sequence[Sequence[int]],
-        prefixes_B: Sequence[int],
-        depths_BN: Sequence[Sequence[int]],
-        features_NF: Tensor | None,
-        trees: Sequence[TreeRun] | None = None,
-    ) -> Tokens:
         device = self.hidden_BD.device
-        slots = [prefix + depth for prefix, depths in zip(prefixes_B, depths_BN, strict=True) for depth in depths]
+        trees = [tree_run(parents) for parents in self._parents_BE]
+        prefixes = [run.num_known for run in self.runs]
+        slots = [prefix + depth for prefix, tree in zip(prefixes, trees, strict=True) for depth in tree.depths]
         return Tokens(
-            torch.tensor(list(chain.from_iterable(token_ids_BN)), dtype=torch.int64, device=device),
+            torch.tensor(list(chain.from_iterable(self._token_ids_BE)), dtype=torch.int64, device=device),
             torch.tensor(slots, dtype=torch.int64, device=device),
-            features_NF,
+            torch.cat(self._features_BEF, dim=1).flatten(0, 1) if self._features_BEF else None,
             plan_attention(
-                list(accumulate(map(len, token_ids_BN), initial=0)),
-                prefixes_B,
+                list(accumulate(map(len, self._token_ids_BE), initial=0)),
+                prefixes,
                 [run.run.block_ids for run in self.runs],
                 self.kv.layout.block_size_tokens,
                 device,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eagleray.engine.execution.verified import VerifiedRun
+from eagleray.kernels.sampling.batch import SharedNoise
 from eagleray.kernels.sampling.noise import row_keys, token_noise
 
 
@@ -47,3 +48,17 @@ class ChoiceNoise:
         keys_B = row_keys(self.seed_B, self.choice_B, self.position_B + depth - 1)
         noise_BFC = token_noise(keys_B[:, None, None], target_ids_BFC)
         return scaled_BFC + noise_BFC * self.is_random_B[:, None, None]
+
+
+def shared_noise(runs: Sequence[VerifiedRun], length: int, device: torch.device | str) -> SharedNoise:
+    """For chains of ``length`` after each of B ``runs``; ``position`` is [length, B]."""
+    params = [run.run.spec.sampling for run in runs]
+    temperatures = [0.0 if param.is_greedy else param.temperature for param in params]
+    integers = [
+        [param.seed or 0 for param in params],
+        [run.run.spec.choice for run in runs],
+        *([run.num_known + depth for run in runs] for depth in range(length)),
+    ]
+    temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
+    integers_NB = torch.tensor(integers, dtype=torch.int64, device=device)
+    return SharedNoise(temperature_B, integers_NB[0], integers_NB[1], integers_NB[2:])

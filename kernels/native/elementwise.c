@@ -1,6 +1,5 @@
-/* RMS norm, rotary embedding with the write into the KV pool, the gate of the MLP, and rows
- * side by side. Row by row: no result depends on
- * other rows.
+/* RMS norm, rotary embedding with the write into the KV pool, the gate of the MLP, rows picked from a table, and rows
+ * side by side. Row by row: no result depends on other rows.
  */
 #include <string.h>
 
@@ -72,6 +71,87 @@ void join_columns(const char *left, int64_t left_bytes, const char *right, int64
     for (int64_t row = 0; row < rows; row++, out += left_bytes + right_bytes) {
         memcpy(out, left + row * left_bytes, left_bytes);
         memcpy(out + left_bytes, right + row * right_bytes, right_bytes);
+    }
+}
+
+enum { FLOAT16 = 2 }; /* an element of tables alone */
+
+/* Subnormal numbers too: the exponent is brought up to float's by a product. */
+INLINE float from_float16(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, special = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= special | (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void convert_row(const void *row, const int element, void *out, const int out_element, int64_t size) {
+    for (int64_t i = 0; i < size; i++) {
+        float value = element == FLOAT16 ? from_float16(((const uint16_t *)row)[i]) : load_element(row, i, element);
+        store_element(out, i, value, out_element);
+    }
+}
+
+/* out[n] = table[rows[n]], converted; table: [table_rows, size]. Returns 0, or -1 without having written anything if a
+ * row is none of the table's.
+ */
+int gather_rows(const void *table, int element, int64_t table_rows, const int64_t *rows, void *out, int out_element,
+                int64_t num_rows, int64_t size) {
+    for (int64_t n = 0; n < num_rows; n++)
+        if (rows[n] < 0 || rows[n] >= table_rows) return -1;
+    for (int64_t n = 0; n < num_rows; n++) {
+        const void *row = element_at(table, rows[n] * size, element == FLOAT16 ? BFLOAT16 : element);
+        void *to = (void *)element_at(out, n * size, out_element);
+        if (element == out_element)
+            memcpy(to, row, size * element_bytes(element));
+        else if (element == BFLOAT16)
+            convert_row(row, BFLOAT16, to, FLOAT32, size);
+        else if (element == FLOAT16)
+            convert_row(row, FLOAT16, to, out_element, size);
+        else
+            convert_row(row, FLOAT32, to, BFLOAT16, size);
+    }
+    return 0;
+}
+
+/* Cosine and sine of x = n pi / 2 + r with |r| <= pi / 4, by Taylor's series to r^12. In double, so that what is rounded
+ * to float is right even a million turns from zero.
+ */
+INLINE void turn(float angle, float *cosine, float *sine) {
+    const double to_integer = 0x1.8p52; /* adding it rounds to a whole number in the low bits */
+    double shifted = angle * 0.63661977236758134 + to_integer, n = shifted - to_integer;
+    double r = angle - n * 1.5707963267341256; /* pi / 2 in two parts: the first has few bits, so that n times it */
+    r = r - n * 6.077100506506192e-11;         /* is exact */
+    double s = r * r;
+    double c = 1 + s * (-1.0 / 2 + s * (1.0 / 24 + s * (-1.0 / 720 + s * (1.0 / 40320 + s * (-1.0 / 3628800 +
+               s * (1.0 / 479001600))))));
+    double d = r + r * s * (-1.0 / 6 + s * (1.0 / 120 + s * (-1.0 / 5040 + s * (1.0 / 362880 + s * -1.0 / 39916800))));
+    uint64_t quarter;
+    memcpy(&quarter, &shifted, sizeof quarter);
+    double across = quarter & 1 ? d : c, up = quarter & 1 ? c : d;
+    *cosine = (float)((quarter + 1) & 2 ? -across : across);
+    *sine = (float)(quarter & 2 ? -up : up);
+}
+
+/* Cosine and sine of (positions[t] + shift) * frequencies, times magnitude: [num_tokens, 2 * half], both halves alike.
+ */
+void rotary_angles(const int64_t *positions, int64_t shift, const float *frequencies, float magnitude, void *cos,
+                   void *sin, int64_t num_tokens, int64_t half, int element) {
+    for (int64_t token = 0; token < num_tokens; token++) {
+        float position = (float)(positions[token] + shift);
+        for (int64_t first = 0; first < half; first += SUM_LANES) {
+            float cosines[SUM_LANES], sines[SUM_LANES];
+            int64_t count = smaller(SUM_LANES, half - first);
+            for (int64_t i = 0; i < count; i++) turn(position * frequencies[first + i], &cosines[i], &sines[i]);
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t at = token * 2 * half + first + i, copy = 0; copy < 2; copy++, at += half) {
+                    store_element(cos, at, cosines[i] * magnitude, element);
+                    store_element(sin, at, sines[i] * magnitude, element);
+                }
+        }
     }
 }
 

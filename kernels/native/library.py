@@ -31,6 +31,8 @@ _ARGUMENTS: Final = {
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "join_columns": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS, _LONG),
+    "gather_rows": (_ADDRESS, _INT, _LONG, _ADDRESS, _ADDRESS, _INT, _LONG, _LONG),
+    "rotary_angles": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _LONG, _LONG, _INT),
     "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
     "paged_attention": (
         *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
@@ -39,6 +41,7 @@ _ARGUMENTS: Final = {
     ),
     "argmax_rows": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _INT),
     "sample_rows": (_ADDRESS, *[_LONG] * 3, *[_ADDRESS] * 3, _LONG, _INT),
+    "guess_rows": (_ADDRESS, _LONG, *[_ADDRESS] * 6, _LONG, _LONG, _INT),
     "copy_blocks": (*[_ADDRESS] * 4, _LONG, _LONG, _INT),
     "fingerprint": (_ADDRESS, _LONG, *[_ADDRESS] * 3, _LONG, _ADDRESS),
     "run_program": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS),
@@ -46,6 +49,7 @@ _ARGUMENTS: Final = {
 _RESULTS: Final = {
     "panel_columns": _LONG,
     "panel_linear": _INT,
+    "gather_rows": _INT,
     "rotate_and_store": _INT,
     "paged_attention": _INT,
     "sample_rows": _INT,
@@ -108,10 +112,13 @@ class NativeLibrary:
     rms_norm: Callable[..., None]
     silu_and_multiply: Callable[..., None]
     join_columns: Callable[..., None]
+    gather_rows: Callable[..., int]
+    rotary_angles: Callable[..., None]
     rotate_and_store: Callable[..., int]
     paged_attention: Callable[..., int]
     argmax_rows: Callable[..., None]
     sample_rows: Callable[..., int]
+    guess_rows: Callable[..., None]
     copy_blocks: Callable[..., None]
     fingerprint: Callable[..., int]
     run_program: Callable[..., int]

@@ -20,6 +20,12 @@ void silu_and_multiply(const void *gate_up, void *out, int64_t rows, int64_t siz
 void join_columns(const char *left, int64_t left_bytes, const char *right, int64_t right_bytes, char *out,
                   int64_t rows);
 
+int gather_rows(const void *table, int element, int64_t table_rows, const int64_t *rows, void *out, int out_element,
+                int64_t num_rows, int64_t size);
+
+void rotary_angles(const int64_t *positions, int64_t shift, const float *frequencies, float magnitude, void *cos,
+                   void *sin, int64_t num_tokens, int64_t half, int element);
+
 int rotate_and_store(void *heads, const void *query_norm, const void *key_norm, float eps, const void *cos,
                      const void *sin, const int64_t *slots, void *kv, int64_t num_blocks, int64_t block_stride,
                      int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
@@ -31,5 +37,9 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
                     const int64_t *tree_masks, const int64_t *tree_depths, int64_t num_heads, int64_t num_kv_heads,
                     int64_t head_dim, int64_t block_size, int64_t window, int64_t first_key, float scale, int element,
                     int kv_element, int num_threads);
+
+void guess_rows(const float *logits, int64_t stride, const int64_t *token_ids, const float *temperature,
+                const int64_t *seed, const int64_t *choice, const int64_t *position, int64_t *out, int64_t rows,
+                int64_t size, int num_threads);
 
 #endif

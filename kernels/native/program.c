@@ -51,6 +51,23 @@ int replay_join_columns(const union argument *a) {
     return 0;
 }
 
+int replay_gather_rows(const union argument *a) {
+    return gather_rows(a[0].address, (int)a[1].integer, a[2].integer, a[3].address, a[4].address, (int)a[5].integer,
+                       a[6].integer, a[7].integer);
+}
+
+int replay_rotary_angles(const union argument *a) {
+    rotary_angles(a[0].address, a[1].integer, a[2].address, (float)a[3].real, a[4].address, a[5].address, a[6].integer,
+                  a[7].integer, (int)a[8].integer);
+    return 0;
+}
+
+int replay_guess_rows(const union argument *a) {
+    guess_rows(a[0].address, a[1].integer, a[2].address, a[3].address, a[4].address, a[5].address, a[6].address,
+               a[7].address, a[8].integer, a[9].integer, (int)a[10].integer);
+    return 0;
+}
+
 int replay_rotate_and_store(const union argument *a) {
     return rotate_and_store(a[0].address, a[1].address, a[2].address, (float)a[3].real, a[4].address, a[5].address,
                             a[6].address, a[7].address, a[8].integer, a[9].integer, a[10].integer, a[11].integer,

@@ -5,6 +5,7 @@
  * so far get their noise computed, some tens in a row of any length. The result is that of the reference, which
  * computes all of them.
  */
+#include "operations.h"
 #include "truncation.h"
 
 enum { MANY_TOKENS = 1 << 15 }; /* from where on a second thread saves more than it costs */
@@ -109,12 +110,15 @@ static struct candidate best_logit(const float *logits, int64_t size) {
     return (struct candidate){maximum, 0};
 }
 
+/* The token whose noise a column has: it may be numbered otherwise than the column. */
+INLINE int64_t token_at(const int64_t *token_ids, int64_t column) { return token_ids ? token_ids[column] : column; }
+
 /* Bounds of scores with their noise, minus infinity for what is not kept; returns whether one reaches the best. */
-INLINE int bound_scores(const float *scores, int64_t count, float lowest, uint64_t key, int64_t first, float best,
-                        float *bounds) {
+INLINE int bound_scores(const float *scores, int64_t count, float lowest, uint64_t key, const int64_t *token_ids,
+                        int64_t first, float best, float *bounds) {
     int in_reach = 0;
     for (int64_t i = 0; i < count; i++) {
-        float bound = scores[i] + gumbel_bound(token_bits(key, first + i));
+        float bound = scores[i] + gumbel_bound(token_bits(key, token_at(token_ids, first + i)));
         bounds[i] = scores[i] >= lowest ? bound : -INFINITY;
         in_reach |= bounds[i] >= best;
     }
@@ -127,19 +131,19 @@ INLINE int any_at_least(const float *scores, int64_t count, float lowest) {
     return any;
 }
 
-/* argmax of score + noise over what is kept, the lowest token among equals; top is the token with the best score. */
-static int64_t draw(const struct row *row, int64_t top, uint64_t key, struct limit limit) {
-    struct candidate best = {gumbel(token_bits(key, top)), top};
+/* argmax of score + noise over what is kept, the lowest column among equals; top is the column with the best score. */
+INLINE int64_t draw(const struct row *row, int64_t top, uint64_t key, const int64_t *token_ids, struct limit limit) {
+    struct candidate best = {gumbel(token_bits(key, token_at(token_ids, top))), top};
     float scores[BLOCK], bounds[BLOCK];
     for (int64_t first = 0; first < row->size; first += BLOCK) {
         int64_t count = smaller(BLOCK, row->size - first);
         row_scores(row, first, count, scores);
         if (!any_at_least(scores, count, limit.lowest)) continue;
-        if (!bound_scores(scores, count, limit.lowest, key, first, best.score, bounds)) continue;
+        if (!bound_scores(scores, count, limit.lowest, key, token_ids, first, best.score, bounds)) continue;
         for (int64_t i = 0; i < count; i++) {
             if (!(bounds[i] >= best.score)) continue;
             if (scores[i] == limit.lowest && first + i > limit.last_token) continue;
-            float score = scores[i] + gumbel(token_bits(key, first + i));
+            float score = scores[i] + gumbel(token_bits(key, token_at(token_ids, first + i)));
             if (score > best.score || (score == best.score && first + i < best.token))
                 best = (struct candidate){score, first + i};
         }
@@ -173,7 +177,7 @@ static int64_t sample_row(const float *logits, int64_t size, const struct draws 
     if (draws->lowest_score && draws->lowest_score[n] > limit.lowest)
         limit = (struct limit){draws->lowest_score[n], size};
     uint64_t key = row_key(draws->seed[n], draws->choice[n], draws->position[n]);
-    return draw(&row, top.token, key, limit);
+    return draw(&row, top.token, key, NULL, limit);
 }
 
 /* out[n]: a draw from row draws->rows[n] of logits [num_rows, size]; keys [num_draws, size]: room to work in. Returns
@@ -187,4 +191,25 @@ int sample_rows(const float *logits, int64_t stride, int64_t num_rows, int64_t s
     for (int64_t n = 0; n < num_draws; n++)
         out[n] = sample_row(logits + draws->rows[n] * stride, size, draws, n, keys + n * size);
     return 0;
+}
+
+static int64_t guess_row(const float *logits, int64_t size, const int64_t *token_ids, float temperature, uint64_t key) {
+    struct candidate top = best_logit(logits, size);
+    if (temperature == 0.0f || isinf(top.score)) return top.token;
+    struct row row = {logits, size, top.score, temperature};
+    struct limit all = {-INFINITY, size};
+    return token_ids ? draw(&row, top.token, key, token_ids, all) : draw(&row, top.token, key, NULL, all);
+}
+
+/* out[row]: what a target with the same logits would choose, which is the best token at temperature 0; token_ids [size]:
+ * the target's for each column, or none: the same.
+ */
+void guess_rows(const float *logits, int64_t stride, const int64_t *token_ids, const float *temperature,
+                const int64_t *seed, const int64_t *choice, const int64_t *position, int64_t *out, int64_t rows,
+                int64_t size, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && rows * size >= MANY_TOKENS)
+    for (int64_t row = 0; row < rows; row++) {
+        uint64_t key = row_key(seed[row], choice[row], position[row]);
+        out[row] = token_at(token_ids, guess_row(logits + row * stride, size, token_ids, temperature[row], key));
+    }
 }

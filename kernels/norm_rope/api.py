@@ -16,6 +16,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
+def rotary_angles(
+    positions_T: torch.Tensor, shift: int, frequencies: torch.Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of ``positions_T + shift``, int64 [T], times ``frequencies``, float32 [D / 2] radians.
+
+    [T, D] each, both halves alike; computed in float32, multiplied by ``magnitude``, then rounded to ``dtype``.
+    """
+    return reference.rotary_angles(positions_T, shift, frequencies, magnitude, dtype)
+
+
 def apply_rope(
     query: torch.Tensor, key: torch.Tensor, cos_T: torch.Tensor, sin_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,33 @@ def rms_norm(library: NativeLibrary, x: torch.Tensor, weight: torch.Tensor, eps:
     return out
 
 
+def rotary_angles(
+    library: NativeLibrary,
+    positions_T: torch.Tensor,
+    shift: int,
+    frequencies: torch.Tensor,
+    magnitude: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``api.rotary_angles``."""
+    num_tokens, half = len(positions_T), len(frequencies)
+    require(positions_T, (num_tokens,), torch.int64, "positions_T")
+    require(frequencies, (half,), torch.float32, "frequencies")
+    cos_T, sin_T = (frequencies.new_empty(num_tokens, 2 * half, dtype=dtype) for _ in range(2))
+    library.rotary_angles(
+        positions_T.data_ptr(),
+        shift,
+        frequencies.data_ptr(),
+        magnitude,
+        cos_T.data_ptr(),
+        sin_T.data_ptr(),
+        num_tokens,
+        half,
+        ELEMENTS[dtype],
+    )
+    return cos_T, sin_T
+
+
 def rotate_and_store(
     library: NativeLibrary,
     heads: torch.Tensor,

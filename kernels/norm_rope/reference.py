@@ -15,6 +15,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return normed.to(x.dtype) * weight
 
 
+def rotary_angles(
+    positions_T: torch.Tensor, shift: int, frequencies: torch.Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``api.rotary_angles``."""
+    angles = (positions_T + shift)[:, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
+
+
 def apply_rope(
     query: torch.Tensor, key: torch.Tensor, cos_T: torch.Tensor, sin_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

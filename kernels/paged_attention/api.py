@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from eagleray.kernels.paged_attention import reference
-from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
+from eagleray.kernels.paged_attention.plan import AttentionPlan, ChainPlan, plan_attention, plan_chains
 from eagleray.kernels.paged_attention.tree import TreeRun, tree_run
 
-__all__ = ["AttentionPlan", "TreeRun", "paged_attention", "plan_attention", "tree_run"]
+__all__ = ["AttentionPlan", "ChainPlan", "TreeRun", "paged_attention", "plan_attention", "plan_chains", "tree_run"]
 
 
 def paged_attention(

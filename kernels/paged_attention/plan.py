@@ -162,6 +162,72 @@ def plan_attention(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    """L steps of one token per sequence, each at the position after the last."""
+
+    positions_LB: torch.Tensor  # int64
+    slots_LB: torch.Tensor  # int64: block_id * block_size + offset
+    query_starts: torch.Tensor  # these three as in SequenceTables
+    table_starts: torch.Tensor
+    block_ids: torch.Tensor
+    block_size_tokens: int
+    first_key: int
+
+    @property
+    def tensors(self) -> StepInputs:
+        """As ``AttentionPlan.tensors``."""
+        return StepInputs((self.positions_LB, self.slots_LB, self.query_starts, self.table_starts), (self.block_ids,))
+
+    def step(self, index: int) -> AttentionPlan:
+        """One of the steps."""
+        return AttentionPlan(
+            slots_T=self.slots_LB[index],
+            tables=SequenceTables(
+                self.query_starts, self.positions_LB[index], self.table_starts, self.block_ids, None, None
+            ),
+            block_size_tokens=self.block_size_tokens,
+            trees=(None,) * self.slots_LB.shape[1],
+            first_key=self.first_key,
+        )
+
+
+def plan_chains(
+    first_positions: Sequence[int],
+    num_steps: int,
+    block_tables: Sequence[Sequence[int]],
+    block_size_tokens: int,
+    device: torch.device | str,
+    first_key: int = 0,
+) -> ChainPlan:
+    """Prepare ``num_steps`` steps, sequence b beginning at ``first_positions[b]``; the rest as in ``plan_attention``.
+
+    Raises:
+        ValueError: a block table does not reach the last position.
+    """
+    size, num_sequences = block_size_tokens, len(first_positions)
+    for index, (first, table) in enumerate(zip(first_positions, block_tables, strict=True)):
+        if len(table) * size < first + num_steps:
+            raise ValueError(
+                f"sequence {index} needs {-(-(first + num_steps) // size)} blocks, its table has {len(table)}"
+            )
+    positions = [first + step for step in range(num_steps) for first in first_positions]
+    tables = [*block_tables] * num_steps
+    slots = [table[at // size] * size + at % size for table, at in zip(tables, positions, strict=True)]
+    positions_LB, slots_LB, query_starts, table_starts, block_ids = _tensors(
+        device,
+        positions,
+        slots,
+        range(num_sequences + 1),
+        list(accumulate(map(len, block_tables), initial=0)),
+        list(chain.from_iterable(block_tables)),
+    )
+    shape = (num_steps, num_sequences)
+    return ChainPlan(
+        positions_LB.view(shape), slots_LB.view(shape), query_starts, table_starts, block_ids, size, first_key
+    )
+
+
 def _tensors(device: torch.device | str, *lists: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Int64 tensors, made as one: making a tensor costs more than filling it."""
     values = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)

@@ -36,6 +36,8 @@ class NativeReplayer:
 
     def run(self, compute: Callable[[], _Result], inputs: StepInputs, variant: Hashable) -> _Result:
         """See ``Replayer.run``. What is wrong with inputs is found by ``compute``."""
+        if self._library.tape.calls is not None:  # a part of a larger step that is recorded
+            return compute()
         first = inputs.fixed[0]
         if first is None or len(first) > _MAX_ROWS or variant in self._impossible:
             return compute()

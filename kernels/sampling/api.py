@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eagleray.kernels.sampling.batch import Logprobs, SamplingBatch
-from eagleray.kernels.sampling.reference import adjust, ranking_keys, sample_random
+from eagleray.kernels.sampling.batch import Logprobs, SamplingBatch, SharedNoise
+from eagleray.kernels.sampling.reference import adjust, guess, ranking_keys, sample_random
 
 
 def sample_tokens(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -30,6 +30,20 @@ def sample_tokens(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if random is not None:
         token_ids[random.rows] = sample_random(logits, random)
     return token_ids
+
+
+def guess_tokens(logits: Tensor, noise: SharedNoise, token_ids: Tensor | None) -> Tensor:
+    """What a target would choose whose logits were these: the best token, or the best with the target's own noise.
+
+    Args:
+        logits: float32 [R, V].
+        noise: of the target, which truncates nothing.
+        token_ids: int64 [V], the target's for each of V; None: the same.
+
+    Returns:
+        int64 [R], ids of the target's. (Drafter-invariant speculation: Daliri, Musco, Suresh, arXiv 2408.07978.)
+    """
+    return guess(logits, noise, token_ids)
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:

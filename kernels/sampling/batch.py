@@ -70,6 +70,16 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedNoise:
+    """What R rows share with the target whose choice they guess."""
+
+    temperature: Tensor  # float32 [R]; 0: the target takes the best token
+    seed: Tensor  # int64 [R]
+    choice: Tensor  # int64 [R]
+    position: Tensor  # int64 [R]: index of the guessed token in the request
+
+
+@dataclass(frozen=True, slots=True)
 class Logprobs:
     """Log-probabilities of one given token per row and of the best alternatives."""
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eagleray.kernels.native.arguments import require
-from eagleray.kernels.native.library import NativeLibrary
+from eagleray.kernels.native.library import NativeLibrary, address
 from eagleray.kernels.sampling import reference
-from eagleray.kernels.sampling.batch import MinP, RandomRows, SamplingBatch, TopKTopP
+from eagleray.kernels.sampling.batch import MinP, RandomRows, SamplingBatch, SharedNoise, TopKTopP
 
 
 def sample_tokens(library: NativeLibrary, logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -56,6 +56,32 @@ def sample_random(library: NativeLibrary, logits: Tensor, random: RandomRows) ->
     if status != 0:
         raise IndexError(f"rows {random.rows.tolist()} are not all within the {len(logits)} rows of logits")
     return token_ids
+
+
+def guess_tokens(library: NativeLibrary, logits: Tensor, noise: SharedNoise, token_ids: Tensor | None) -> Tensor:
+    """See ``api.guess_tokens``."""
+    num_rows, vocab_size = logits.shape
+    require(logits, (num_rows, vocab_size), torch.float32, "logits")
+    require(noise.temperature, (num_rows,), torch.float32, "temperature")
+    for name, values in {"seed": noise.seed, "choice": noise.choice, "position": noise.position}.items():
+        require(values, (num_rows,), torch.int64, name)
+    if token_ids is not None:
+        require(token_ids, (vocab_size,), torch.int64, "token_ids")
+    out = torch.empty(num_rows, dtype=torch.int64)
+    library.guess_rows(
+        logits.data_ptr(),
+        logits.stride(0),
+        address(token_ids),
+        noise.temperature.data_ptr(),
+        noise.seed.data_ptr(),
+        noise.choice.data_ptr(),
+        noise.position.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        vocab_size,
+        library.num_threads,
+    )
+    return out
 
 
 def _top_k_top_p(truncation: TopKTopP | None, num_draws: int, vocab_size: int) -> tuple[Tensor | None, Tensor | None]:

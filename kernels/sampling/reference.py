@@ -8,8 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
-from eagleray.kernels.sampling.noise import gumbel_noise
+from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, SharedNoise, TopKTopP
+from eagleray.kernels.sampling.noise import gumbel_noise, row_keys, token_noise
 
 _FORBIDDEN: Final = float("-inf")
 _LEAST_SCORE: Final = -28.0  # e^-28 < 2^-40
@@ -55,6 +55,16 @@ def sample_random(logits: Tensor, random: RandomRows) -> Tensor:
     scores = truncated_scores(logits, random)
     scores += gumbel_noise(random.seed, random.choice, random.position, scores.shape[1])
     return scores.argmax(dim=-1)
+
+
+def guess(logits: Tensor, noise: SharedNoise, token_ids: Tensor | None) -> Tensor:
+    """See ``api.guess_tokens``."""
+    ids = torch.arange(logits.shape[1], device=logits.device) if token_ids is None else token_ids
+    temperature = noise.temperature[:, None]
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
+    keys = row_keys(noise.seed, noise.choice, noise.position)
+    scores += torch.where(temperature > 0, token_noise(keys[:, None], ids), 0.0)
+    return ids[scores.argmax(dim=-1)]
 
 
 def truncated_scores(logits: Tensor, random: RandomRows) -> Tensor:

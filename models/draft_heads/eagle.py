@@ -14,7 +14,6 @@ from itertools import chain
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
 
 from eagleray.core.kv_layout import LayerGroup
 from eagleray.kernels.paged_attention.api import AttentionPlan
@@ -183,7 +182,7 @@ class EagleHead:
                 layers.hidden_size, (config.draft_vocab_size,), bias=False, dtype=dtype, device=device
             )
         self.target_ids_D: torch.Tensor | None = None  # int64 [draft_vocab_size]; None: the vocabularies are the same
-        self._rope = RotaryEmbedding(layers.rope, layers.head_dim, device)
+        self._rope = RotaryEmbedding(layers.rope, layers.head_dim, device, kernels)
         self._replayer = kernels.new_replayer()
 
     def prepare(self) -> None:
@@ -213,8 +212,8 @@ class EagleHead:
 
         Args:
             token_ids_T: int64 [T], ids of the target's vocabulary.
-            features: [T, hidden], of the token *before* each: from ``project`` or ``next_feature``. What stands beside
-                a token at position 0 is taken for zeros.
+            features: [T, hidden], of the token *before* each: from ``project`` or ``next_feature``, and zeros beside a
+                token at position 0.
             positions_T: int64 [T], position of each token in its sequence; it is rotated by one less.
             kv: the pool [num_blocks, L, 2, HKV, block_size, D] of the head's layer group, contiguous; written at
                 ``plan.slots_T``.
@@ -223,15 +222,10 @@ class EagleHead:
         Returns:
             [T, hidden], from which the token after each is drafted.
         """
-        embedded = embedding(token_ids_T, self._target_embedding if self.embedding is None else self.embedding).to(
-            self._dtype
-        )
-        features = features.masked_fill((positions_T == 0)[:, None], 0)
-        angles = self._rope.angles(positions_T - 1, embedded.dtype)
         tensors = plan.tensors
         (hidden,) = self._replayer.run(
-            partial(self._compute_layers, embedded, features, angles, kv, plan),
-            StepInputs((embedded, features, *angles, *tensors.fixed), tensors.ragged),
+            partial(self._compute_layers, token_ids_T, features, positions_T, kv, plan),
+            StepInputs((token_ids_T, features, positions_T, *tensors.fixed), tensors.ragged),
             (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key),
         )
         return hidden
@@ -256,24 +250,27 @@ class EagleHead:
             slots_T: int64 [T] of the pool, block * block_size + offset. Other arguments as in ``forward``, but that
                 positions begin with 1.
         """
-        table = self._target_embedding if self.embedding is None else self.embedding
-        embedded = embedding(token_ids_T, table).to(self._dtype)
-        angles = self._rope.angles(positions_T - 1, embedded.dtype)
-        self.first_layer.store_keys_and_values(embedded, features, *angles, kv[:, 0], slots_T)
+        angles = self._rope.angles(positions_T, self._dtype, shift=-1)
+        self.first_layer.store_keys_and_values(self._embed(token_ids_T), features, *angles, kv[:, 0], slots_T)
 
     def _compute_layers(
         self,
-        embedded: torch.Tensor,
+        token_ids_T: torch.Tensor,
         features: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        positions_T: torch.Tensor,
         kv: torch.Tensor,
         plan: AttentionPlan,
     ) -> tuple[torch.Tensor]:
+        angles = self._rope.angles(positions_T, self._dtype, shift=-1)
         first_kv_layer, *further_kv_layers = kv.unbind(1)
-        hidden = self.first_layer(embedded, features, *angles, first_kv_layer, plan)
+        hidden = self.first_layer(self._embed(token_ids_T), features, *angles, first_kv_layer, plan)
         for layer, kv_layer in zip(self.further_layers, further_kv_layers, strict=True):
             hidden = layer(hidden, *angles, kv_layer, plan)
         return (hidden,)
+
+    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        table = self._target_embedding if self.embedding is None else self.embedding
+        return self._kernels.gather_rows(table, token_ids_T, self._dtype)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, draft_vocab_size]."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from eagleray.core.errors import ConfigError
 from eagleray.models.draft_heads.draft_config import EagleConfig, MedusaConfig
@@ -98,5 +98,12 @@ def _eagle3_json(config: EagleConfig) -> dict[str, Any]:
 
 def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], file_name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    save_file(dict(tensors), folder / file_name, {"format": "pt"})
+    _replace(folder / file_name, save(dict(tensors), {"format": "pt"}))
+    _replace(folder / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """As a whole: who trains is interrupted now and then."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -59,10 +59,47 @@ def test_a_run_is_gone_on_with_only_when_asked_to(options: list[str], capsys: py
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        (["--method", "medusa"], "--resume: method='medusa': the checkpoint was made with 'eagle3'"),
+        (["--num-guesses", "5"], "--resume: num_guesses=5: the checkpoint was made with 4"),
+        (["--capture-layers", "0", "1"], "--resume: capture_layers=[0, 1]: the checkpoint was made with [0, 1, 2]"),
+        (["--draft-vocab-size", "100"], "--resume: draft_vocab_size=100: the checkpoint was made with None"),
+    ],
+)
+def test_another_head_is_not_resumed(
+    options: list[str], capsys: pytest.CaptureFixture[str], changes: list[str], reason: str
+) -> None:
+    assert main(options) == 0
+    assert main([*options, "--resume", *changes]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_an_output_that_holds_something_else_is_left_alone(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = tmp_path / "head"
+    head.write_text("mine")
+    assert main(options) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+    head.unlink()
+    head.mkdir()
+    (head / "model.safetensors").write_text("mine")
+    assert main(options) == 2
+    assert "holds files of something else; name another folder" in capsys.readouterr().err
+    assert (head / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
         (["--epochs", "0"], "--epochs=0: must be at least 1"),
         (["--draft-vocab-size", "1000"], "--draft-vocab-size=1000: the target's vocabulary has 259 tokens"),
         (["--capture-layers", "2", "1"], "--capture-layers=(2, 1): must rise and lie within 0 to 2"),
         (["--method", "medusa", "--draft-vocab-size", "100"], "Medusa's heads have the target's whole vocabulary"),
+        (["--method", "medusa", "--capture-layers", "1"], "--capture-layers=(1,): Medusa reads the last layer alone"),
+        (["--learning-rate", "0"], "--learning-rate=0.0: must be more than 0"),
+        (["--temperatures", "0", "-1"], "temperature=-1.0: must be between"),
+        (["--num-threads", "0"], "--num-threads=0: must be at least 1"),
+        (["--max-tokens", "2"], "no prompt of 1 to 1 tokens is in it"),
         (["--no-self-generate"], "documents with answers are too few; give more data"),
     ],
 )

@@ -250,10 +250,11 @@ class Serving:
         return list(hidden.split(list(map(len, runs.values()))))
 
     def run_chunk(self, golden: Golden, runs: dict[int, range]) -> list[torch.Tensor]:
-        """The same, teacher-forced. Beside the first token of a sequence stands rubbish, which nobody must read."""
+        """The same, teacher-forced."""
         tokens = torch.tensor([golden.sequences[b][position] for b, run in runs.items() for position in run])
         features = torch.stack([golden.features[b][position - 1] for b, run in runs.items() for position in run])
-        return self.run(runs, tokens, self.head.project(features))
+        is_first = torch.tensor([position == 0 for run in runs.values() for position in run])
+        return self.run(runs, tokens, self.head.project(features).masked_fill(is_first[:, None], 0))
 
 
 def chunked(size: int) -> Iterator[dict[int, range]]:

@@ -7,6 +7,8 @@ import torch
 
 from eagleray.kernels.activation import native as native_activation
 from eagleray.kernels.activation import reference as torch_activation
+from eagleray.kernels.embedding import native as native_embedding
+from eagleray.kernels.embedding import reference as torch_embedding
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.norm_rope import native, reference
 from eagleray.kernels.norm_rope.head_norms import HeadNorms
@@ -63,6 +65,45 @@ def test_join_columns_equals_the_reference(library: NativeLibrary, dtype: torch.
 def test_join_columns_refuses_what_does_not_stand_side_by_side(library: NativeLibrary) -> None:
     with pytest.raises(ValueError, match="cannot join"):
         native_activation.join_columns(library, random(5, 3), random(4, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table_dtype", [*DTYPES, torch.float16])
+def test_gathered_rows_equal_the_reference(
+    library: NativeLibrary, table_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    table = torch.cat(
+        (random(9, 37) * 100, torch.tensor([0.0, -0.0, math.inf, -math.inf, 3e-7, -6e-8, 65504.0] * 37).view(7, 37))
+    )
+    table, rows = table.to(table_dtype), torch.tensor([15, 0, 9, 9, 12])
+    found = native_embedding.gather_rows(library, table, rows, dtype)
+    assert torch.equal(found, torch_embedding.gather_rows(table, rows, dtype))
+
+
+@pytest.mark.parametrize("outside", [-1, 9])
+def test_a_row_that_a_table_lacks_is_an_error(library: NativeLibrary, outside: int) -> None:
+    with pytest.raises(IndexError, match="within the 9 rows"):
+        native_embedding.gather_rows(library, random(9, 4), torch.tensor([1, outside]), torch.float32)
+
+
+@pytest.mark.parametrize("half", [1, 10, 64])
+@pytest.mark.parametrize(("shift", "magnitude"), [(0, 1.0), (-1, 1.25)])
+def test_rotary_angles_are_exact_but_for_the_last_rounding(
+    library: NativeLibrary, half: int, shift: int, magnitude: float
+) -> None:
+    positions = torch.tensor([0, 1, 2, 100, 4095, 131071, 1048575])
+    frequencies = 1e6 ** (-torch.arange(half) / half)
+    cos, sin = native.rotary_angles(library, positions, shift, frequencies, magnitude, torch.float32)
+    angles = ((positions + shift)[:, None].float() * frequencies).double().repeat(1, 2)
+    torch.testing.assert_close(cos.double(), angles.cos() * magnitude, rtol=2e-7, atol=1e-9)
+    torch.testing.assert_close(sin.double(), angles.sin() * magnitude, rtol=2e-7, atol=1e-9)
+
+
+def test_rotary_angles_equal_the_reference_in_bfloat16(library: NativeLibrary) -> None:
+    positions, frequencies = torch.arange(50), 1e4 ** (-torch.arange(32) / 32)
+    found = native.rotary_angles(library, positions, -1, frequencies, 1.0, torch.bfloat16)
+    expected = reference.rotary_angles(positions, -1, frequencies, 1.0, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6)
 
 
 def make_pool(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

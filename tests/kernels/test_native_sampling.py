@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.sampling import api, native
-from eagleray.kernels.sampling.batch import LogitBias, MinP, RandomRows, SamplingBatch, TopKTopP
+from eagleray.kernels.sampling.batch import LogitBias, MinP, RandomRows, SamplingBatch, SharedNoise, TopKTopP
 from eagleray.kernels.sampling.reference import weights_of
 
 INFINITY = math.inf
@@ -170,3 +170,24 @@ def test_a_share_that_ends_exactly_between_two_tokens_is_cut_where_the_reference
             top_k_top_p=TopKTopP(rows, torch.full((len(shares),), 8), shares, 8),
         )
         assert_same(library, logits.expand(len(shares), 8).contiguous(), SamplingBatch(random=random))
+
+
+@pytest.mark.parametrize("vocab", [1, 257, 4000])
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_guesses_are_those_of_the_reference(library: NativeLibrary, vocab: int, has_ids: bool) -> None:
+    logits = torch.randn(40, vocab, generator=generator(vocab)) * 3
+    token_ids = torch.randperm(2 * vocab, generator=generator(1))[:vocab].sort().values if has_ids else None
+    rows = random_rows(40, vocab)
+    temperature = rows.temperature * (torch.arange(40) % 3 > 0)  # each third row is greedy
+    noise = SharedNoise(temperature, rows.seed, rows.choice, rows.position)
+    expected = api.guess_tokens(logits, noise, token_ids)
+    assert native.guess_tokens(library, logits, noise, token_ids).tolist() == expected.tolist()
+
+
+def test_a_guess_from_the_targets_logits_is_the_targets_choice(library: NativeLibrary) -> None:
+    logits, rows = torch.randn(50, 900, generator=generator(2)), random_rows(50)
+    noise = SharedNoise(rows.temperature, rows.seed, rows.choice, rows.position)
+    chosen = native.sample_tokens(library, logits, SamplingBatch(random=rows)).tolist()
+    assert native.guess_tokens(library, logits, noise, None).tolist() == chosen
+    shuffled = torch.randperm(900, generator=generator(3))  # a vocabulary of the guesser's own, in another order
+    assert native.guess_tokens(library, logits[:, shuffled].contiguous(), noise, shuffled).tolist() == chosen

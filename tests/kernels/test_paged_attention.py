@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eagleray.kernels.kv_ops.api import copy_blocks, write_kv
-from eagleray.kernels.paged_attention.api import paged_attention, plan_attention
+from eagleray.kernels.paged_attention.api import paged_attention, plan_attention, plan_chains
 
 BLOCK_SIZE_TOKENS = 4
 HEAD_DIM = 8
@@ -136,3 +136,15 @@ def test_copy_blocks_copies_whole_blocks_and_reads_before_it_writes() -> None:
     copy_blocks(pool, host, [])
     assert torch.equal(host[0], pool[3])
     assert bool((host[1] == 9.0).all())
+
+
+def test_the_steps_of_a_chain_are_planned_as_one_by_one() -> None:
+    first_positions, tables = [3, 9], [[7, 2], [1, 5, 4]]
+    chains = plan_chains(first_positions, 2, tables, 4, "cpu", first_key=1)
+    for step in range(2):
+        planned = plan_attention([0, 1, 2], [first + step for first in first_positions], tables, 4, "cpu", first_key=1)
+        assert chains.step(step).slots_T.tolist() == planned.slots_T.tolist()
+        assert chains.step(step).tables.prefix_lengths.tolist() == planned.tables.prefix_lengths.tolist()
+        assert chains.step(step).first_key == planned.first_key
+    with pytest.raises(ValueError, match="sequence 1 needs 4 blocks, its table has 3"):
+        plan_chains(first_positions, 4, tables, 4, "cpu")

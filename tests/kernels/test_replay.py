@@ -118,6 +118,22 @@ def test_a_step_in_which_torch_computes_is_never_replayed(load: Callable[..., Na
     assert steps.num_computed == 5
 
 
+def test_a_step_within_a_recorded_one_becomes_a_part_of_it(load: Callable[..., NativeLibrary]) -> None:
+    library, weight, num_computed = load(), torch.rand(8), [0]
+    inner, outer = NativeReplayer(library), NativeReplayer(library)
+
+    def twice(x: Tensor) -> tuple[Tensor, ...]:
+        num_computed[0] += 1
+        (once,) = inner.run(lambda: (rms_norm(library, x, weight, 1e-6),), StepInputs((x,), ()), "inner")
+        return (rms_norm(library, once, weight, 1e-6),)
+
+    for _ in range(4):
+        x = torch.rand(3, 8)
+        (found,) = outer.run(lambda x=x: twice(x), StepInputs((x,), ()), "outer")  # type: ignore[misc]
+        assert torch.equal(found, rms_norm(library, rms_norm(library, x, weight, 1e-6), weight, 1e-6))
+    assert num_computed == [2]  # the first time, and to be recorded
+
+
 def test_a_wrong_block_is_refused_in_a_replayed_step_too(load: Callable[..., NativeLibrary]) -> None:
     steps = CountedSteps(load())
     sequences = Sequences([3, 9], [1, 1])

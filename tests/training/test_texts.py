@@ -70,7 +70,7 @@ def test_of_a_plain_text_the_first_quarter_is_given_and_a_long_one_is_cut(reader
 
 def test_what_leaves_no_room_for_an_answer_is_left_out(reader: TextReader, tmp_path: Path) -> None:
     assert len(read(reader, tmp_path / "prompts.jsonl", {"prompt": "a" * 200}, {"prompt": "a" * 199})) == 1
-    with pytest.raises(ConfigError, match=r"--data=.*shorter than 200 tokens; raise --max-tokens"):
+    with pytest.raises(ConfigError, match=r"--data=.*no prompt of 1 to 199 tokens is in it"):
         read(reader, tmp_path / "prompts.jsonl", {"prompt": "a" * 200})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
@@ -112,6 +113,29 @@ async def test_an_ingress_that_has_fallen_silent_is_cut_off_and_its_requests_wit
     assert len(await to_the_end(reader)) > 0
     assert await asyncio.wait_for(events.disconnects.get(), SETTLE_DEADLINE_S) == 1
     writer.close()
+
+
+async def test_connections_that_come_while_the_channel_stops_leave_no_task_behind(
+    channel: Channel, events: Events, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_busy, go_on = threading.Event(), threading.Event()
+
+    def busy() -> ToIngress | None:
+        is_busy.set()
+        assert go_on.wait(SETTLE_DEADLINE_S)
+        return None
+
+    monkeypatch.setattr(events, "heartbeat", busy)
+    assert await asyncio.to_thread(is_busy.wait, SETTLE_DEADLINE_S)
+    connections = [await connect(channel, Hello("late")) for _ in range(8)]  # the system's, not yet the channel's
+    stopping = asyncio.create_task(asyncio.to_thread(channel.stop))
+    go_on.set()
+    await stopping
+    for reader, writer in connections:
+        await to_the_end(reader)
+        writer.close()
+    gc.collect()
+    assert "Task was destroyed" not in caplog.text
 
 
 async def test_an_ingress_that_pings_stays(channel: Channel, events: Events) -> None:
