@@ -103,7 +103,9 @@ def test_held_out_acceptance_is_what_the_engine_measures_with_the_head(
     measured = trainer.measure()
     assert measured.tokens_per_step > 1.2
     speculation = {"method": method, "model": str(settings.output), "num_speculative_tokens": 3, "adaptive": False}
-    counted = tokens_of_steps(LLM(folder, num_threads=1, num_blocks=64, speculation=speculation), held_out)
+    # Torch's kernels compute the head as it was trained; native ones may round it to eight bits.
+    llm = LLM(folder, num_threads=1, num_blocks=64, kernels="torch", speculation=speculation)
+    counted = tokens_of_steps(llm, held_out)
     assert len(counted) == measured.num_steps
     assert sum(counted) == measured.num_steps + measured.num_accepted_tokens
     for position, accepted in enumerate(measured.accepted_per_position, start=1):
