@@ -1,9 +1,10 @@
 """KV blocks by number: how many holders each has, and which free one to take next.
 
-    held (count > 0)  --release-->  free, least recently used first  --allocate-->  held
+    held (count > 0)  --release-->  free: of no use first, then least recently used  --allocate-->  held
                       <--retain---  (still cached: a prefix hit takes it back)
 
-A block that nobody holds may still be cached: it is free *and* useful, and the queue's order decides how long.
+A block that nobody holds may still be cached: it is free *and* useful, and the queue's order decides how long. One that
+is not is taken next: cached ones stay longer, and memory that was never touched stays so for as long as possible.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from eagleray.core.errors import IntegrityError
 
 
 class BlockPool:
-    """Counts holders of blocks ``0 .. num_blocks - 1``. ``on_reuse(block)`` is told when a free block is taken for
-    new content, so that a cache forgets what it held."""
+    """Counts holders of blocks ``0 .. num_blocks - 1``.
 
-    def __init__(self, num_blocks: int, on_reuse: Callable[[int], None] | None = None) -> None:
+    ``is_cached(block)`` tells whether its content can be found; ``on_reuse(block)`` is told when a free block is taken
+    for new content, so that a cache forgets what it held.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        is_cached: Callable[[int], bool] = lambda block_id: False,
+        on_reuse: Callable[[int], None] | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
+        self._is_cached = is_cached
         self._holders = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._on_reuse = on_reuse
@@ -58,6 +68,8 @@ class BlockPool:
             self._holders[block_id] -= 1
             if self._holders[block_id] == 0:
                 self._free[block_id] = None
+                if not self._is_cached(block_id):
+                    self._free.move_to_end(block_id, last=False)
 
     def check(self, expected_holders: Sequence[int]) -> None:
         """Raise ``IntegrityError`` unless the counts are these and the free queue holds exactly the unheld blocks."""

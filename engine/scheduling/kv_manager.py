@@ -37,7 +37,7 @@ class KVManager:
     ) -> None:
         self.block_size_tokens = block_size_tokens
         self.cache = PrefixCache()
-        self.pool = BlockPool(num_blocks, on_reuse=self.cache.forget)
+        self.pool = BlockPool(num_blocks, self.cache.holds, self.cache.forget)
         self.host_pool = BlockPool(num_host_blocks)
         self._root_of = root_of
         self._enable_prefix_caching = enable_prefix_caching

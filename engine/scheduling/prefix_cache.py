@@ -20,6 +20,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._block_of)
 
+    def holds(self, block_id: int) -> bool:
+        """Whether the content of ``block_id`` can be found."""
+        return block_id in self._content_of
+
     def match(self, hashes: Sequence[BlockHash], limit: int) -> list[int]:
         """Blocks of the longest cached prefix, at most ``limit`` of them."""
         found: list[int] = []

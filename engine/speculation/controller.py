@@ -22,6 +22,7 @@ _MAX_WEIGHT: Final = 0.5
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
+_STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _OUTLIER: Final = 2.0  # what takes longer than so many times the usual counts as that: somebody disturbed it
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
@@ -123,27 +124,22 @@ class AdaptiveDrafts:
         self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
         self._num_steps = 0
         self._last_trial = 0
-        self._trial = self._none
-        self._trial_steps = 0  # still to be taken
+        self._chosen = self._none
+        self._steps_left = 0  # with what is chosen
+        self._is_trial = False
+        self._num_decoding = 0  # when it was chosen
 
     def choose(self, num_decoding: int) -> DraftShape | None:
         if num_decoding == 0:
             return None
         self._num_steps += 1
-        chosen = self._trial
-        if self._trial_steps == 0:
-            costs = [self._s_per_token(option, num_decoding) for option in self._choices]
-            best = min(costs)
-            chosen = self._choices[costs.index(best)] if _GAIN_TO_GUESS * best < costs[0] else self._none
-            trial = self._due_for_trial(costs, chosen)
-            if trial is not None:
-                self._trial = chosen = trial
-                self._trial_steps = _STEPS_OF_TRIAL
-        if self._trial_steps > 0:
-            self._trial_steps -= 1
+        if self._steps_left == 0 or (num_decoding != self._num_decoding and not self._is_trial):
+            self._decide(num_decoding)
+        self._steps_left -= 1
+        if self._is_trial:
             self._last_trial = self._num_steps
-        chosen.last_used = self._num_steps
-        return chosen.shape
+        self._chosen.last_used = self._num_steps
+        return self._chosen.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self.has_network else 0
@@ -164,6 +160,15 @@ class AdaptiveDrafts:
         elif not times.num_caught_up:
             self._options[times.drafted].draft_s.note(size, times.draft_s, self._num_steps)
             self._level_s.note(size, times.draft_s / times.drafted.depth, self._num_steps)
+
+    def _decide(self, num_decoding: int) -> None:
+        costs = [self._s_per_token(option, num_decoding) for option in self._choices]
+        best = min(costs)
+        chosen = self._choices[costs.index(best)] if _GAIN_TO_GUESS * best < costs[0] else self._none
+        trial = self._due_for_trial(costs, chosen)
+        self._is_trial, self._num_decoding = trial is not None, num_decoding
+        self._chosen = chosen if trial is None else trial
+        self._steps_left = _STEPS_OF_DECISION if trial is None else _STEPS_OF_TRIAL
 
     def _due_for_trial(self, costs: Sequence[float], chosen: _Option) -> _Option | None:
         """What else to try now. Each other choice may lose the same share of the time, so that what loses little is
