@@ -61,6 +61,16 @@ class StepSplit:
 
 
 @dataclass(frozen=True)
+class ProfileRow:
+    """What one operation takes of a prefill and of a decoding step of the largest batch."""
+
+    operation: str
+    prefill_s: float
+    prefill_flop_per_s: float  # 0: not counted
+    decode_s: float
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything about one run."""
 
@@ -72,6 +82,7 @@ class Run:
     others_share: float  # of the cores' time, used by other processes during the run
     figures: Sequence[Figure]
     splits: Sequence[StepSplit]
+    profile: Sequence[ProfileRow]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +111,7 @@ def measure(options: argparse.Namespace) -> Run:
     machine = in_child(measure_machine, engine.dtype, options.threads)
     figures = _figures(engine, machine, options)
     engine.close()
+    splits, profile = _profile(config, calls, options.prefill_tokens)
     return Run(
         origin=provenance(),
         model=options.shape or options.model,
@@ -107,7 +119,8 @@ def measure(options: argparse.Namespace) -> Run:
         options={name: str(value) for name, value in vars(options).items()},
         machine=machine,
         figures=figures,
-        splits=_splits(config, calls),
+        splits=splits,
+        profile=profile,
         others_share=others.share(),
     )
 
@@ -174,21 +187,31 @@ def _decode_floor(engine: BenchmarkEngine, machine: Machine, options: argparse.N
     return batch / machine.floor_s(step_work(engine.model_config, engine.dtype, weight, position, position + 1, batch))
 
 
-def _splits(config: Config, calls: dict[int, float]) -> list[StepSplit]:
+def _profile(config: Config, calls: dict[int, float], prefill_tokens: int) -> tuple[list[StepSplit], list[ProfileRow]]:
     """On an engine of its own, whose kernels are timed: that costs a little. None without native kernels."""
     clock = KernelClock()
     try:
         engine = BenchmarkEngine(config, clock)
     except NativeUnavailable:
-        return []
+        return [], []
     splits = []
     for batch, num_calls in calls.items():
         engine.decode(batch, 1)
         decoding = engine.decode(batch, _SPLIT_STEPS)
         step_s = statistics.fmean(decoding.step_s)
         splits.append(StepSplit(batch, step_s, step_s - decoding.kernel_s / len(decoding.step_s), num_calls))
+    decode = decoding.by_operation
+    engine.prefill(prefill_tokens)
+    clock.by_operation.clear()
+    total_s = engine.prefill(prefill_tokens)
     engine.close()
-    return splits
+    rows = [
+        ProfileRow(name, prefill.seconds, prefill.flop / prefill.seconds, decode[name].seconds / _SPLIT_STEPS)
+        for name, prefill in sorted(clock.by_operation.items(), key=lambda item: -item[1].seconds)
+        if name in decode
+    ]
+    outside_s = total_s - clock.total_s
+    return splits, [*rows, ProfileRow("outside kernels", outside_s, 0.0, splits[-1].outside_s)]
 
 
 def _show(run: Run, as_markdown: bool) -> None:
@@ -223,9 +246,18 @@ def _sections(run: Run) -> list[Section]:
         )
         for split in run.splits
     ]  # fmt: skip
+    profile = [
+        (
+            row.operation, f"{row.prefill_s * 1e3:.1f}",
+            f"{row.prefill_flop_per_s / 1e12:.2f}" if row.prefill_flop_per_s else "-", f"{row.decode_s * 1e3:.2f}",
+        )
+        for row in run.profile
+    ]  # fmt: skip
+    largest = max((split.batch for split in run.splits), default=0)
     return [
         Section(("tokens per second", "measured", "floor", "share"), figures),
         Section(("decode, batch", "step, ms", "outside kernels, ms", "share", "calls"), splits),
+        Section(("one by one", "prefill, ms", "TFLOP/s", f"step of {largest}, ms"), profile),
     ]
 
 

@@ -6,8 +6,8 @@ import itertools
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any, Final
@@ -30,6 +30,14 @@ _FIRST_ID, _NUM_IDS = 8, 240  # prompts are made of these, which every vocabular
 _UNTIMED_STEPS: Final = 4  # after all requests of a batch have begun
 
 
+@dataclass(slots=True)
+class Operation:
+    """What one kernel did, over all its calls."""
+
+    seconds: float = 0.0
+    flop: float = 0.0  # of products with weights; 0: not counted
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Requests that decode together. Durations are from one step's outputs to the next one's."""
@@ -37,21 +45,28 @@ class Decoding:
     batch: int
     step_s: Sequence[float]
     kernel_s: float  # of all these steps, when kernels are timed
+    by_operation: Mapping[str, Operation]  # likewise
 
 
 class KernelClock:
     """Adds up the time that kernels take. Of kernels that call each other the innermost counts."""
 
     def __init__(self) -> None:
-        self.total_s = 0.0
+        self.by_operation: defaultdict[str, Operation] = defaultdict(Operation)
         self._num_calls = 0
 
-    def timed(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @property
+    def total_s(self) -> float:
+        return sum(operation.seconds for operation in self.by_operation.values())
+
+    def timed(self, kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             calls_before, start_s = self._num_calls, time.perf_counter()
             result = kernel(*arguments)
             if self._num_calls == calls_before:
-                self.total_s += time.perf_counter() - start_s
+                operation = self.by_operation[name + _shape_of(name, arguments)]
+                operation.seconds += time.perf_counter() - start_s
+                operation.flop += _flop_of(name, arguments)
                 self._num_calls += 1
             return result
 
@@ -62,9 +77,26 @@ class KernelClock:
         library = load_best_library(config.decode.num_threads)
         functions = {field.name: getattr(library, field.name) for field in fields(library)}
         timed: dict[str, Any] = {
-            name: self.timed(function) for name, function in functions.items() if callable(function)
+            name: self.timed(function, name) for name, function in functions.items() if callable(function)
         }
         return native_kernels(replace(library, **timed), dtype, config.model.quantization)
+
+
+def _product(name: str, arguments: Sequence[Any]) -> tuple[int, int, int] | None:
+    """(rows, input features, output features) of a call in operations.h that multiplies with weights."""
+    if name == "panel_linear":
+        return arguments[11], arguments[13], arguments[14]
+    return (arguments[7], arguments[8], arguments[9]) if name == "linear" else None
+
+
+def _shape_of(name: str, arguments: Sequence[Any]) -> str:
+    product = _product(name, arguments)
+    return "" if product is None else f" {product[1]} x {product[2]}"
+
+
+def _flop_of(name: str, arguments: Sequence[Any]) -> float:
+    rows, in_features, out_features = _product(name, arguments) or (0, 0, 0)
+    return 2.0 * rows * in_features * out_features
 
 
 class CallCounter:
@@ -131,11 +163,13 @@ class BenchmarkEngine:
             pass
         for _ in range(_UNTIMED_STEPS):
             self._engine.step()
-        ends_s, kernel_s = [time.perf_counter()], self._clock.total_s
+        self._clock.by_operation.clear()
+        ends_s = [time.perf_counter()]
         for _ in range(num_steps):
             self._engine.step()
             ends_s.append(time.perf_counter())
-        result = Decoding(batch, [b - a for a, b in itertools.pairwise(ends_s)], self._clock.total_s - kernel_s)
+        step_s = [b - a for a, b in itertools.pairwise(ends_s)]
+        result = Decoding(batch, step_s, self._clock.total_s, dict(self._clock.by_operation))
         self._end_all()
         return result
 

@@ -62,10 +62,19 @@ def test_weights_have_as_many_bytes_as_they_need(dtype: str, quantization: str, 
 def test_of_kernels_that_call_each_other_the_innermost_is_timed_once() -> None:
     clock = KernelClock()
     seen: list[float] = []
-    inner = clock.timed(lambda: None)
-    outer = clock.timed(lambda: (inner(), seen.append(clock.total_s)))
+    inner = clock.timed(lambda: None, "inner")
+    outer = clock.timed(lambda: (inner(), seen.append(clock.total_s)), "outer")
     outer()
     assert clock.total_s == seen[0] > 0
+    assert list(clock.by_operation) == ["inner"]
+
+
+def test_products_are_told_apart_by_their_size_and_their_operations_counted() -> None:
+    clock = KernelClock()
+    linear = clock.timed(lambda *arguments: None, "linear")
+    for rows in (3, 5):
+        linear(*[0] * 7, rows, 8, 16, 1)
+    assert clock.by_operation["linear 8 x 16"].flop == 2 * (3 + 5) * 8 * 16
 
 
 def test_calls_are_counted_on_threads_too_and_only_while_it_is_entered() -> None:
@@ -96,6 +105,8 @@ def test_the_program_measures_the_demo_model(tmp_path: Path, capsys: pytest.Capt
     assert [figure["name"] for figure in written["figures"]] == ["prefill 40", "decode 1", "decode 2"]
     for split in written["splits"]:
         assert 0 < split["outside_s"] < split["step_s"] and split["num_calls"] > 0
+    timed = {row["operation"]: row for row in written["profile"]}
+    assert timed["linear 256 x 512"]["prefill_flop_per_s"] > 0 and "paged_attention" in timed
 
 
 def test_a_result_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
