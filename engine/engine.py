@@ -217,7 +217,8 @@ class Engine:
         self._ended = _EndedStep(
             step.plan, result, tuple(self._append(run, request, result) for run, request in computed)
         )
-        self._note_guesses(self._ended)
+        if self._guesses:
+            self._note_guesses(self._ended)
 
     def _note_guesses(self, step: _EndedStep) -> None:
         """Tell who decides how much to guess what came of it."""
@@ -257,7 +258,7 @@ class Engine:
         outcome = StepOutcome(
             num_computed_tokens=step.plan.num_tokens,
             decode_only=all(run.num_tokens == 1 for run in step.plan.runs),
-            acceptance=_step_acceptance(step),
+            acceptance=_step_acceptance(step) if self._guesses else None,
         )
         for computed in step.runs:
             if self._outputs.get(computed.request.request_id) is computed.outputs:  # else it was aborted meanwhile

@@ -90,8 +90,9 @@ class KVManager:
         """Give back the blocks beyond ``num_tokens`` tokens, where nothing is kept."""
         table = self._tables[request.request_id]
         kept = self.blocks_for(num_tokens)
-        self.pool.release(table[kept:])
-        del table[kept:]
+        if kept < len(table):
+            self.pool.release(table[kept:])
+            del table[kept:]
 
     def note_computed(self, request: Request, num_computed_tokens: int, num_complete_tokens: int | None = None) -> None:
         """KV up to here has been written; that of a draft, where there is one, up to ``num_complete_tokens`` (None: as

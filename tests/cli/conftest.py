@@ -13,7 +13,7 @@ import uvicorn
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
-from eagleray.core.clock import SystemClock
+from eagleray.core.clock import ManualClock
 from eagleray.router.fake_service import FakeGenerationService
 from eagleray.text.fake import byte_tokenizer, chatml_template
 
@@ -54,7 +54,7 @@ def running_server(api_key: str | None) -> Iterator[FakeServer]:
         service = FakeGenerationService(tokenizer, max_model_tokens=512)
         settings = ApiSettings(model="fish", max_body_bytes=50_000, created_s=1_700_000_000, api_key=api_key)
         config = uvicorn.Config(
-            create_app(service, tokenizer, chatml_template(), settings, SystemClock()),
+            create_app(service, tokenizer, chatml_template(), settings, ManualClock()),
             port=0,
             lifespan="off",
             log_level="warning",
