@@ -62,12 +62,11 @@ class StepSplit:
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """What one operation takes of a prefill and of a decoding step of the largest batch."""
+    """What one operation takes of a prefill."""
 
     operation: str
-    prefill_s: float
-    prefill_flop_per_s: float  # 0: not counted
-    decode_s: float
+    seconds: float
+    flop_per_s: float  # 0: not counted
 
 
 @dataclass(frozen=True)
@@ -200,18 +199,13 @@ def _profile(config: Config, calls: dict[int, float], prefill_tokens: int) -> tu
         decoding = engine.decode(batch, _SPLIT_STEPS)
         step_s = statistics.fmean(decoding.step_s)
         splits.append(StepSplit(batch, step_s, step_s - decoding.kernel_s / len(decoding.step_s), num_calls))
-    decode = decoding.by_operation
     engine.prefill(prefill_tokens)
     clock.by_operation.clear()
     total_s = engine.prefill(prefill_tokens)
     engine.close()
-    rows = [
-        ProfileRow(name, prefill.seconds, prefill.flop / prefill.seconds, decode[name].seconds / _SPLIT_STEPS)
-        for name, prefill in sorted(clock.by_operation.items(), key=lambda item: -item[1].seconds)
-        if name in decode
-    ]
-    outside_s = total_s - clock.total_s
-    return splits, [*rows, ProfileRow("outside kernels", outside_s, 0.0, splits[-1].outside_s)]
+    by_time = sorted(clock.by_operation.items(), key=lambda item: -item[1].seconds)
+    profile = [ProfileRow(name, found.seconds, found.flop / found.seconds) for name, found in by_time]
+    return splits, [*profile, ProfileRow("outside kernels", total_s - clock.total_s, 0.0)]
 
 
 def _show(run: Run, as_markdown: bool) -> None:
@@ -248,16 +242,14 @@ def _sections(run: Run) -> list[Section]:
     ]  # fmt: skip
     profile = [
         (
-            row.operation, f"{row.prefill_s * 1e3:.1f}",
-            f"{row.prefill_flop_per_s / 1e12:.2f}" if row.prefill_flop_per_s else "-", f"{row.decode_s * 1e3:.2f}",
+            row.operation, f"{row.seconds * 1e3:.1f}", f"{row.flop_per_s / 1e12:.2f}" if row.flop_per_s else "-",
         )
         for row in run.profile
     ]  # fmt: skip
-    largest = max((split.batch for split in run.splits), default=0)
     return [
         Section(("tokens per second", "measured", "floor", "share"), figures),
         Section(("decode, batch", "step, ms", "outside kernels, ms", "share", "calls"), splits),
-        Section(("one by one", "prefill, ms", "TFLOP/s", f"step of {largest}, ms"), profile),
+        Section(("one prefill", "ms", "TFLOP/s"), profile),
     ]
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any, Final
@@ -45,7 +45,6 @@ class Decoding:
     batch: int
     step_s: Sequence[float]
     kernel_s: float  # of all these steps, when kernels are timed
-    by_operation: Mapping[str, Operation]  # likewise
 
 
 class KernelClock:
@@ -169,7 +168,7 @@ class BenchmarkEngine:
             self._engine.step()
             ends_s.append(time.perf_counter())
         step_s = [b - a for a, b in itertools.pairwise(ends_s)]
-        result = Decoding(batch, step_s, self._clock.total_s, dict(self._clock.by_operation))
+        result = Decoding(batch, step_s, self._clock.total_s)
         self._end_all()
         return result
 
