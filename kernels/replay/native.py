@@ -42,7 +42,7 @@ class NativeReplayer:
         if first is None or len(first) > _MAX_ROWS or variant in self._impossible:
             return compute()
         forms = tuple(None if tensor is None else _form(tensor) for tensor in inputs.fixed)
-        key = (variant, forms, tuple((tensor.dtype, tensor.stride()) for tensor in inputs.ragged))
+        key = (variant, forms, tuple((tensor.dtype, tensor.stride()) for tensor in inputs.ragged), _aliases(inputs))
         if key not in self._programs:
             self._remember(key, None)
             return compute()
@@ -74,6 +74,12 @@ class NativeReplayer:
         return None if failed else tuple(_copied(output, tensors[output.input_index]) for output in program.outputs)
 
 
+def _aliases(inputs: StepInputs) -> tuple[int, ...]:
+    """Which inputs are the same memory: of what a recorded call read there, nobody could tell which input was meant."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*inputs.fixed, *inputs.ragged)]
+    return tuple(map(addresses.index, addresses))
+
+
 def _form(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype
 
@@ -81,5 +87,5 @@ def _form(tensor: Tensor) -> Hashable:
 def _copied(output: Output, tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     elements = tensor.view(output.dtype)
-    offset = output.offset // elements.element_size()
+    offset = elements.storage_offset() + output.offset // elements.element_size()
     return torch.as_strided(elements, output.shape, output.stride, offset).clone()

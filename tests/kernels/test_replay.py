@@ -134,6 +134,32 @@ def test_a_step_within_a_recorded_one_becomes_a_part_of_it(load: Callable[..., N
     assert num_computed == [2]  # the first time, and to be recorded
 
 
+def test_inputs_that_were_the_same_memory_once_may_be_two_later(library: NativeLibrary) -> None:
+    replayer, weight = NativeReplayer(library), torch.rand(SIZE)
+
+    def run(first: Tensor, second: Tensor) -> None:
+        def compute() -> tuple[Tensor, ...]:
+            return tuple(rms_norm(library, x, weight, 1e-6) for x in (first, second))
+
+        replayed = replayer.run(compute, StepInputs((first, second), ()), None)
+        assert all(map(torch.equal, replayed, compute()))
+
+    x, y = torch.randn(2, 3, SIZE)
+    for first, second in ((x, x), (x, x), (x, y), (x, y), (y, x)):
+        run(first, second)
+
+
+def test_a_result_that_is_a_part_of_larger_memory_is_found_there(library: NativeLibrary) -> None:
+    replayer, weight = NativeReplayer(library), torch.rand(SIZE)
+    rows = torch.randn(9, SIZE)
+    for begin in (4, 4, 2, 5):
+        part = rows[begin : begin + 3]
+        results = replayer.run(
+            lambda part=part: (rms_norm(library, part, weight, 1e-6), part), StepInputs((part,), ()), None
+        )
+        assert torch.equal(results[1], part)
+
+
 def test_a_wrong_block_is_refused_in_a_replayed_step_too(load: Callable[..., NativeLibrary]) -> None:
     steps = CountedSteps(load())
     sequences = Sequences([3, 9], [1, 1])
