@@ -12,6 +12,7 @@ import torch
 
 from eagleray.kernels.linear.api import PackedLinear
 from eagleray.kernels.linear.quantization import INT4_GROUP, QuantizedWeight, quantize_weight
+from eagleray.kernels.native.arguments import new_rows, rows_of
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 
 PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
@@ -38,25 +39,25 @@ class PanelLinear:
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         self._check_input(x)
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype or x.dtype)
+        rows = rows_of(x)
+        out = new_rows(len(rows), self.out_features, dtype or x.dtype)
         if residual is not None:
-            if residual.shape != out.shape or residual.dtype is not out.dtype:
+            shape = (*x.shape[:-1], self.out_features)
+            if residual.shape != shape or residual.dtype is not out.dtype:
                 raise ValueError(
-                    f"residual is {residual.dtype} {list(residual.shape)}, the product {out.dtype} {list(out.shape)}"
+                    f"residual is {residual.dtype} {list(residual.shape)}, the product {out.dtype} {list(shape)}"
                 )
-            residual = residual.contiguous()
+            residual = rows_of(residual)
         failed = self.library.panel_linear(
             *(rows.data_ptr(), rows.stride(0), ELEMENTS[rows.dtype]),
             *(self.panels.data_ptr(), _CODES[self.weights], address(self.scales), self._group()),
-            *(address(self.bias), address(residual), out.data_ptr(), ELEMENTS[out.dtype]),
+            *(address(self.bias), address(residual), 0 if residual is None else residual.stride(0)),
+            *(out.data_ptr(), out.stride(0), ELEMENTS[out.dtype]),
             *(len(rows), self.panels.shape[1], x.shape[-1], self.out_features, self.library.num_threads),
         )
         if failed:
             raise MemoryError(f"no memory for {len(rows)} rows of activations")
-        return out
+        return out if x.ndim == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
     def _group(self) -> int:
         return INT4_GROUP if self.weights == "int4" else 0

@@ -216,7 +216,7 @@ INLINE void store_rows(const struct batch *batch, const struct tile *tile, const
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t token, head;
         locate_row(batch, tile, row, &token, &head);
-        int64_t first = (token * batch->num_heads + head) * batch->head_dim;
+        int64_t first = token * batch->out_stride + head * batch->head_dim;
         const float *values = total->values + row * row_stride(batch);
         for (int64_t i = 0; i < batch->head_dim; i += LANES)
             store_some((void *)element_at(batch->out, first + i, element),
@@ -327,11 +327,11 @@ static void attend(struct batch *batch, int num_threads) {
 
 /* Returns 0, or -1 without having written anything if a block lies outside the pool. */
 int paged_attention(const void *query, int64_t token_stride, int64_t head_stride, const void *kv, int64_t num_blocks,
-                    int64_t block_stride, void *out, int64_t num_sequences, const int64_t *query_starts,
-                    const int64_t *prefix_lengths, const int64_t *table_starts, const int64_t *blocks,
-                    const int64_t *tree_masks, const int64_t *tree_depths, int64_t num_heads, int64_t num_kv_heads,
-                    int64_t head_dim, int64_t block_size, int64_t window, int64_t first_key, float scale, int element,
-                    int kv_element, int num_threads) {
+                    int64_t block_stride, void *out, int64_t out_stride, int64_t num_sequences,
+                    const int64_t *query_starts, const int64_t *prefix_lengths, const int64_t *table_starts,
+                    const int64_t *blocks, const int64_t *tree_masks, const int64_t *tree_depths, int64_t num_heads,
+                    int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window, int64_t first_key,
+                    float scale, int element, int kv_element, int num_threads) {
     struct batch batch = {
         .query = query,
         .token_stride = token_stride,
@@ -339,6 +339,7 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
         .kv = kv,
         .block_stride = block_stride,
         .out = out,
+        .out_stride = out_stride,
         .num_sequences = num_sequences,
         .query_starts = query_starts,
         .prefix_lengths = prefix_lengths,

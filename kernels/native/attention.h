@@ -13,7 +13,8 @@ struct batch {
     int64_t token_stride, head_stride;
     const void *kv; /* [blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride elements apart */
     int64_t block_stride;
-    void *out; /* [tokens, num_heads, head_dim], contiguous */
+    void *out; /* [tokens, num_heads, head_dim], tokens out_stride elements apart */
+    int64_t out_stride;
     int64_t num_sequences;
     const int64_t *query_starts;   /* [num_sequences + 1] */
     const int64_t *prefix_lengths; /* [num_sequences] */

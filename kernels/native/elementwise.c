@@ -27,13 +27,13 @@ INLINE void normalise_row(const void *x, const void *weight, float eps, void *ou
     }
 }
 
-/* x: [rows, size], rows x_stride apart; out: [rows, size]. */
-void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, void *out, int64_t rows, int64_t size,
-              int element, int num_threads) {
+/* x, out: [rows, size], rows x_stride and out_stride apart. */
+void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, void *out, int64_t out_stride,
+              int64_t rows, int64_t size, int element, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && rows >= MANY_ROWS)
     for (int64_t row = 0; row < rows; row++) {
         const void *from = element_at(x, row * x_stride, element);
-        void *to = (void *)element_at(out, row * size, element);
+        void *to = (void *)element_at(out, row * out_stride, element);
         if (element == BFLOAT16)
             normalise_row(from, weight, eps, to, size, BFLOAT16);
         else
@@ -41,7 +41,7 @@ void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, vo
     }
 }
 
-/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size]. The gate is rounded before the product, as torch
+/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size], with strides of their own. The gate is rounded before the product, as torch
  * does. */
 INLINE void gate_row(const void *gate, const void *up, void *out, int64_t size, const int element) {
     for (int64_t i = 0; i < size; i += LANES) {
@@ -52,12 +52,13 @@ INLINE void gate_row(const void *gate, const void *up, void *out, int64_t size, 
     }
 }
 
-void silu_and_multiply(const void *gate_up, void *out, int64_t rows, int64_t size, int element, int num_threads) {
+void silu_and_multiply(const void *gate_up, int64_t gate_up_stride, void *out, int64_t out_stride, int64_t rows,
+                       int64_t size, int element, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && rows >= MANY_ROWS)
     for (int64_t row = 0; row < rows; row++) {
-        const void *gate = element_at(gate_up, 2 * row * size, element);
-        const void *up = element_at(gate_up, (2 * row + 1) * size, element);
-        void *to = (void *)element_at(out, row * size, element);
+        const void *gate = element_at(gate_up, row * gate_up_stride, element);
+        const void *up = element_at(gate, size, element);
+        void *to = (void *)element_at(out, row * out_stride, element);
         if (element == BFLOAT16)
             gate_row(gate, up, to, size, BFLOAT16);
         else
@@ -65,12 +66,12 @@ void silu_and_multiply(const void *gate_up, void *out, int64_t rows, int64_t siz
     }
 }
 
-/* out[row] = left[row], right[row]; sizes in bytes. */
-void join_columns(const char *left, int64_t left_bytes, const char *right, int64_t right_bytes, char *out,
-                  int64_t rows) {
+/* out[row] = left[row], right[row]; sizes and strides in bytes. */
+void join_columns(const char *left, int64_t left_bytes, int64_t left_stride, const char *right, int64_t right_bytes,
+                  int64_t right_stride, char *out, int64_t rows) {
     for (int64_t row = 0; row < rows; row++, out += left_bytes + right_bytes) {
-        memcpy(out, left + row * left_bytes, left_bytes);
-        memcpy(out + left_bytes, right + row * right_bytes, right_bytes);
+        memcpy(out, left + row * left_stride, left_bytes);
+        memcpy(out + left_bytes, right + row * right_stride, right_bytes);
     }
 }
 
@@ -207,11 +208,13 @@ INLINE void rotate_and_store_token(const struct rotation *job, void *heads, cons
                        kv_element);
 }
 
-/* Returns 0, or -1 without having written anything if a slot lies outside the pool. */
-int rotate_and_store(void *heads, const void *query_norm, const void *key_norm, float eps, const void *cos,
-                     const void *sin, const int64_t *slots, void *kv, int64_t num_blocks, int64_t block_stride,
-                     int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
-                     int element, int kv_element, int num_threads) {
+/* heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], tokens heads_stride elements apart. Returns 0, or -1
+ * without having written anything if a slot lies outside the pool.
+ */
+int rotate_and_store(void *heads, int64_t heads_stride, const void *query_norm, const void *key_norm, float eps,
+                     const void *cos, const void *sin, const int64_t *slots, void *kv, int64_t num_blocks,
+                     int64_t block_stride, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                     int64_t head_dim, int64_t block_size, int element, int kv_element, int num_threads) {
     for (int64_t token = 0; token < num_tokens; token++)
         if (slots[token] < 0 || slots[token] >= num_blocks * block_size) return -1;
     struct rotation job = {
@@ -227,7 +230,7 @@ int rotate_and_store(void *heads, const void *query_norm, const void *key_norm, 
     };
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_tokens >= MANY_ROWS)
     for (int64_t token = 0; token < num_tokens; token++) {
-        void *row = (void *)element_at(heads, token * (num_heads + 2 * num_kv_heads) * head_dim, element);
+        void *row = (void *)element_at(heads, token * heads_stride, element);
         const void *row_cos = element_at(cos, token * head_dim, element);
         const void *row_sin = element_at(sin, token * head_dim, element);
         if (element == FLOAT32 && kv_element == FLOAT32)

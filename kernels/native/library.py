@@ -16,7 +16,7 @@ from eagleray.kernels.native.build import TILE_LEVEL, NativeUnavailable, build_l
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vectors.h
 MAX_HEAD_DIM: Final = 256  # in attention.c
-MAX_ARGUMENTS: Final = 24  # in program.c
+MAX_ARGUMENTS: Final = 25  # in program.c
 
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS: Final = {
@@ -26,16 +26,16 @@ _ARGUMENTS: Final = {
     "pack_panels": (_ADDRESS, _LONG, _LONG, _LONG, _ADDRESS, _INT),
     "panel_linear": (
         *(_ADDRESS, _LONG, _INT, _ADDRESS, _INT, _ADDRESS, _LONG),
-        *(_ADDRESS, _ADDRESS, _ADDRESS, _INT, _LONG, _LONG, _LONG, _LONG, _INT),
+        *(_ADDRESS, _ADDRESS, _LONG, _ADDRESS, _LONG, _INT, _LONG, _LONG, _LONG, _LONG, _INT),
     ),
-    "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _INT, _INT),
-    "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
-    "join_columns": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS, _LONG),
+    "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _LONG, _INT, _INT),
+    "silu_and_multiply": (_ADDRESS, _LONG, _ADDRESS, _LONG, _LONG, _LONG, _INT, _INT),
+    "join_columns": (_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
     "gather_rows": (_ADDRESS, _INT, _LONG, _ADDRESS, _ADDRESS, _INT, _LONG, _LONG),
     "rotary_angles": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _LONG, _LONG, _INT),
-    "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
+    "rotate_and_store": (_ADDRESS, _LONG, _ADDRESS, _ADDRESS, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
     "paged_attention": (
-        *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG),
+        *(_ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG, _ADDRESS, _LONG, _LONG),
         *[_ADDRESS] * 6,
         *(*[_LONG] * 6, _FLOAT, _INT, _INT, _INT),
     ),

@@ -32,7 +32,9 @@ struct product {
     int64_t group_chunks;   /* of one scale; 0: one scale for all of in_features */
     const float *bias;      /* [out_features] or none */
     const void *residual;   /* [rows, out_features] or none, of out's element type */
-    void *out;              /* [rows, out_features] */
+    int64_t residual_stride;
+    void *out;              /* [rows, out_features], rows out_stride elements apart */
+    int64_t out_stride;
     int out_element;
     int64_t rows, in_features, out_features;
     /* Derived. */
@@ -195,7 +197,7 @@ INLINE void add_scaled(float *c, const float *partial, const float *scales, int 
 /* Scales, bias and residual, and the only rounding. */
 INLINE void finish_any_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int numbers, const int element) {
-    int64_t count = smaller(PAIR_COLUMNS, job->out_features - first), at = row * job->out_features + first;
+    int64_t count = smaller(PAIR_COLUMNS, job->out_features - first);
     float values[PAIR_COLUMNS];
     for (int64_t i = 0; i < PAIR_COLUMNS; i += LANES) {
         vector sum = load_vector(sums + i, FLOAT32);
@@ -203,18 +205,18 @@ INLINE void finish_any_row(const struct product *job, int64_t row, float row_sca
         if (job->scales && !job->group_chunks) sum *= load_vector(job->scales + first + i, FLOAT32) * row_scale;
         if (job->bias && i < count) sum += load_some(job->bias + first + i, count - i, FLOAT32);
         if (job->residual && i < count)
-            sum += load_some(element_at(job->residual, at + i, element), count - i, element);
+            sum += load_some(element_at(job->residual, row * job->residual_stride + first + i, element), count - i,
+                             element);
         store_vector(values + i, sum, FLOAT32);
     }
-    store_columns((void *)element_at(job->out, at, element), values, count, element);
+    store_columns((void *)element_at(job->out, row * job->out_stride + first, element), values, count, element);
 }
 
 /* The usual case, nothing to add to whole columns, without a question per row. */
 INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int is_plain, const int numbers, const int element) {
     if (is_plain)
-        store_columns((void *)element_at(job->out, row * job->out_features + first, element), sums, PAIR_COLUMNS,
-                      element);
+        store_columns((void *)element_at(job->out, row * job->out_stride + first, element), sums, PAIR_COLUMNS, element);
     else
         finish_any_row(job, row, row_scale, first, sums, numbers, element);
 }
@@ -240,17 +242,6 @@ INLINE void prefetch_panels(const struct product *job, int64_t pair, int64_t chu
     for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++) {
         __builtin_prefetch(panel + line * COLUMNS, 0, 2);
         __builtin_prefetch(panel + (job->words + line) * COLUMNS, 0, 2);
-    }
-}
-
-/* Where these rows will be written: fetching the lines takes as long as multiplying a block, and their rows are too far
- * apart for the CPU to foresee.
- */
-INLINE void prefetch_output(const struct product *job, int64_t row, int64_t rows, int64_t pair) {
-    for (int64_t i = row; i < row + rows; i++) {
-        int64_t at = i * job->out_features + pair * PAIR_COLUMNS;
-        __builtin_prefetch(element_at(job->out, at, job->out_element), 1, 2);
-        if (job->residual) __builtin_prefetch(element_at(job->residual, at, job->out_element), 0, 2);
     }
 }
 
@@ -295,11 +286,13 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_pair < job->pairs)
             prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, parts, weights);
-        const int is_last = chunk + chunks == job->chunks;
-        if (is_last && num_rows > TILE_PAIR) prefetch_output(job, first_row + row, rows, pair);
         multiply_block(&block, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
-        if (is_last) finish_rows(job, first_row, row, rows, pair, sums, numbers);
+        if (chunk + chunks < job->chunks) continue;
+        /* A block later: sums that tiles have just stored cannot be read before they have reached the cache. */
+        if (row > 0)
+            finish_rows(job, first_row, row - TILE_PAIR, TILE_PAIR, pair, sums - TILE_PAIR * PAIR_COLUMNS, numbers);
+        if (row + TILE_PAIR >= num_rows) finish_rows(job, first_row, row, rows, pair, sums, numbers);
     }
 }
 
@@ -356,9 +349,9 @@ INLINE void compute_numbers(const struct product *job, const int numbers, int nu
  * scale, a multiple of 32 up to 512, or 0. Returns 0, or -1 for want of memory.
  */
 int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t *panels, int weights,
-                 const float *scales, int64_t group, const float *bias, const void *residual, void *out,
-                 int out_element, int64_t rows, int64_t words, int64_t in_features, int64_t out_features,
-                 int num_threads) {
+                 const float *scales, int64_t group, const float *bias, const void *residual, int64_t residual_stride,
+                 void *out, int64_t out_stride, int out_element, int64_t rows, int64_t words, int64_t in_features,
+                 int64_t out_features, int num_threads) {
     int numbers = weights == WEIGHTS_W8A8 ? QUADS : x_element == BFLOAT16 ? BFLOAT16_ACTIVATIONS : FLOATS;
     struct product job = {
         .x = x,
@@ -370,7 +363,9 @@ int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t 
         .group_chunks = group / 32,
         .bias = bias,
         .residual = residual,
+        .residual_stride = residual_stride,
         .out = out,
+        .out_stride = out_stride,
         .out_element = out_element,
         .rows = rows,
         .in_features = in_features,

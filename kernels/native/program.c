@@ -11,7 +11,7 @@ union argument {
     double real;
 };
 
-enum { MAX_ARGUMENTS = 24 };
+enum { MAX_ARGUMENTS = 25 };
 
 struct call {
     int (*function)(const union argument *); /* one of those below */
@@ -31,23 +31,26 @@ int replay_linear(const union argument *a) {
 
 int replay_panel_linear(const union argument *a) {
     return panel_linear(a[0].address, a[1].integer, (int)a[2].integer, a[3].address, (int)a[4].integer, a[5].address,
-                        a[6].integer, a[7].address, a[8].address, a[9].address, (int)a[10].integer, a[11].integer,
-                        a[12].integer, a[13].integer, a[14].integer, (int)a[15].integer);
+                        a[6].integer, a[7].address, a[8].address, a[9].integer, a[10].address, a[11].integer,
+                        (int)a[12].integer, a[13].integer, a[14].integer, a[15].integer, a[16].integer,
+                        (int)a[17].integer);
 }
 
 int replay_rms_norm(const union argument *a) {
     rms_norm(a[0].address, a[1].integer, a[2].address, (float)a[3].real, a[4].address, a[5].integer, a[6].integer,
-             (int)a[7].integer, (int)a[8].integer);
+             a[7].integer, (int)a[8].integer, (int)a[9].integer);
     return 0;
 }
 
 int replay_silu_and_multiply(const union argument *a) {
-    silu_and_multiply(a[0].address, a[1].address, a[2].integer, a[3].integer, (int)a[4].integer, (int)a[5].integer);
+    silu_and_multiply(a[0].address, a[1].integer, a[2].address, a[3].integer, a[4].integer, a[5].integer,
+                      (int)a[6].integer, (int)a[7].integer);
     return 0;
 }
 
 int replay_join_columns(const union argument *a) {
-    join_columns(a[0].address, a[1].integer, a[2].address, a[3].integer, a[4].address, a[5].integer);
+    join_columns(a[0].address, a[1].integer, a[2].integer, a[3].address, a[4].integer, a[5].integer, a[6].address,
+                 a[7].integer);
     return 0;
 }
 
@@ -69,18 +72,18 @@ int replay_guess_rows(const union argument *a) {
 }
 
 int replay_rotate_and_store(const union argument *a) {
-    return rotate_and_store(a[0].address, a[1].address, a[2].address, (float)a[3].real, a[4].address, a[5].address,
-                            a[6].address, a[7].address, a[8].integer, a[9].integer, a[10].integer, a[11].integer,
-                            a[12].integer, a[13].integer, a[14].integer, (int)a[15].integer, (int)a[16].integer,
-                            (int)a[17].integer);
+    return rotate_and_store(a[0].address, a[1].integer, a[2].address, a[3].address, (float)a[4].real, a[5].address,
+                            a[6].address, a[7].address, a[8].address, a[9].integer, a[10].integer, a[11].integer,
+                            a[12].integer, a[13].integer, a[14].integer, a[15].integer, (int)a[16].integer,
+                            (int)a[17].integer, (int)a[18].integer);
 }
 
 int replay_paged_attention(const union argument *a) {
     return paged_attention(a[0].address, a[1].integer, a[2].integer, a[3].address, a[4].integer, a[5].integer,
-                           a[6].address, a[7].integer, a[8].address, a[9].address, a[10].address, a[11].address,
-                           a[12].address, a[13].address, a[14].integer, a[15].integer, a[16].integer, a[17].integer,
-                           a[18].integer, a[19].integer, (float)a[20].real, (int)a[21].integer, (int)a[22].integer,
-                           (int)a[23].integer);
+                           a[6].address, a[7].integer, a[8].integer, a[9].address, a[10].address, a[11].address,
+                           a[12].address, a[13].address, a[14].address, a[15].integer, a[16].integer, a[17].integer,
+                           a[18].integer, a[19].integer, a[20].integer, (float)a[21].real, (int)a[22].integer,
+                           (int)a[23].integer, (int)a[24].integer);
 }
 
 /* Returns 0, or what the first call returned that did not return 0; later calls are not made. */

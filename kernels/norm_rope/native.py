@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eagleray.kernels.native.arguments import check_pool, require
+from eagleray.kernels.native.arguments import check_pool, new_rows, require, rows_of
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 from eagleray.kernels.norm_rope.head_norms import HeadNorms
 
@@ -13,22 +13,21 @@ def rms_norm(library: NativeLibrary, x: torch.Tensor, weight: torch.Tensor, eps:
     """See ``api.rms_norm``."""
     size = x.shape[-1]
     require(weight, (size,), x.dtype, "weight")
-    rows = x if x.ndim == 2 else x.reshape(-1, size)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = x.new_empty(x.shape)
+    rows = rows_of(x)
+    out = new_rows(len(rows), size, x.dtype)
     library.rms_norm(
         rows.data_ptr(),
         rows.stride(0),
         weight.data_ptr(),
         eps,
         out.data_ptr(),
-        rows.shape[0],
+        out.stride(0),
+        len(rows),
         size,
         ELEMENTS[x.dtype],
         library.num_threads,
     )
-    return out
+    return out if x.ndim == 2 else out.reshape(x.shape)
 
 
 def rotary_angles(
@@ -69,7 +68,8 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """See ``api.rotate_and_store``. Raises ``IndexError`` for a slot outside the pool."""
     check_pool(kv_layer)
-    heads = heads.contiguous()
+    if heads.stride()[1:] != (heads.shape[2], 1):
+        heads = heads.contiguous()
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_layer.shape
     num_tokens, num_all_heads, _ = heads.shape
     num_heads = num_all_heads - 2 * num_kv_heads
@@ -81,6 +81,7 @@ def rotate_and_store(
         require(norms.key_weight, (head_dim,), heads.dtype, "key_weight")
     status = library.rotate_and_store(
         heads.data_ptr(),
+        heads.stride(0),
         address(norms.query_weight if norms else None),
         address(norms.key_weight if norms else None),
         norms.eps if norms else 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eagleray.kernels.native.arguments import check_pool
+from eagleray.kernels.native.arguments import check_pool, new_rows
 from eagleray.kernels.native.library import ELEMENTS, MAX_HEAD_DIM, NativeLibrary, address
 from eagleray.kernels.paged_attention.plan import AttentionPlan
 
@@ -28,7 +28,7 @@ def paged_attention(
         raise ValueError(f"the plan is for {batch}; there are {len(query)} in blocks of {block_size}")
     if query.stride(2) != 1:
         query = query.contiguous()
-    out = query.new_empty(query.shape)
+    out = new_rows(len(query), num_heads * head_dim, query.dtype).view(query.shape)
     tables = plan.tables
     status = library.paged_attention(
         query.data_ptr(),
@@ -38,6 +38,7 @@ def paged_attention(
         num_blocks,
         kv_layer.stride(0),
         out.data_ptr(),
+        out.stride(0),
         tables.prefix_lengths.shape[0],
         tables.query_starts.data_ptr(),
         tables.prefix_lengths.data_ptr(),
