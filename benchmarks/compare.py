@@ -39,6 +39,7 @@ DECODE_PROMPT_TOKENS: Final = 32
 _START_TIMEOUT_S: Final = 400.0
 _GENERATE_TIMEOUT_S: Final = 200.0
 _WARM_UP_TOKENS: Final = 4
+_SETTLE_S: Final = 1.0  # threads of the engine before may still spin, waiting for work
 _PROMPT_TOKEN_IDS: Final = range(FIRST_TEXT_TOKEN_ID, 1024)  # every shape has these
 _KV_MEMORY_BYTES: Final = 2 * 2**30
 
@@ -89,6 +90,7 @@ async def _measure_round(
     """Every case of one engine after the other; one that fails is left alone from then on."""
     measurements: list[Measurement] = []
     for contender, driver in list(started.drivers.items()):
+        await asyncio.sleep(_SETTLE_S)
         try:
             for case in _cases(options):
                 work = _work(config, contender, case)

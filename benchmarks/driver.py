@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from process_cpu import descendants
+from process_cpu import has_loaded
 
 _LONGEST_LINE_BYTES: Final = 2**20
 _STOP_TIMEOUT_S: Final = 20.0
@@ -33,7 +33,7 @@ class Driver:
 
     def has_loaded(self, library: str) -> bool:
         """Whether the engine, or a process that it started, has a file of such a name in its memory."""
-        return any(library in _maps(pid) for pid in (self.pid, *descendants(self.pid)))
+        return has_loaded(self.pid, library)
 
     def kill(self) -> None:
         """The engine and all that it started, whatever they are doing."""
@@ -65,13 +65,6 @@ class Driver:
             raise DriverError(f"ended: {last_line(self._log)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-def _maps(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""  # it has just ended
 
 
 def last_line(log: Path) -> str:
