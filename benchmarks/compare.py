@@ -24,7 +24,7 @@ from typing import Final
 
 from comparison import Case, Comparison, Measurement, Piece, read_comparison, sections, write_comparison
 from contenders import CONTENDERS, DEFAULT_ENGINES, Contender, Pythons, default_pythons, environment, model_folder
-from driver import Driver, DriverError, start_driver
+from driver import Driver, DriverError, end_on_sigterm, start_driver
 from floors import Work, measure_machine, step_work
 from interference import MAX_OTHERS_SHARE, attempts
 from provenance import provenance
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def measure(options: argparse.Namespace, keep: Callable[[Piece], None]) -> Piece:
     """Start all engines, then go round and round: A B C A B C. ``keep`` gets what there is after every round."""
+    end_on_sigterm()
     pythons = default_pythons(
         vllm=options.vllm_python, openvino=options.openvino_python, transformers=options.transformers_python
     )

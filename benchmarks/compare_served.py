@@ -2,10 +2,11 @@
 
     python benchmarks/compare_served.py --folder models --vllm-python vllm/bin/python --json result.json
 
-All are started, and then loaded one after the other, A B C A B C, by the load generator of ``serve.py``. Between its
-turns a server is idle, or stopped by a signal where it would not leave the cores alone; the report says what idle ones
-used. Where memory does not hold all, ``--restart`` starts every server anew for its turn. A split has as many threads
-as the others, divided between its two workers. ``results/README.md`` says how to read the numbers.
+They are loaded one after the other, A B C A B C, by the load generator of ``serve.py``. vLLM takes a minute to start:
+it is started once, and stopped by a signal between its turns. Ours are started anew for each: an idle Ray uses several
+percent of the cores, and does not bear being stopped. Where memory does not hold all of vLLM's, ``--restart`` starts
+these anew as well. A split has as many threads as the others, divided between its two workers. The file is written
+after every turn. ``results/README.md`` says how to read the numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from driver import end_on_sigterm
 from floors import Machine, in_child, measure_machine, shortest_load_s
 from interference import MAX_OTHERS_SHARE, Trees, attempts
 from load import ServerError
@@ -82,10 +84,10 @@ async def _measure(options: argparse.Namespace, keep: Callable[[ServedComparison
     limit_tokens_per_s = _limit_tokens_per_s(checkpoint, machine, options)
     failures = {name: NOT_NAMED for name in SERVERS if name not in options.servers}
     found = ServedComparison([provenance()], [], failures, machine, limit_tokens_per_s)
+    end_on_sigterm()
     async with AsyncExitStack() as stack:
         servers = Servers(checkpoint, options, stack)
-        if not options.restart:
-            failures |= await servers.start(options.servers)
+        failures |= await servers.start(options.servers)
         for round_number, name in turns(options.servers, options.repeats):
             if name not in failures:
                 try:
@@ -106,32 +108,36 @@ def turns(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, str]]:
 
 
 class Servers:
-    """All that are asked for, alive and idle between their turns; with ``--restart`` there is one at a time."""
+    """Those that can be stopped are started once and stopped between their turns; others, and all with ``--restart``,
+    are started anew for each."""
 
     def __init__(self, checkpoint: Path, options: argparse.Namespace, stack: AsyncExitStack) -> None:
         self._checkpoint, self._options, self._stack = checkpoint, options, stack
         self._alive: dict[str, Running] = {}
 
     async def start(self, names: Sequence[str]) -> dict[str, str]:
-        """Keep them alive until the stack closes. Returns why some could not be started."""
+        """Those that live until the stack closes. Returns why some could not be built or started."""
         failures = {}
         for name in names:
-            _say(f"starting {name}")
             try:
-                server = await self._stack.enter_async_context(running(self._build(name)))
-                await _one_load(self._options, server.server.port, self._options.concurrency)
+                server = self._build(name)
+                if server.can_be_stopped and not self._options.restart:
+                    _say(f"starting {name}")
+                    started = await self._stack.enter_async_context(running(server))
+                    try:
+                        await _one_load(self._options, server.port, self._options.concurrency)
+                    finally:
+                        started.stop()
+                    self._alive[name] = started
             except (StartError, ServerError) as error:
                 failures[name] = str(error)
                 _say(f"{name}: {error}")
-                continue
-            self._alive[name] = server
-            server.pause()
         return failures
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[Running]:
         """Raises ``StartError``."""
-        if self._options.restart:
+        if name not in self._alive:
             async with running(self._build(name)) as server:
                 yield server
             return
@@ -141,15 +147,13 @@ class Servers:
             await asyncio.sleep(_SETTLE_S)
             yield server
         finally:
-            server.pause()
+            server.stop()
 
     def idle(self, busy: Running) -> Trees:
         return Trees([server.pid for server in self._alive.values() if server is not busy])
 
-    def between_turns(self, server: Running) -> str:
-        if self._options.restart:
-            return "restarted"
-        return "stopped" if server.server.is_stopped_when_idle else "idle"
+    def between_turns(self, name: str) -> str:
+        return "stopped" if name in self._alive else "restarted"
 
     def _build(self, name: str) -> Server:
         port = self._options.port + _PORTS_EACH * list(SERVERS).index(name)
@@ -169,7 +173,7 @@ async def _turn(name: str, round_number: int, servers: Servers, options: argpars
             is_kept = others_share <= MAX_OTHERS_SHARE
             loads.append(
                 Load(
-                    name, round_number, server.start_s, server.has_tcmalloc, servers.between_turns(server),
+                    name, round_number, server.start_s, server.has_tcmalloc, servers.between_turns(name),
                     others_share, idle_share, is_kept, run,
                 )
             )  # fmt: skip
@@ -242,7 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=positive_count, default=512, help="of each request")
     add("--output-tokens", type=positive_count, default=64, help="of each request")
     add("--repeats", type=positive_count, default=3, help="rounds; the tables show medians and spread")
-    add("--restart", action="store_true", help="start every server anew for its turn, where memory does not hold all")
+    add("--restart", action="store_true", help="start every server anew for its turn: where memory does not hold all")
+    add("--kv-gib", type=positive_count, default=1, help="memory for keys and values of each worker, in GiB")
     add("--ttft-slo-ms", type=positive, default=5000.0, help="goodput: first token within this")
     add("--tpot-slo-ms", type=positive, default=150.0, help="goodput: time per output token within this")
     add("--timeout-s", type=positive, default=120.0, help="for one answer")

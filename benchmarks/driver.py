@@ -67,6 +67,13 @@ class Driver:
         return answer
 
 
+def end_on_sigterm() -> None:
+    """Let the running task end as Ctrl-C would: what it started goes with it, also what was stopped by a signal."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
 def last_line(log: Path) -> str:
     """Where a program says why it ends."""
     return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]

@@ -22,7 +22,7 @@ class Load(msgspec.Struct, frozen=True):
     has_tcmalloc: bool
     between_turns: str  # what the server does then
     others_share: float  # of the cores, what neither the server nor the client used
-    idle_share: float  # of that, what the other servers used
+    idle_share: float  # of that, what servers used that were alive and had no turn
     is_kept: bool  # others used little enough
     run: dict[str, Any]  # as ``serve.py --json`` writes it
 

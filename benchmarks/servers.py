@@ -27,7 +27,6 @@ _START_TIMEOUT_S: Final = 300.0
 _STOP_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.2
 _PROBE_TIMEOUT_S: Final = 10.0
-_KV_GIB: Final = 2
 _VLLM_SPLIT: Final = Path(__file__).with_name("vllm_split.py")
 
 
@@ -42,7 +41,7 @@ class Server:
     command: Sequence[str]
     environment: Mapping[str, str]
     port: int
-    is_stopped_when_idle: bool = False  # its processes are, until its next turn
+    can_be_stopped: bool = False  # by a signal, and go on later
 
 
 def _eagleray(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
@@ -54,12 +53,13 @@ def _eagleray_split(checkpoint: Path, options: argparse.Namespace, port: int) ->
 
 
 def _our_server(checkpoint: Path, options: argparse.Namespace, port: int, prefill: int, threads: int) -> Server:
-    """Never stopped: Ray's health checks would take it for dead."""
+    """Not to be stopped, or Ray's health checks would take it for dead; and idle it uses several percent of the
+    cores."""
     command = [sys.executable, "-m", "eagleray.cli", "serve", "--model", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--prefill", str(prefill), "--decode", "1", "--port", str(port)]
     settings = {"model.max_model_tokens": options.prompt_tokens + options.output_tokens}
     for pool in ("prefill", "decode"):
-        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": _KV_GIB * 2**30}
+        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": options.kv_gib * 2**30}
     for assignment in (*(f"{key}={value}" for key, value in settings.items()), *options.set):
         command += ["--set", assignment]
     return Server(command, {}, port)
@@ -87,15 +87,14 @@ def _vllm_split(checkpoint: Path, options: argparse.Namespace, port: int) -> Ser
 
 
 def _vllm_without_place(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
-    """What all of vLLM's have in common: its command has no port and no cores yet. Its threads that poll would not
-    leave a core to the others, so it is stopped between its turns."""
+    """What all of vLLM's have in common: its command has no port and no cores yet."""
     if options.vllm_python is None:
         raise StartError("no --vllm-python was given")
     command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--no-enable-prefix-caching", "--max-model-len", str(options.prompt_tokens + options.output_tokens)]
     environment = vllm_environment(options.vllm_python)
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB), "HF_HUB_OFFLINE": "1"}
-    return Server(command, environment, port, is_stopped_when_idle=True)
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib), "HF_HUB_OFFLINE": "1"}
+    return Server(command, environment, port, can_be_stopped=True)
 
 
 def _require_nixl(python: Path) -> None:
@@ -126,17 +125,16 @@ class Running:
     start_s: float  # from the start of its process until it answered
     has_tcmalloc: bool
 
-    def pause(self) -> None:
-        """Until ``resume`` it takes nothing of the cores, or what it needs when nobody asks for anything."""
+    def stop(self) -> None:
+        """Until ``resume`` it takes nothing of the cores."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
-        if self.server.is_stopped_when_idle:
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
 @asynccontextmanager

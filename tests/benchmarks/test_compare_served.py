@@ -19,7 +19,7 @@ from served_comparison import Load, ServedComparison, served_sections
 from servers import SERVERS, Server, StartError, running
 
 OPTIONS = argparse.Namespace(
-    threads=2, prompt_tokens=512, output_tokens=64, set=["router.policy=round_robin"], vllm_python=None
+    threads=2, kv_gib=1, prompt_tokens=512, output_tokens=64, set=["router.policy=round_robin"], vllm_python=None
 )
 
 
@@ -119,16 +119,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
 """
 
 
-@pytest.mark.parametrize(("is_stopped", "states"), [(True, "T"), (False, "SR")])
-async def test_a_server_is_stopped_between_its_turns_if_it_may_be_and_ends_even_so(is_stopped: bool, states: str):
+async def test_a_server_that_is_stopped_goes_on_and_ends_even_so():
     port = _free_port()
-    server = Server([sys.executable, "-c", _SERVER, str(port)], {}, port, is_stopped_when_idle=is_stopped)
-    async with running(server) as started:
-        started.pause()
-        assert await _reaches(started.pid, states)
+    async with running(Server([sys.executable, "-c", _SERVER, str(port)], {}, port)) as started:
+        started.stop()
+        assert await _reaches(started.pid, "T")
         started.resume()
         assert await _reaches(started.pid, "SR")
-        started.pause()
+        started.stop()
     assert not Path(f"/proc/{started.pid}").exists()
 
 
