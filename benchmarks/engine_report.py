@@ -9,7 +9,7 @@ from typing import Any
 
 from engine_runs import Operation
 from floors import Machine
-from interference import MAX_OTHERS_SHARE
+from interference import MAX_OTHERS_SHARE, mark
 from provenance import Provenance
 from report import Section
 
@@ -106,7 +106,7 @@ class Run:
             f"{self.model}, {self.dtype}, quantization {self.options['quantization']}, threads "
             f"{self.options['threads']}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; "
             f"read {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplied {machine.flop_per_s / 1e12:.2f} TFLOP/s"
-            f"{_mark(machine.others_share)}. Shares of the floor count from this report, comparisons with other "
+            f"{mark(machine.others_share)}. Shares of the floor count from this report, comparisons with other "
             "engines from compare.py's. Operations are those of steps that are not replayed, under clocks in Python: "
             "their sum is more than the kernels of a replayed step take."
         )
@@ -117,7 +117,7 @@ def sections(run: Run) -> list[Section]:
         (
             str(split.batch), f"{split.step_s * 1e3:.2f}", f"{(split.step_s - split.outside_s) * 1e3:.2f}",
             f"{split.outside_s * 1e3:.2f}", f"{split.outside_s / split.step_s:.1%}", f"{split.num_calls:,.0f}",
-            f"{split.others_share:.1%}{_mark(split.others_share)}",
+            f"{split.others_share:.1%}{mark(split.others_share)}",
         )
         for split in run.splits
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def sections(run: Run) -> list[Section]:
         ),
     ]
     for profile in run.profiles:
-        name = f"{profile.name}{_mark(profile.others_share)}"
+        name = f"{profile.name}{mark(profile.others_share)}"
         shown.append(Section((name, "ms", "TFLOP/s", "GB/s of weights"), profile.rows()))
     return [section for section in shown if section.rows]
 
@@ -148,7 +148,3 @@ def _figure_row(figure: Figure) -> tuple[str, ...]:
         str(figure.num_undisturbed),
         f"{max(used):.1%}",
     )
-
-
-def _mark(others_share: float) -> str:
-    return " (disturbed)" if others_share > MAX_OTHERS_SHARE else ""

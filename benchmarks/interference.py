@@ -79,6 +79,11 @@ def undisturbed(action: Callable[[], Result], max_share: float = MAX_OTHERS_SHAR
     return result, others_share
 
 
+def mark(others_share: float) -> str:
+    """Behind what was timed meanwhile, wherever it is shown."""
+    return " (disturbed)" if others_share > MAX_OTHERS_SHARE else ""
+
+
 def _share_of_cores(used_s: float, start_s: float) -> float:
     return max(0.0, used_s / ((time.perf_counter() - start_s) * (os.cpu_count() or 1)))
 
