@@ -177,6 +177,7 @@ async def _measure(
 ) -> list[Measurement]:
     """One measurement that nobody disturbed, before it those that somebody did; or only such."""
     found: list[Measurement] = []
+    await driver.generate(_prompts(case), 1, _GENERATE_TIMEOUT_S)  # the caches are still those of the engine before
     for attempt in attempts(max_others_share, driver.pid):
         first_s = 0.0
         if case.output_tokens > 1:

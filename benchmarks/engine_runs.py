@@ -63,10 +63,6 @@ class KernelClock:
         self.by_operation: defaultdict[str, Operation] = defaultdict(Operation)
         self._num_calls = 0
 
-    @property
-    def total_s(self) -> float:
-        return sum(operation.seconds for operation in self.by_operation.values())
-
     def timed(self, kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             calls_before, start_s = self._num_calls, time.perf_counter()
