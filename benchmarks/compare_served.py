@@ -2,91 +2,189 @@
 
     python benchmarks/compare_served.py --folder models --vllm-python vllm/bin/python --json result.json
 
-Each is started, warmed up, loaded ``--repeats`` times by the load generator of ``serve.py``, and stopped. A split has
-as many threads as the others, divided between its two workers. ``results/README.md`` says how to read the numbers.
+They are loaded one after the other, A B C A B C, by the load generator of ``serve.py``. vLLM takes a minute to start:
+it is started once, and stopped by a signal between its turns. Ours are started anew for each: an idle Ray uses several
+percent of the cores, and does not bear being stopped. Where memory does not hold all of vLLM's, ``--restart`` starts
+these anew as well. A split has as many threads as the others, divided between its two workers. The file is written
+after every turn. ``results/README.md`` says how to read the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from driver import end_on_sigterm
 from floors import Machine, in_child, measure_machine, shortest_load_s
-from interference import OtherProcesses
+from interference import MAX_OTHERS_SHARE, Trees, attempts
 from load import ServerError
 from load_run import as_dict, positive, positive_count, run_load
-from provenance import Provenance, provenance
+from provenance import provenance
 from random_checkpoint import FIRST_TEXT_TOKEN_ID, SHAPES, checkpoint_folder
-from report import Section, to_markdown, to_terminal
+from report import to_markdown, to_terminal
 from rich.console import Console
 from serve import build_rows, objective_of, parse_options
-from servers import SERVERS, Server, StartError, running
+from served_comparison import Load, ServedComparison, served_sections
+from servers import SERVERS, Running, Server, StartError, running
 
 from eagleray.models.registry import load_model_config
 
+NOT_NAMED: Final = "not named in --servers"
 _DTYPE: Final = "bfloat16"  # of all servers
-
-
-class Load(msgspec.Struct, frozen=True):
-    """One load on one server."""
-
-    server: str
-    start_s: float  # from the start of its process until it answered
-    others_share: float  # of the cores, what neither the server nor the client used
-    run: dict[str, Any]  # as ``serve.py --json`` writes it
-
-
-@dataclass(frozen=True)
-class ServedComparison:
-    """Everything about one comparison, which may have been made in pieces."""
-
-    origins: Sequence[Provenance]
-    loads: Sequence[Load]
-    failures: Mapping[str, str]  # server -> why it was not measured
-    machine: Machine  # beside the newest loads
-    limit_tokens_per_s: float  # of output, that this machine allows
+_PORTS_EACH: Final = 10  # vllm-split takes five
+_SETTLE_S: Final = 1.0  # connections that timed out while a server stood still are closed first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 when every server was measured."""
+    """Returns 0 when every server that was asked for could be measured to the end."""
     options = _parser().parse_args(arguments)
-    found = _measure(options)
+    before = _read_before(options)
+
+    def keep(found: ServedComparison) -> None:
+        if options.json:
+            joined = found if before is None else _joined(before, found)
+            options.json.write_bytes(msgspec.json.format(msgspec.json.encode(joined)) + b"\n")
+
+    found = asyncio.run(_measure(options, keep))
+    keep(found)
+    _show(found if before is None else _joined(before, found), options)
+    return 1 if found.failures.keys() & set(options.servers) else 0
+
+
+def _read_before(options: argparse.Namespace) -> ServedComparison | None:
     if options.add and options.json.exists():
-        before = msgspec.json.decode(options.json.read_bytes(), type=ServedComparison)
-        found = ServedComparison(
-            [*before.origins, *found.origins],
-            [*before.loads, *found.loads],
-            {**before.failures, **found.failures},
-            found.machine,
-            found.limit_tokens_per_s,
-        )
-    _show(found, options)
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
-    return 1 if found.failures else 0
+        return msgspec.json.decode(options.json.read_bytes(), type=ServedComparison)
+    return None
 
 
-def _measure(options: argparse.Namespace) -> ServedComparison:
+def _joined(before: ServedComparison, found: ServedComparison) -> ServedComparison:
+    """Of a server that was measured, only what stopped it in the newer piece is worth a reason."""
+    measured = {load.server for load in (*before.loads, *found.loads)}
+    failures = {name: why for name, why in {**before.failures, **found.failures}.items() if name not in measured}
+    failures |= {name: why for name, why in found.failures.items() if why != NOT_NAMED}
+    return replace(
+        found,
+        origins=[*before.origins, *found.origins],
+        loads=[*before.loads, *found.loads],
+        failures=failures,
+    )
+
+
+async def _measure(options: argparse.Namespace, keep: Callable[[ServedComparison], None]) -> ServedComparison:
+    """``keep`` gets what there is after every turn."""
     checkpoint = checkpoint_folder(options.shape, options.folder)
     machine = in_child(measure_machine, _DTYPE, options.threads)
     limit_tokens_per_s = _limit_tokens_per_s(checkpoint, machine, options)
-    loads: list[Load] = []
-    failures: dict[str, str] = {}
-    for name in options.servers:
-        print(f"starting {name}", file=sys.stderr)
+    failures = {name: NOT_NAMED for name in SERVERS if name not in options.servers}
+    found = ServedComparison([provenance()], [], failures, machine, limit_tokens_per_s)
+    end_on_sigterm()
+    async with AsyncExitStack() as stack:
+        servers = Servers(checkpoint, options, stack)
+        failures |= await servers.start(options.servers)
+        for round_number, name in turns(options.servers, options.repeats):
+            if name not in failures:
+                try:
+                    loads = await _turn(name, round_number, servers, options)
+                    found = replace(found, loads=[*found.loads, *loads])
+                except (StartError, ServerError) as error:
+                    failures[name] = str(error)
+                    _say(f"{name}: {error}")
+                keep(found)
+    return found
+
+
+def turns(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, str]]:
+    """A B C A B C, with the number of the round."""
+    for round_number in range(1, num_rounds + 1):
+        for name in names:
+            yield round_number, name
+
+
+class Servers:
+    """Those that can be stopped are started once and stopped between their turns; others, and all with ``--restart``,
+    are started anew for each."""
+
+    def __init__(self, checkpoint: Path, options: argparse.Namespace, stack: AsyncExitStack) -> None:
+        self._checkpoint, self._options, self._stack = checkpoint, options, stack
+        self._alive: dict[str, Running] = {}
+
+    async def start(self, names: Sequence[str]) -> dict[str, str]:
+        """Those that live until the stack closes. Returns why some could not be built or started."""
+        failures = {}
+        for name in names:
+            try:
+                server = self._build(name)
+                if server.can_be_stopped and not self._options.restart:
+                    _say(f"starting {name}")
+                    started = await self._stack.enter_async_context(running(server))
+                    try:
+                        await _one_load(self._options, server.port, self._options.concurrency)
+                    finally:
+                        started.stop()
+                    self._alive[name] = started
+            except (StartError, ServerError) as error:
+                failures[name] = str(error)
+                _say(f"{name}: {error}")
+        return failures
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[Running]:
+        """Raises ``StartError``."""
+        if name not in self._alive:
+            async with running(self._build(name)) as server:
+                yield server
+            return
+        server = self._alive[name]
+        server.resume()
         try:
-            loads += asyncio.run(_load(name, SERVERS[name](checkpoint, options), options))
-        except (StartError, ServerError) as error:
-            failures[name] = str(error)
-            print(f"{name}: {error}", file=sys.stderr)
-    return ServedComparison([provenance()], loads, failures, machine, limit_tokens_per_s)
+            await asyncio.sleep(_SETTLE_S)
+            yield server
+        finally:
+            server.stop()
+
+    def idle(self, busy: Running) -> Trees:
+        return Trees([server.pid for server in self._alive.values() if server is not busy])
+
+    def between_turns(self, name: str) -> str:
+        return "stopped" if name in self._alive else "restarted"
+
+    def _build(self, name: str) -> Server:
+        port = self._options.port + _PORTS_EACH * list(SERVERS).index(name)
+        return SERVERS[name](self._checkpoint, self._options, port)
+
+
+async def _turn(name: str, round_number: int, servers: Servers, options: argparse.Namespace) -> list[Load]:
+    """One load that nobody disturbed, before it those that somebody did; or only such. Raises ``StartError`` and
+    ``ServerError``."""
+    loads: list[Load] = []
+    async with servers.turn(name) as server:
+        await _one_load(options, server.server.port, options.concurrency)  # what a load makes use of is there again
+        for attempt in attempts(MAX_OTHERS_SHARE, server.pid):
+            idle = servers.idle(server)
+            run = await _one_load(options, server.server.port, options.requests)
+            idle_share, others_share = idle.share(), attempt.end()
+            is_kept = others_share <= MAX_OTHERS_SHARE
+            loads.append(
+                Load(
+                    name, round_number, server.start_s, server.has_tcmalloc, servers.between_turns(name),
+                    others_share, idle_share, is_kept, run,
+                )
+            )  # fmt: skip
+            rate = run["report"]["throughput"]["output_tokens_per_s"]
+            state = "" if is_kept else ", discarded"
+            _say(f"round {round_number}, {name}: {rate:,.1f} tokens/s, others {others_share:.1%}{state}")
+    return loads
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _limit_tokens_per_s(checkpoint: Path, machine: Machine, options: argparse.Namespace) -> float:
@@ -97,22 +195,10 @@ def _limit_tokens_per_s(checkpoint: Path, machine: Machine, options: argparse.Na
     return float(options.requests * options.output_tokens / load_s)
 
 
-async def _load(name: str, server: Server, options: argparse.Namespace) -> list[Load]:
-    """Raises ``StartError`` and ``ServerError``."""
-    loads = []
-    async with running(server, options.port) as (pid, start_s):
-        await _one_load(options, options.concurrency)  # what is made at first use is there afterwards
-        for _ in range(options.repeats):
-            others = OtherProcesses(pid)
-            run = await _one_load(options, options.requests)
-            loads.append(Load(name, start_s, others.share(), run))
-    return loads
-
-
-async def _one_load(options: argparse.Namespace, num_requests: int) -> dict[str, Any]:
+async def _one_load(options: argparse.Namespace, port: int, num_requests: int) -> dict[str, Any]:
     """Every time under a salt of its own, so that no prefix is found."""
     asked = {
-        "url": f"http://127.0.0.1:{options.port}",
+        "url": f"http://127.0.0.1:{port}",
         "requests": num_requests,
         "concurrency": options.concurrency,
         "prompt-tokens": options.prompt_tokens,
@@ -141,67 +227,6 @@ def _show(found: ServedComparison, options: argparse.Namespace) -> None:
         Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
 
 
-def _milliseconds(field: str, percentile: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda report: 1000 * float(report["latencies_s"][field][percentile])
-
-
-# By column: what of a report it shows, and the sign of what is better.
-_COLUMNS: Final[Mapping[str, tuple[Callable[[Mapping[str, Any]], float], int]]] = {
-    "TTFT p50, ms": (_milliseconds("time_to_first_token", "p50"), -1),
-    "TTFT p95": (_milliseconds("time_to_first_token", "p95"), -1),
-    "TTFT p99": (_milliseconds("time_to_first_token", "p99"), -1),
-    "TPOT p50, ms": (_milliseconds("time_per_output_token", "p50"), -1),
-    "TPOT p95": (_milliseconds("time_per_output_token", "p95"), -1),
-    "end to end p50, ms": (_milliseconds("end_to_end", "p50"), -1),
-    "end to end p95": (_milliseconds("end_to_end", "p95"), -1),
-    "output tokens/s": (lambda report: float(report["throughput"]["output_tokens_per_s"]), 1),
-    "goodput, /s": (lambda report: float(report["goodput"]["requests_per_s"]), 1),
-}
-
-
-def served_sections(found: ServedComparison) -> list[Section]:
-    """Medians over the loads of each server; how many times better each of ours is; and what stands behind that."""
-    loads: dict[str, list[Load]] = {}
-    for load in found.loads:
-        loads.setdefault(load.server, []).append(load)
-    values = {
-        server: [statistics.median(read(load.run["report"]) for load in its) for read, _ in _COLUMNS.values()]
-        for server, its in loads.items()
-    }
-    rate = list(_COLUMNS).index("output tokens/s")
-    shares = {server: row[rate] / found.limit_tokens_per_s for server, row in values.items()}
-    limit = f"of the limit, {found.limit_tokens_per_s:,.0f} tokens/s"
-    rows = [(server, *map(_figure, row), f"{shares[server]:.0%}") for server, row in values.items()]
-    shown = [Section(("server", *_COLUMNS, limit), rows)]
-    for ours in (server for server in values if server.startswith("eagleray")):
-        peers = [(peer, *_times_better(values[ours], row)) for peer, row in values.items() if peer != ours]
-        shown.append(Section((f"{ours}, times as good as", *_COLUMNS), peers))
-    behind = [
-        (
-            server, f"{its[0].start_s:.0f}", str(len(its)),
-            f"{sum(load.run['report']['num_completed'] for load in its)} of "
-            f"{sum(load.run['report']['num_requests'] for load in its)}",
-            f"{max(load.others_share for load in its):.1%}",
-        )
-        for server, its in loads.items()
-    ]  # fmt: skip
-    shown.append(Section(("server", "start, s", "loads", "completed", "others at most"), behind))
-    failures = [(name, " ".join(why.split())) for name, why in found.failures.items() if name not in loads]
-    shown.append(Section(("not measured", "why"), failures))
-    return [section for section in shown if section.rows]
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
-
-
-def _times_better(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
-    """Above 1 is better for us, in every column."""
-    signs = [sign for _, sign in _COLUMNS.values()]
-    pairs = zip(ours, theirs, signs, strict=True)
-    return [f"{(our / their) ** sign:.2f}" if our and their else "-" for our, their, sign in pairs]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compare_served.py",
@@ -215,12 +240,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--vllm-python", type=Path, help="the interpreter of an environment with vLLM")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for eagleray serve; may be repeated")
     add("--threads", type=positive_count, default=2, help="of each server; a split divides them")
-    add("--port", type=positive_count, default=8123, help="for one server after the other")
+    add("--port", type=positive_count, default=8123, help="of the first server; others take higher ones")
     add("--requests", type=positive_count, default=32, help="of each load")
     add("--concurrency", type=positive_count, default=8, help="requests in flight")
     add("--prompt-tokens", type=positive_count, default=512, help="of each request")
     add("--output-tokens", type=positive_count, default=64, help="of each request")
-    add("--repeats", type=positive_count, default=2, help="loads on each server; the tables show medians")
+    add("--repeats", type=positive_count, default=3, help="rounds; the tables show medians and spread")
+    add("--restart", action="store_true", help="start every server anew for its turn: where memory does not hold all")
+    add("--kv-gib", type=positive_count, default=1, help="memory for keys and values of each worker, in GiB")
     add("--ttft-slo-ms", type=positive, default=5000.0, help="goodput: first token within this")
     add("--tpot-slo-ms", type=positive, default=150.0, help="goodput: time per output token within this")
     add("--timeout-s", type=positive, default=120.0, help="for one answer")

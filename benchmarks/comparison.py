@@ -35,6 +35,8 @@ class Measurement:
     """One timing of one engine."""
 
     contender: str
+    dtype: str  # of the products that it is held against
+    round: int
     case: Case
     duration_s: float  # of the whole case
     first_token_s: float  # of an equal case with one output token, measured just before; 0 for prefill
@@ -61,9 +63,9 @@ class Piece:
     origin: Provenance
     shape: str
     num_threads: int
-    machine: Machine
-    engines: Mapping[str, Any]  # by contender: version, settings and start_s, as its driver said
-    not_measured: Mapping[str, str]  # contender or engine -> why
+    machines: Mapping[str, Machine]  # by dtype of the products
+    engines: Mapping[str, Any]  # by contender: what its driver said (version, settings, start_s), and how it ran
+    not_measured: Mapping[str, str]  # contender -> why
     measurements: Sequence[Measurement]
 
 
@@ -73,19 +75,23 @@ class Comparison:
 
     pieces: Sequence[Piece]
 
-    @property
-    def machine(self) -> Machine:
+    def machine(self, dtype: str) -> Machine:
         """The best that any piece saw: a floor is what the machine can do."""
-        machines = [piece.machine for piece in self.pieces]
-        return Machine(max(m.read_bytes_per_s for m in machines), max(m.flop_per_s for m in machines))
+        machines = [machine for piece in self.pieces for machine in piece.machines.values()]
+        multiplied = [piece.machines[dtype].flop_per_s for piece in self.pieces if dtype in piece.machines]
+        return Machine(max(machine.read_bytes_per_s for machine in machines), max(multiplied))
 
     def title(self) -> str:
-        last, machine = self.pieces[-1], self.machine
+        last = self.pieces[-1]
         origin = last.origin
+        dtypes = dict.fromkeys(dtype for piece in self.pieces for dtype in piece.machines)
+        machines = {dtype: self.machine(dtype) for dtype in dtypes}
+        multiplied = ", ".join(f"{found.flop_per_s / 1e12:.2f} TFLOP/s in {dtype}" for dtype, found in machines.items())
+        read = max(found.read_bytes_per_s for found in machines.values())
         return (
             f"{last.shape} (random weights), {last.num_threads} threads on {origin.num_cores} x {origin.cpu}, "
-            f"commit {origin.git_commit}, {origin.date}; the machine reads {machine.read_bytes_per_s / 1e9:.1f} GB/s "
-            f"and multiplies {machine.flop_per_s / 1e12:.2f} TFLOP/s in bfloat16"
+            f"commit {origin.git_commit}, {origin.date}; the machine reads {read / 1e9:.1f} GB/s and multiplies "
+            f"{multiplied}. Comparisons count from this report; our own share of the floor counts from engine.py's."
         )
 
     def kept(self) -> dict[str, dict[str, list[Measurement]]]:
@@ -114,15 +120,14 @@ def sections(comparison: Comparison) -> list[Section]:
     """Speeds beside what the machine allows, ours over each peer's, and what stands behind the figures."""
     kept = comparison.kept()
     cases = list(dict.fromkeys(measurement.case.name for measurement in comparison.measurements))
-    speeds = {
-        contender: {name: _median_tokens_per_s(found) for name, found in by_case.items()}
-        for contender, by_case in kept.items()
-    }
-    shown = [Section(("tokens/s (share of the floor)", *cases), _speed_rows(comparison, cases))]
-    for ours in filter(_is_ours, speeds):
-        header = (f"{ours}, times as fast as", *cases)
-        shown.append(Section(header, [_ratios(ours, peer, speeds, cases) for peer in speeds if peer != ours]))
-    shown.append(Section(("engine", "version", "start, s", "kept", "discarded", "others at most"), _runs(comparison)))
+    shown = [
+        Section(("tokens/s (share of the floor)", *cases), _speed_rows(comparison, cases)),
+        Section(("tokens/s, slowest to fastest", *cases), _spread_rows(comparison, cases)),
+    ]
+    for ours in filter(_is_ours, kept):
+        rows = [_ratios(comparison, ours, peer, cases) for peer in kept if peer != ours]
+        shown.append(Section((f"{ours}, times as fast as", *cases), [row for row in rows if set(row[1:]) != {"-"}]))
+    shown.append(Section(_RUN_HEADER, _runs(comparison)))
     absent = {name: why for piece in comparison.pieces for name, why in piece.not_measured.items() if name not in kept}
     shown.append(
         Section(("not measured", "why"), [(name, " ".join(why.split())[-160:]) for name, why in absent.items()])
@@ -148,14 +153,35 @@ def _speed_rows(comparison: Comparison, cases: Sequence[str]) -> list[tuple[str,
                 cells.append("-")
                 continue
             speed = _median_tokens_per_s(found)
-            cells.append(f"{speed:,.1f} ({speed / found[0].floor_tokens_per_s(comparison.machine):.0%})")
+            floor = found[0].floor_tokens_per_s(comparison.machine(found[0].dtype))
+            cells.append(f"{speed:,.1f} ({speed / floor:.0%})")
         rows.append((contender, *cells))
     return rows
 
 
-def _ratios(ours: str, peer: str, speeds: Mapping[str, Mapping[str, float]], cases: Sequence[str]) -> tuple[str, ...]:
-    both = [(speeds[ours].get(name), speeds[peer].get(name)) for name in cases]
-    return (peer, *(f"{our / their:.2f}" if our and their else "-" for our, their in both))
+def _spread_rows(comparison: Comparison, cases: Sequence[str]) -> list[tuple[str, ...]]:
+    rows = []
+    for contender, by_case in comparison.kept().items():
+        speeds = [[measurement.tokens_per_s for measurement in by_case.get(name, ())] for name in cases]
+        rows.append((contender, *(f"{min(found):,.1f} to {max(found):,.1f}" if found else "-" for found in speeds)))
+    return rows
+
+
+def _ratios(comparison: Comparison, ours: str, peer: str, cases: Sequence[str]) -> tuple[str, ...]:
+    """Of what was measured in the same rounds only: pieces are made at different times."""
+    both = [piece for piece in comparison.pieces if {ours, peer} <= piece.engines.keys()]
+    kept = Comparison(both).kept()
+    cells = []
+    for name in cases:
+        found = [kept.get(contender, {}).get(name) for contender in (ours, peer)]
+        our, their = [_median_tokens_per_s(each) if each else None for each in found]
+        cells.append(f"{our / their:.2f}" if our and their else "-")
+    return (peer, *cells)
+
+
+_RUN_HEADER: Final = (
+    "engine", "version", "computes in", "K and V in", "tcmalloc", "start, s", "kept", "discarded", "others at most",
+)  # fmt: skip
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -166,7 +192,8 @@ def _runs(comparison: Comparison) -> list[tuple[str, ...]]:
         said = [piece.engines[contender] for piece in comparison.pieces if contender in piece.engines]
         rows.append(
             (
-                contender, str(said[-1].get("version", "this commit")), f"{min(one['start_s'] for one in said):.1f}",
+                contender, str(said[-1].get("version", "this commit")), found[-1].dtype, said[-1]["kv"],
+                "yes" if said[-1]["has_tcmalloc"] else "no", f"{min(one['start_s'] for one in said):.1f}",
                 str(len(kept)), str(len(found) - len(kept)), f"{max(m.others_share for m in kept):.1%}",
             )
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,8 @@ class Contender:
     bytes_per_weight: float = 2.0
     export: str | None = None  # weight format of the OpenVINO export it reads; None: the checkpoint
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"  # of products; those with weights in 8 bits may be in 8 bits as well
+    kv: str = "bfloat16"  # what K and V are kept in
 
     @property
     def driver(self) -> Path:
@@ -34,39 +36,57 @@ class Contender:
         return {"--model": str(model), "--settings": json.dumps(self.settings), **shared}
 
 
-# OpenVINO's defaults on a CPU keep K and V in 8 bits; the rows that end in "-kv16" keep them as the others do.
 _KV16: Final = {"KV_CACHE_PRECISION": "bf16"}
+_OPENVINO_F32: Final = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+_KV8: Final = "8 bits"  # OpenVINO's default on a CPU; the rows that end in "-kv16" keep K and V as the others do
+
+
+def _float32(name: str, engine: str, settings: Mapping[str, Any], export: str | None = None) -> Contender:
+    """What the checkpoint knows of a weight are two bytes."""
+    return Contender(name, engine, 2.0, export, settings, dtype="float32", kv="float32")
+
+
 CONTENDERS: Final = (
     Contender("eagleray-bf16", "eagleray"),
-    Contender("eagleray-int8", "eagleray", 1.0, settings={"quantization": "int8"}),
     Contender("eagleray-w8a8", "eagleray", 1.0, settings={"quantization": "w8a8"}),
+    Contender("eagleray-int8", "eagleray", 1.0, settings={"quantization": "int8"}),
     Contender("eagleray-int4", "eagleray", 0.5, settings={"quantization": "int4"}),
     Contender("vllm", "vllm"),
     Contender("vllm-eager", "vllm", settings={"enforce_eager": True}),
-    Contender("openvino-bf16", "openvino", export="fp16"),
+    Contender("openvino-bf16", "openvino", export="fp16", kv=_KV8),
     Contender("openvino-bf16-kv16", "openvino", export="fp16", settings=_KV16),
-    Contender("openvino-int8", "openvino", 1.0, export="int8"),
+    Contender("openvino-int8", "openvino", 1.0, export="int8", kv=_KV8),
     Contender("openvino-int8-kv16", "openvino", 1.0, export="int8", settings=_KV16),
-    Contender("openvino-int4", "openvino", 0.5, export="int4"),
+    Contender("openvino-int4", "openvino", 0.5, export="int4", kv=_KV8),
     Contender("transformers", "transformers"),
+    _float32("eagleray-f32", "eagleray", {"dtype": "float32"}),
+    _float32("vllm-f32", "vllm", {"dtype": "float32"}),
+    _float32("openvino-f32", "openvino", _OPENVINO_F32, export="fp16"),
+    _float32("transformers-f32", "transformers", {"dtype": "float32"}),
 )
+# As many as 24 GiB hold at once; others are named in pieces of their own.
+DEFAULT_ENGINES: Final = (
+    "eagleray-bf16", "eagleray-w8a8", "vllm", "openvino-bf16", "openvino-bf16-kv16", "openvino-int8", "transformers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pythons:
-    """Interpreters by engine; an engine without one is left out."""
+    """Interpreters by engine."""
 
     by_engine: Mapping[str, Path]
 
-    def chosen(self, names: list[str] | None) -> Iterator[Contender]:
-        """Those named, in that order, or all whose engine has a Python; of ours without names only ``bf16``."""
+    def chosen(self, names: Collection[str]) -> Iterator[Contender]:
+        """Those named, in that order, whose engine has a Python."""
         by_name = {contender.name: contender for contender in CONTENDERS}
-        for name in names or [c.name for c in CONTENDERS if c.engine != "eagleray" or c.name == "eagleray-bf16"]:
+        for name in names:
             if by_name[name].engine in self.by_engine:
                 yield by_name[name]
 
-    def missing(self) -> list[str]:
-        return sorted({contender.engine for contender in CONTENDERS} - self.by_engine.keys())
+    def left_out(self, names: Collection[str]) -> dict[str, str]:
+        """Why a contender is not among the chosen ones, for all that are not."""
+        reasons = {c.name: f"no --{c.engine}-python was given" for c in CONTENDERS if c.engine not in self.by_engine}
+        return {c.name: "not named in --engines" for c in CONTENDERS if c.name not in names} | reasons
 
 
 def default_pythons(**peers: Path | None) -> Pythons:

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from process_cpu import has_loaded
+
 _LONGEST_LINE_BYTES: Final = 2**20
 _STOP_TIMEOUT_S: Final = 20.0
 
@@ -28,6 +30,14 @@ class Driver:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def has_loaded(self, library: str) -> bool:
+        """Whether the engine, or a process that it started, has a file of such a name in its memory."""
+        return has_loaded(self.pid, library)
+
+    def kill(self) -> None:
+        """The engine and all that it started, whatever they are doing."""
+        _kill(self._process)
 
     async def ready(self, timeout_s: float) -> dict[str, Any]:
         """What the engine says about itself. Raises ``DriverError``."""
@@ -55,6 +65,13 @@ class Driver:
             raise DriverError(f"ended: {last_line(self._log)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def end_on_sigterm() -> None:
+    """Let the running task end as Ctrl-C would: what it started goes with it, also what was stopped by a signal."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def last_line(log: Path) -> str:
@@ -86,6 +103,10 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(_STOP_TIMEOUT_S):
             await process.wait()
+    _kill(process)
+    await process.wait()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()

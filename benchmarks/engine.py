@@ -12,18 +12,19 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock
+from engine_report import Figure, Profile, Run, StepSplit, Timing, figure_of, sections
+from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock, Operation
 from floors import WEIGHT_BYTES, Machine, bytes_per_weight, in_child, measure_machine, step_work
-from interference import OtherProcesses
-from provenance import Provenance, provenance
+from interference import undisturbed
+from provenance import provenance
 from random_checkpoint import SHAPES, checkpoint_folder
-from report import Section, to_markdown, to_terminal
+from report import to_markdown, to_terminal
 from rich.console import Console
 
 from eagleray.core.config import Config, parse_config
@@ -31,57 +32,8 @@ from eagleray.core.errors import ConfigError
 from eagleray.kernels.native.build import NativeUnavailable
 
 _KV_MEMORY_BYTES: Final = 2**30
-_COUNTED_STEPS: Final = 8
+_COUNTED_STEPS: Final = 16  # in as many every request begins one KV block
 _SPLIT_STEPS: Final = 32
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A median over the repeats, and the least time that the machine allows."""
-
-    name: str
-    tokens_per_s: float
-    floor_tokens_per_s: float
-    repeats_tokens_per_s: Sequence[float]
-
-    @property
-    def share_of_floor(self) -> float:
-        return self.tokens_per_s / self.floor_tokens_per_s
-
-
-@dataclass(frozen=True)
-class StepSplit:
-    """Where the time of a decoding step goes. ``outside_s`` is what no kernel accounts for: Python, what torch does
-    for sampling and for building tensors, and waiting."""
-
-    batch: int
-    step_s: float
-    outside_s: float
-    num_calls: float  # of Python and C functions, on all threads: the same in every run
-
-
-@dataclass(frozen=True)
-class ProfileRow:
-    """What one operation takes of a prefill."""
-
-    operation: str
-    seconds: float
-    flop_per_s: float  # 0: not counted
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything about one run."""
-
-    origin: Provenance
-    model: str
-    dtype: str
-    options: dict[str, Any]
-    machine: Machine
-    others_share: float  # of the cores' time, used by other processes during the run
-    figures: Sequence[Figure]
-    splits: Sequence[StepSplit]
-    profile: Sequence[ProfileRow]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,14 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> Run:
     """Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
-    others = OtherProcesses()
     with CallCounter() as counter:  # before the engine: threads are followed from their start
-        engine = BenchmarkEngine(config)
-        calls = _count_calls(engine, counter, options.batches)
+        engine = BenchmarkEngine(config, counter=counter)
+        calls = {batch: _count_calls(engine, batch) for batch in options.batches}
     machine = in_child(measure_machine, engine.dtype, options.threads)
     figures = _figures(engine, machine, options)
     engine.close()
-    splits, profile = _profile(config, calls, options.prefill_tokens)
     return Run(
         origin=provenance(),
         model=options.shape or options.model,
@@ -118,9 +68,8 @@ def measure(options: argparse.Namespace) -> Run:
         options={name: str(value) for name, value in vars(options).items()},
         machine=machine,
         figures=figures,
-        splits=splits,
-        profile=profile,
-        others_share=others.share(),
+        splits=_splits(config, calls),
+        profiles=_profiles(config, options),
     )
 
 
@@ -133,35 +82,30 @@ def _config(options: argparse.Namespace) -> Config:
     return parse_config({"model": model, "prefill": {"replicas": 0}, "decode": pool})
 
 
-def _count_calls(engine: BenchmarkEngine, counter: CallCounter, batches: Sequence[int]) -> dict[int, float]:
-    """Calls per decoding step, by batch."""
-    counts = {}
-    for batch in batches:
-        longer = _calls_of(engine, counter, batch, 2 * _COUNTED_STEPS)
-        counts[batch] = (longer - _calls_of(engine, counter, batch, _COUNTED_STEPS)) / _COUNTED_STEPS
-    return counts
-
-
-def _calls_of(engine: BenchmarkEngine, counter: CallCounter, batch: int, num_steps: int) -> int:
-    before = counter.num_calls
-    engine.decode(batch, num_steps)
-    return counter.num_calls - before
+def _count_calls(engine: BenchmarkEngine, batch: int) -> float:
+    """Calls per decoding step, of steps that have been recorded: the first ones of their shapes are made otherwise."""
+    engine.decode(batch, _COUNTED_STEPS)
+    return engine.decode(batch, _COUNTED_STEPS).num_calls / _COUNTED_STEPS
 
 
 def _figures(engine: BenchmarkEngine, machine: Machine, options: argparse.Namespace) -> list[Figure]:
     """Repeats go round and round, so that a slow moment of the machine hits all figures alike."""
-    prefill: list[float] = []
-    decode: dict[int, list[float]] = {batch: [] for batch in options.batches}
+    prefill: list[Timing] = []
+    decode: dict[int, list[Timing]] = {batch: [] for batch in options.batches}
     for _ in range(options.repeats):
-        prefill.append(options.prefill_tokens / engine.prefill(options.prefill_tokens))
-        for batch, rates in decode.items():
-            rates.append(_tokens_per_s(engine.decode(batch, options.decode_tokens)))
-    floor = _prefill_floor(engine, machine, options)
-    figures = [Figure(f"prefill {options.prefill_tokens}", statistics.median(prefill), floor, prefill)]
-    for batch, rates in decode.items():
-        floor = _decode_floor(engine, machine, options, batch)
-        figures.append(Figure(f"decode {batch}", statistics.median(rates), floor, rates))
-    return figures
+        duration_s, others_share = undisturbed(lambda: engine.prefill(options.prefill_tokens))
+        prefill.append(Timing(options.prefill_tokens / duration_s, others_share))
+        for batch, timings in decode.items():
+            decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, options.decode_tokens))
+            timings.append(Timing(_tokens_per_s(decoding), others_share))
+    name = f"prefill {options.prefill_tokens}"
+    return [
+        figure_of(name, prefill, _prefill_floor(engine, machine, options)),
+        *(
+            figure_of(f"decode {batch}", timings, _decode_floor(engine, machine, options, batch))
+            for batch, timings in decode.items()
+        ),
+    ]
 
 
 def _tokens_per_s(decoding: Decoding) -> float:
@@ -186,71 +130,56 @@ def _decode_floor(engine: BenchmarkEngine, machine: Machine, options: argparse.N
     return batch / machine.floor_s(step_work(engine.model_config, engine.dtype, weight, position, position + 1, batch))
 
 
-def _profile(config: Config, calls: dict[int, float], prefill_tokens: int) -> tuple[list[StepSplit], list[ProfileRow]]:
+def _splits(config: Config, calls: Mapping[int, float]) -> list[StepSplit]:
     """On an engine of its own, whose kernels are timed: that costs a little. None without native kernels."""
-    clock = KernelClock()
     try:
-        engine = BenchmarkEngine(config, clock)
+        engine = BenchmarkEngine(config, KernelClock())
     except NativeUnavailable:
-        return [], []
+        return []
     splits = []
     for batch, num_calls in calls.items():
         engine.decode(batch, 1)
-        decoding = engine.decode(batch, _SPLIT_STEPS)
+        decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, _SPLIT_STEPS))
         step_s = statistics.fmean(decoding.step_s)
-        splits.append(StepSplit(batch, step_s, step_s - decoding.kernel_s / len(decoding.step_s), num_calls))
-    engine.prefill(prefill_tokens)
-    clock.by_operation.clear()
-    total_s = engine.prefill(prefill_tokens)
+        outside_s = step_s - decoding.kernel_s / len(decoding.step_s)
+        splits.append(StepSplit(batch, step_s, outside_s, num_calls, others_share))
     engine.close()
-    by_time = sorted(clock.by_operation.items(), key=lambda item: -item[1].seconds)
-    profile = [ProfileRow(name, found.seconds, found.flop / found.seconds) for name, found in by_time]
-    return splits, [*profile, ProfileRow("outside kernels", total_s - clock.total_s, 0.0)]
+    return splits
+
+
+def _profiles(config: Config, options: argparse.Namespace) -> list[Profile]:
+    """By operation, which a replayed step does not tell apart: on an engine that replays none. None without native
+    kernels."""
+    clock = KernelClock()
+    try:
+        engine = BenchmarkEngine(config, clock, has_replay=False)
+    except NativeUnavailable:
+        return []
+    profiles = [_prefill_profile(engine, clock, options.prefill_tokens)]
+    for batch in options.batches:
+        engine.decode(batch, 1)
+        decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, _SPLIT_STEPS))
+        name, total_s = f"a step of decode {batch}, not replayed", sum(decoding.step_s)
+        profiles.append(Profile(name, total_s, len(decoding.step_s), decoding.by_operation, others_share))
+    engine.close()
+    return profiles
+
+
+def _prefill_profile(engine: BenchmarkEngine, clock: KernelClock, num_tokens: int) -> Profile:
+    def timed() -> tuple[float, Mapping[str, Operation]]:
+        clock.taken()
+        return engine.prefill(num_tokens), clock.taken()
+
+    timed()
+    (total_s, by_operation), others_share = undisturbed(timed)
+    return Profile(f"one prefill of {num_tokens}", total_s, 1, by_operation, others_share)
 
 
 def _show(run: Run, as_markdown: bool) -> None:
-    origin = run.origin
-    title = (
-        f"{run.model}, {run.dtype}, quantization {run.options['quantization']}, threads {run.options['threads']}, "
-        f"{origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; read "
-        f"{run.machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplied {run.machine.flop_per_s / 1e12:.2f} TFLOP/s; "
-        f"others used {run.others_share:.1%} of the cores"
-    )
-    shown = _sections(run)
     if as_markdown:
-        print(f"{title}\n\n{to_markdown(shown)}")
+        print(f"{run.title()}\n\n{to_markdown(sections(run))}")
     else:
-        Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
-
-
-def _sections(run: Run) -> list[Section]:
-    figures = [
-        (
-            figure.name,
-            f"{figure.tokens_per_s:,.1f}",
-            f"{figure.floor_tokens_per_s:,.0f}",
-            f"{figure.share_of_floor:.1%}",
-        )
-        for figure in run.figures
-    ]
-    splits = [
-        (
-            str(split.batch), f"{split.step_s * 1e3:.2f}", f"{split.outside_s * 1e3:.2f}",
-            f"{split.outside_s / split.step_s:.1%}", f"{split.num_calls:,.0f}",
-        )
-        for split in run.splits
-    ]  # fmt: skip
-    profile = [
-        (
-            row.operation, f"{row.seconds * 1e3:.1f}", f"{row.flop_per_s / 1e12:.2f}" if row.flop_per_s else "-",
-        )
-        for row in run.profile
-    ]  # fmt: skip
-    return [
-        Section(("tokens per second", "measured", "floor", "share"), figures),
-        Section(("decode, batch", "step, ms", "outside kernels, ms", "share", "calls"), splits),
-        Section(("one prefill", "ms", "TFLOP/s"), profile),
-    ]
+        Console().print(run.title(), to_terminal(sections(run)), sep="\n", highlight=False, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:

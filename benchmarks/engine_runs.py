@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any, Final
@@ -20,6 +20,7 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine, StepOutcome
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.kernels.replay.api import ComputeAnew
 from eagleray.kernels.select import Kernels, load_best_library, native_kernels
 from eagleray.models.registry import load_model_config
 from eagleray.text.output import OutputText
@@ -28,6 +29,8 @@ from eagleray.text.tokenizer import Tokenizer
 PROMPT_TOKENS: Final = 32  # of the requests that decode
 _FIRST_ID, _NUM_IDS = 8, 240  # prompts are made of these, which every vocabulary here has
 _UNTIMED_STEPS: Final = 4  # after all requests of a batch have begun
+_PANEL_WEIGHT_BYTES: Final = {0: 2.0, 1: 1.0, 2: 0.5, 3: 1.0}  # enum weights in panel_linear.c
+_ELEMENT_BYTES: Final = {0: 4.0, 1: 2.0}  # enum element in vectors.h
 
 
 @dataclass(slots=True)
@@ -36,6 +39,7 @@ class Operation:
 
     seconds: float = 0.0
     flop: float = 0.0  # of products with weights; 0: not counted
+    weight_bytes: float = 0.0  # that they read; 0: not counted
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,12 @@ class Decoding:
 
     batch: int
     step_s: Sequence[float]
-    kernel_s: float  # of all these steps, when kernels are timed
+    by_operation: Mapping[str, Operation]  # of all these steps, when kernels are timed
+    num_calls: int  # of Python and C functions in all these steps, when they are counted
+
+    @property
+    def kernel_s(self) -> float:
+        return sum(operation.seconds for operation in self.by_operation.values())
 
 
 class KernelClock:
@@ -54,48 +63,69 @@ class KernelClock:
         self.by_operation: defaultdict[str, Operation] = defaultdict(Operation)
         self._num_calls = 0
 
-    @property
-    def total_s(self) -> float:
-        return sum(operation.seconds for operation in self.by_operation.values())
-
     def timed(self, kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             calls_before, start_s = self._num_calls, time.perf_counter()
             result = kernel(*arguments)
             if self._num_calls == calls_before:
-                operation = self.by_operation[name + _shape_of(name, arguments)]
-                operation.seconds += time.perf_counter() - start_s
-                operation.flop += _flop_of(name, arguments)
-                self._num_calls += 1
+                self._note(name, time.perf_counter() - start_s, _product(name, arguments))
             return result
 
         return call
 
-    def kernels(self, config: Config, dtype: torch.dtype) -> Kernels:
-        """The native ones, timed without the Python around them. Raises ``NativeUnavailable``."""
+    def _note(self, name: str, duration_s: float, product: _Product | None) -> None:
+        operation = self.by_operation[name if product is None else f"{name} {product}"]
+        operation.seconds += duration_s
+        if product is not None:
+            operation.flop += product.flop
+            operation.weight_bytes += product.weight_bytes
+        self._num_calls += 1
+
+    def taken(self) -> dict[str, Operation]:
+        """What was added up so far; it begins anew."""
+        taken = dict(self.by_operation)
+        self.by_operation.clear()
+        return taken
+
+    def kernels(self, config: Config, dtype: torch.dtype, has_replay: bool) -> Kernels:
+        """The native ones, timed without the Python around them. With replay the calls of a recorded step are one
+        operation, ``run_program``. Raises ``NativeUnavailable``."""
         library = load_best_library(config.decode.num_threads)
         functions = {field.name: getattr(library, field.name) for field in fields(library)}
         timed: dict[str, Any] = {
             name: self.timed(function, name) for name, function in functions.items() if callable(function)
         }
-        return native_kernels(replace(library, **timed), dtype, config.model.quantization)
+        kernels = native_kernels(replace(library, **timed), dtype, config.model.quantization)
+        return kernels if has_replay else replace(kernels, new_replayer=ComputeAnew)
 
 
-def _product(name: str, arguments: Sequence[Any]) -> tuple[int, int, int] | None:
-    """(rows, input features, output features) of a call in operations.h that multiplies with weights."""
+@dataclass(frozen=True)
+class _Product:
+    """A call in operations.h that multiplies with weights."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    bytes_per_weight: float
+
+    def __str__(self) -> str:
+        return f"{self.in_features} x {self.out_features}"
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.rows * self.in_features * self.out_features
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.bytes_per_weight * self.in_features * self.out_features
+
+
+def _product(name: str, arguments: Sequence[Any]) -> _Product | None:
     if name == "panel_linear":
-        return arguments[11], arguments[13], arguments[14]
-    return (arguments[7], arguments[8], arguments[9]) if name == "linear" else None
-
-
-def _shape_of(name: str, arguments: Sequence[Any]) -> str:
-    product = _product(name, arguments)
-    return "" if product is None else f" {product[1]} x {product[2]}"
-
-
-def _flop_of(name: str, arguments: Sequence[Any]) -> float:
-    rows, in_features, out_features = _product(name, arguments) or (0, 0, 0)
-    return 2.0 * rows * in_features * out_features
+        return _Product(arguments[11], arguments[13], arguments[14], _PANEL_WEIGHT_BYTES[arguments[4]])
+    if name == "linear":
+        return _Product(arguments[7], arguments[8], arguments[9], _ELEMENT_BYTES[arguments[3]])
+    return None
 
 
 class CallCounter:
@@ -129,14 +159,20 @@ class CallCounter:
 class BenchmarkEngine:
     """One model and its engine; every prompt is a new one, so that no prefix is ever cached."""
 
-    def __init__(self, config: Config, clock: KernelClock | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: KernelClock | None = None,
+        counter: CallCounter | None = None,
+        has_replay: bool = True,  # without a clock it always has
+    ) -> None:
         self.config = config
         self.model_config = load_model_config(config.model.folder)
         self.dtype = self.model_config.resolve_dtype(config.model.dtype, "cpu")
         self._tokenizer = Tokenizer.from_folder(config.model.folder)
-        self._clock = clock or KernelClock()
+        self._clock, self._counter = clock or KernelClock(), counter or CallCounter()
         num_threads = config.decode.num_threads
-        kernels = clock.kernels(config, getattr(torch, self.dtype)) if clock else None
+        kernels = clock.kernels(config, getattr(torch, self.dtype), has_replay) if clock else None
         self._executor: LocalExecutor = build_executor(
             config.model, config.decode.engine, num_threads=num_threads, kernels=kernels
         )
@@ -162,13 +198,14 @@ class BenchmarkEngine:
             pass
         for _ in range(_UNTIMED_STEPS):
             self._engine.step()
-        self._clock.by_operation.clear()
+        self._clock.taken()
+        calls_before = self._counter.num_calls
         ends_s = [time.perf_counter()]
         for _ in range(num_steps):
             self._engine.step()
             ends_s.append(time.perf_counter())
         step_s = [b - a for a, b in itertools.pairwise(ends_s)]
-        result = Decoding(batch, step_s, self._clock.total_s)
+        result = Decoding(batch, step_s, self._clock.taken(), self._counter.num_calls - calls_before)
         self._end_all()
         return result
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from interference import undisturbed
 
 from eagleray.core.kv_layout import DTYPE_BYTES
 from eagleray.models.model_config import ModelConfig
@@ -34,7 +35,8 @@ class Machine:
     """Measured in this run, with as many threads as the engine has."""
 
     read_bytes_per_s: float
-    flop_per_s: float  # of a large product in the format that the engine computes in
+    flop_per_s: float  # of torch's large product in the format that the engine computes in
+    others_share: float = 0.0  # of the cores, what other processes used meanwhile
 
     def floor_s(self, work: Work) -> float:
         """No step that reads and multiplies so much is shorter."""
@@ -87,11 +89,12 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure_machine(dtype: str, num_threads: int) -> Machine:
-    """The best of several attempts each."""
+    """The best of several repeats each, undisturbed if it can be had: a floor of a busy machine flatters everybody."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        return Machine(_read_bytes_per_s(), _flop_per_s(getattr(torch, dtype)))
+        rates, others_share = undisturbed(lambda: (_read_bytes_per_s(), _flop_per_s(getattr(torch, dtype))))
+        return Machine(*rates, others_share)
     finally:
         torch.set_num_threads(before)
 

@@ -100,7 +100,7 @@ class _Failed(Exception):
 
 
 async def ask_server(client: httpx.AsyncClient) -> ServedModel:
-    """Raises ``ServerError`` when it does not answer or serves nothing."""
+    """Raises ``ServerError`` when it does not answer or serves nothing, or not yet."""
     try:
         models = await client.get("/v1/models", timeout=_STATUS_TIMEOUT_S)
         models.raise_for_status()
@@ -108,10 +108,13 @@ async def ask_server(client: httpx.AsyncClient) -> ServedModel:
         page = await client.get("/v1/status", timeout=_STATUS_TIMEOUT_S)
         status = page.json() if page.is_success else {}
         limit = status.get("max_model_tokens") or card["max_model_len"]
-        return ServedModel(card["id"], limit, tuple(status.get("workers", ())))
+        served = ServedModel(card["id"], limit, tuple(status.get("workers", ())))
     except (httpx.HTTPError, ValueError, LookupError) as error:
         message = f"{client.base_url}: {error or type(error).__name__}; start a server there or give another --url"
         raise ServerError(message) from None
+    if limit is None:  # the ingress answers before there is a worker that could say it
+        raise ServerError(f"{client.base_url}: no worker serves {served.name} yet; wait until the server is ready")
+    return served
 
 
 async def replay(

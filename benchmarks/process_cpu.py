@@ -43,6 +43,18 @@ def thread_times_s(pid: int) -> dict[int, float]:
     return times_s
 
 
+def has_loaded(pid: int, library: str) -> bool:
+    """Whether ``pid`` or a process below it has a file of such a name in its memory."""
+    return any(library in _maps(process) for process in (pid, *descendants(pid)))
+
+
+def _maps(pid: int) -> str:
+    try:
+        return (_PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""  # it has just ended
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Every process below ``pid``: its id, and the title that it goes by."""
     children: dict[int, list[int]] = {}

@@ -20,13 +20,13 @@ from typing import Final
 import httpx
 from contenders import vllm_environment
 from driver import last_line
+from process_cpu import has_loaded
 from random_checkpoint import FIRST_TEXT_TOKEN_ID
 
 _START_TIMEOUT_S: Final = 300.0
 _STOP_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.2
 _PROBE_TIMEOUT_S: Final = 10.0
-_KV_GIB: Final = 2
 _VLLM_SPLIT: Final = Path(__file__).with_name("vllm_split.py")
 
 
@@ -40,55 +40,61 @@ class Server:
 
     command: Sequence[str]
     environment: Mapping[str, str]
+    port: int
+    can_be_stopped: bool = False  # by a signal, and go on later
 
 
-def _eagleray(checkpoint: Path, options: argparse.Namespace) -> Server:
-    return _our_server(checkpoint, options, prefill=0, threads=options.threads)
+def _eagleray(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
+    return _our_server(checkpoint, options, port, prefill=0, threads=options.threads)
 
 
-def _eagleray_split(checkpoint: Path, options: argparse.Namespace) -> Server:
-    return _our_server(checkpoint, options, prefill=1, threads=max(1, options.threads // 2))
+def _eagleray_split(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
+    return _our_server(checkpoint, options, port, prefill=1, threads=max(1, options.threads // 2))
 
 
-def _our_server(checkpoint: Path, options: argparse.Namespace, prefill: int, threads: int) -> Server:
+def _our_server(checkpoint: Path, options: argparse.Namespace, port: int, prefill: int, threads: int) -> Server:
+    """Not to be stopped, or Ray's health checks would take it for dead; and idle it uses several percent of the
+    cores."""
     command = [sys.executable, "-m", "eagleray.cli", "serve", "--model", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--prefill", str(prefill), "--decode", "1", "--port", str(options.port)]
+    command += ["--prefill", str(prefill), "--decode", "1", "--port", str(port)]
     settings = {"model.max_model_tokens": options.prompt_tokens + options.output_tokens}
     for pool in ("prefill", "decode"):
-        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": _KV_GIB * 2**30}
+        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": options.kv_gib * 2**30}
     for assignment in (*(f"{key}={value}" for key, value in settings.items()), *options.set):
         command += ["--set", assignment]
-    return Server(command, {})
+    return Server(command, {}, port)
 
 
-def _vllm(checkpoint: Path, options: argparse.Namespace) -> Server:
-    server = _vllm_without_place(checkpoint, options)
+def _vllm(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
+    server = _vllm_without_place(checkpoint, options, port)
     threads = {"OMP_NUM_THREADS": str(options.threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}"}
-    return Server([*server.command, "--port", str(options.port)], {**server.environment, **threads})
+    command = [*server.command, "--port", str(port)]
+    return replace(server, command=command, environment={**server.environment, **threads})
 
 
-def _vllm_eager(checkpoint: Path, options: argparse.Namespace) -> Server:
-    server = _vllm(checkpoint, options)
+def _vllm_eager(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
+    server = _vllm(checkpoint, options, port)
     return replace(server, command=[*server.command, "--enforce-eager"])
 
 
-def _vllm_split(checkpoint: Path, options: argparse.Namespace) -> Server:
+def _vllm_split(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
     """Ports and cores of the two instances are the business of ``vllm_split.py``."""
-    server = _vllm_without_place(checkpoint, options)
+    server = _vllm_without_place(checkpoint, options, port)
     _require_nixl(options.vllm_python)
-    command = [sys.executable, str(_VLLM_SPLIT), "--port", str(options.port)]
+    command = [sys.executable, str(_VLLM_SPLIT), "--port", str(port)]
     command += ["--threads", str(max(1, options.threads // 2)), "--", *server.command]
     return replace(server, command=command)
 
 
-def _vllm_without_place(checkpoint: Path, options: argparse.Namespace) -> Server:
-    """What all of vLLM's have in common: no port and no cores yet."""
+def _vllm_without_place(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
+    """What all of vLLM's have in common: its command has no port and no cores yet."""
     if options.vllm_python is None:
         raise StartError("no --vllm-python was given")
     command = [str(options.vllm_python.with_name("vllm")), "serve", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--no-enable-prefix-caching", "--max-model-len", str(options.prompt_tokens + options.output_tokens)]
     environment = vllm_environment(options.vllm_python)
-    return Server(command, {**environment, "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB), "HF_HUB_OFFLINE": "1"})
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib), "HF_HUB_OFFLINE": "1"}
+    return Server(command, environment, port, can_be_stopped=True)
 
 
 def _require_nixl(python: Path) -> None:
@@ -101,7 +107,7 @@ def _require_nixl(python: Path) -> None:
 
 
 # By name, what builds one; raises ``StartError`` for what it lacks.
-SERVERS: Final[Mapping[str, Callable[[Path, argparse.Namespace], Server]]] = {
+SERVERS: Final[Mapping[str, Callable[[Path, argparse.Namespace, int], Server]]] = {
     "eagleray": _eagleray,
     "eagleray-split": _eagleray_split,
     "vllm": _vllm,
@@ -110,11 +116,31 @@ SERVERS: Final[Mapping[str, Callable[[Path, argparse.Namespace], Server]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that has answered."""
+
+    server: Server
+    pid: int
+    start_s: float  # from the start of its process until it answered
+    has_tcmalloc: bool
+
+    def stop(self) -> None:
+        """Until ``resume`` it takes nothing of the cores."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
 @asynccontextmanager
-async def running(server: Server, port: int) -> AsyncIterator[tuple[int, float]]:
-    """(process id, seconds until it answered); afterwards the server and all that it started are
-    gone. Raises ``StartError``."""
-    _require_free(port)
+async def running(server: Server) -> AsyncIterator[Running]:
+    """Afterwards the server and all that it started are gone. Raises ``StartError``."""
+    _require_free(server.port)
     began_s = perf_counter()
     with tempfile.NamedTemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
@@ -122,8 +148,9 @@ async def running(server: Server, port: int) -> AsyncIterator[tuple[int, float]]
             env={**os.environ, **server.environment}, start_new_session=True,
         )  # fmt: skip
         try:
-            await _until_it_answers(process, port, Path(log.name))
-            yield process.pid, perf_counter() - began_s
+            await _until_it_answers(process, server.port, Path(log.name))
+            start_s = perf_counter() - began_s
+            yield Running(server, process.pid, start_s, has_loaded(process.pid, "tcmalloc"))
         finally:
             await _stop(process)
 
@@ -132,7 +159,7 @@ def _require_free(port: int) -> None:
     """Raises ``StartError``: a server that is left over would be measured instead."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise StartError(f"--port {port}: somebody serves there already; choose another")
+            raise StartError(f"port {port}: somebody serves there already; choose another --port")
 
 
 async def _until_it_answers(process: asyncio.subprocess.Process, port: int, log: Path) -> None:
@@ -156,6 +183,7 @@ async def _until_it_answers(process: asyncio.subprocess.Process, port: int, log:
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError, TimeoutError):
+        os.killpg(process.pid, signal.SIGCONT)  # what is stopped cannot end by itself
         process.terminate()
         async with asyncio.timeout(_STOP_TIMEOUT_S):
             await process.wait()

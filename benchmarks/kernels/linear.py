@@ -1,29 +1,38 @@
-"""Speed of linear layers in every format, beside torch's own, on weights that no cache holds.
+"""Speed of linear layers in every format, beside torch's own and oneDNN's with weights reordered before.
 
-Candidates take turns, and each counts with its best time. Weights are several copies in rotation, so that they come
-from memory; with few rows their bytes per second are to be compared with the read bandwidth measured first.
+    python benchmarks/kernels/linear.py --threads 2 --json linear.json --markdown > linear.md
+
+Products take turns, and each counts with its median. Weights are so many copies in rotation that they come from memory,
+as in a model; with few rows their bytes per second are to be compared with the read bandwidth, with many rows their
+operations per second with torch's largest product and with what the units do on data in the first-level cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
 
+import msgspec
 import torch
+from limits import Limits, ProductLimit
+from rich.console import Console
 
+from eagleray.kernels.linear.api import PackedLinear
 from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
 from eagleray.kernels.native.build import supported_levels
-from eagleray.kernels.native.library import load_library
+from eagleray.kernels.native.library import NativeLibrary, load_library
 from eagleray.kernels.select import user_cache_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from provenance import provenance
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from floors import Machine, measure_machine
+from interference import mark
+from provenance import Provenance, provenance
+from report import Section, to_markdown, to_terminal
+from turns import Action, Turns, time_in_turns
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,79 +45,152 @@ SHAPES: Final = {
     "head": (32000, 1024),
 }
 _BITS: Final = {"bfloat16": 16, "w8a8": 8, "int8": 8, "int4": 4}
-_ROTATED_BYTES: Final = 512 * 2**20
-_MAX_COPIES: Final = 16
+_TORCH: Final = "torch, F.linear"
+_ONEDNN: Final = "oneDNN, reordered"
+_ROTATED_BYTES: Final = 512 * 2**20  # of each way to multiply; a round reads of all of them
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing a tensor of 1 GiB, best of five."""
-    data = torch.ones(2**27, dtype=torch.int64)
-    return data.nbytes / min(_seconds(lambda _: data.sum(), data) for _ in range(5))
+@dataclass(frozen=True)
+class Row:
+    """One product of one shape."""
+
+    shape: str
+    num_rows: int
+    product: str
+    median_s: float
+    times_s: Sequence[float]
+    flop_per_s: float
+    weight_bytes_per_s: float
+    others_share: float  # of the cores, what other processes used meanwhile
 
 
-def _seconds(product: Product, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    product(x)
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Run:
+    """Everything about one run."""
+
+    origin: Provenance
+    level: str
+    num_threads: int
+    machine: Machine
+    product_limit: ProductLimit
+    rows: Sequence[Row]
+
+    def title(self) -> str:
+        return (
+            f"linear layers, {self.level}, {self.num_threads} threads on {self.origin.num_cores} x {self.origin.cpu}, "
+            f"commit {self.origin.git_commit}, {self.origin.date}; the machine reads "
+            f"{self.machine.read_bytes_per_s / 1e9:.1f} GB/s; torch's largest product has "
+            f"{self.machine.flop_per_s / 1e12:.2f} TFLOP/s in bfloat16"
+            f"{mark(self.machine.others_share)}; {self.product_limit}"
+        )
 
 
-def candidates(weight: torch.Tensor, level: str, num_threads: int, copies: int) -> dict[str, list[Product]]:
-    """Copies of every product by name; ours begin with the name of the format."""
-    library = load_library(level, user_cache_folder() / "kernels", num_threads)
-    products: dict[str, list[Product]] = {}
-    for weights in get_args(PanelWeights):
-        linear_format = PanelLinearFormat(library, weights)
-        products[weights] = [linear_format.bind(linear_format.pack(weight, None)) for _ in range(copies)]
-    clones = [weight.clone() for _ in range(copies)]
-    products["torch bfloat16"] = [lambda x, w=clone: torch.nn.functional.linear(x, w) for clone in clones]
-    try:
-        packed = [torch.ops.mkldnn._reorder_linear_weight(clone) for clone in clones]
-    except (AttributeError, RuntimeError):
-        return products
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    products["oneDNN bfloat16"] = [lambda x, p=p: pointwise(x, p, None, "none", [], "") for p in packed]
-    return products
+def our_products(weight: torch.Tensor, weights: PanelWeights, library: NativeLibrary) -> list[Product]:
+    """Copies whose weights differ in nothing but their place."""
+    linear_format = PanelLinearFormat(library, weights)
+    packed = linear_format.pack(weight, None)
+    num_copies = _num_copies(sum(tensor.nbytes for tensor in packed.tensors.values()))
+    copies = (
+        PackedLinear({name: tensor.clone() for name, tensor in packed.tensors.items()}, packed.out_features)
+        for _ in range(num_copies)
+    )
+    return [linear_format.bind(copy) for copy in copies]
 
 
-def best_seconds(products: dict[str, list[Product]], x: torch.Tensor, repeats: int) -> dict[str, float]:
-    best = dict.fromkeys(products, float("inf"))
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, copies in products.items():
-            seconds = _seconds(copies[repeat % len(copies)], x)
-            if repeat:
-                best[name] = min(best[name], seconds)
-    return best
+def torch_products(weight: torch.Tensor) -> list[Product]:
+    clones = [weight.clone() for _ in range(_num_copies(weight.nbytes))]
+    return [lambda x, w=clone: torch.nn.functional.linear(x, w) for clone in clones]
+
+
+def onednn_products(weight: torch.Tensor, num_rows: int) -> list[Product]:
+    """Weights in the order that oneDNN wants for so many rows."""
+    reorder, pointwise = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    packed = [reorder(weight, num_rows) for _ in range(_num_copies(weight.nbytes))]
+    return [lambda x, p=p: pointwise(x, p, None, "none", [], "") for p in packed]
+
+
+def _num_copies(num_bytes: int) -> int:
+    return max(1, _ROTATED_BYTES // num_bytes)
+
+
+def _rotating(products: Sequence[Product], x: torch.Tensor) -> Action:
+    return lambda number: products[number % len(products)](x)
+
+
+def measure_shape(shape: str, options: argparse.Namespace, library: NativeLibrary) -> list[Row]:
+    out_features, in_features = SHAPES[shape]
+    weight = (torch.randn(out_features, in_features) * 0.05).bfloat16()
+    lasting = {f"eagleray, {name}": our_products(weight, name, library) for name in options.formats}
+    lasting[_TORCH] = torch_products(weight)
+    rows = []
+    for num_rows in options.rows:
+        x = torch.randn(num_rows, in_features).bfloat16()
+        products = {**lasting, _ONEDNN: onednn_products(weight, num_rows)}
+        actions = {name: _rotating(copies, x) for name, copies in products.items()}
+        rows += _rows(shape, num_rows, time_in_turns(actions, options.seconds))
+    return rows
+
+
+def _rows(shape: str, num_rows: int, turns: Turns) -> list[Row]:
+    size = SHAPES[shape][0] * SHAPES[shape][1]
+    return [
+        Row(
+            shape, num_rows, name, median_s, turns.times_s[name], 2 * num_rows * size / median_s,
+            size * _BITS.get(name.split()[-1], 16) / 8 / median_s, turns.others_share,
+        )
+        for name, median_s in turns.medians_s.items()
+    ]  # fmt: skip
+
+
+def sections(run: Run) -> list[Section]:
+    """One table per shape."""
+    header = ("rows", "product", "ms", "TFLOP/s", "GB/s of weights", "of reads", "oneDNN's time over it", "others")
+    onednn_s = {(row.shape, row.num_rows): row.median_s for row in run.rows if row.product == _ONEDNN}
+    shown = []
+    for shape in dict.fromkeys(row.shape for row in run.rows):
+        out_features, in_features = SHAPES[shape]
+        rows = [
+            (
+                str(row.num_rows), row.product, f"{row.median_s * 1e3:.3f}", f"{row.flop_per_s / 1e12:.2f}",
+                f"{row.weight_bytes_per_s / 1e9:.1f}", f"{row.weight_bytes_per_s / run.machine.read_bytes_per_s:.0%}",
+                f"{onednn_s[shape, row.num_rows] / row.median_s:.2f}",
+                f"{row.others_share:.1%}{mark(row.others_share)}",
+            )
+            for row in run.rows
+            if row.shape == shape
+        ]  # fmt: skip
+        shown.append(Section((f"{shape}, {in_features} x {out_features}: {header[0]}", *header[1:]), rows))
+    return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--level", default=supported_levels()[0], choices=supported_levels())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--level", default=supported_levels()[0], choices=supported_levels(), help="of our kernels")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every product")
+    parser.add_argument("--formats", nargs="+", default=["bfloat16", "w8a8"], choices=get_args(PanelWeights))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 512, 1024])
-    parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    bandwidth = read_bandwidth()
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {provenance().git_commit}, {platform.machine()}")
-    print(f"level {arguments.level}, threads {arguments.threads}, reads {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'shape':16} {'rows':>5} {'product':16} {'ms':>8} {'GB/s':>6} {'of reads':>8} {'TFLOP/s':>8}")
-    for shape in arguments.shapes:
-        out_features, in_features = SHAPES[shape]
-        size = out_features * in_features
-        weight = (torch.randn(out_features, in_features) * 0.05).bfloat16()
-        copies = max(1, min(_MAX_COPIES, _ROTATED_BYTES // (2 * size)))
-        products = candidates(weight, arguments.level, arguments.threads, copies)
-        for rows in arguments.rows:
-            x = torch.randn(rows, in_features).bfloat16()
-            for name, seconds in best_seconds(products, x, arguments.repeats).items():
-                rate = size * _BITS[name.split()[-1]] / 8 / seconds
-                flops = 2 * rows * size / seconds
-                print(
-                    f"{shape:16} {rows:5} {name:16} {seconds * 1e3:8.3f} {rate / 1e9:6.1f} {rate / bandwidth:8.0%} "
-                    f"{flops / 1e12:8.2f}",
-                    flush=True,
-                )
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 512, 1024], help="of activations")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each number of rows of each shape")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    options = parser.parse_args()
+    machine, product_limit = measure_machine("bfloat16", options.threads), Limits(options.threads).products()
+    torch.set_num_threads(options.threads)
+    library = load_library(options.level, user_cache_folder() / "kernels", options.threads)
+    rows: list[Row] = []
+    for shape in options.shapes:
+        print(f"measuring {shape}", file=sys.stderr)
+        rows += measure_shape(shape, options, library)
+        run = Run(provenance(), options.level, options.threads, machine, product_limit, rows)
+        if options.json:
+            options.json.write_bytes(msgspec.json.format(msgspec.json.encode(run)) + b"\n")
+    if options.markdown:
+        print(f"{run.title()}\n\n{to_markdown(sections(run))}")
+    else:
+        Console().print(run.title(), to_terminal(sections(run)), sep="\n", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from eagleray.text.fake import byte_tokenizer, chatml_template
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "kernels"))
 
 
 @pytest.fixture

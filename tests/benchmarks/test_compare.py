@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ async def test_an_engine_answers_whatever_it_prints(fake_engine):
         assert await driver.generate([[1]], 1, 30) >= 0
 
 
+async def test_what_an_engine_has_loaded_is_seen(fake_engine):
+    async with fake_engine() as driver:
+        await driver.ready(30)
+        assert driver.has_loaded("python") and not driver.has_loaded("tcmalloc")
+
+
+async def test_an_engine_that_is_killed_gives_no_more_answers(fake_engine):
+    async with fake_engine() as driver:
+        await driver.ready(30)
+        driver.kill()
+        with pytest.raises((DriverError, ConnectionError)):
+            await driver.generate([[1]], 1, 30)
+
+
 async def test_an_engine_that_does_not_start_says_why(fake_engine):
     async with fake_engine(broken=True) as driver:
         with pytest.raises(DriverError, match="no such setting"):
@@ -69,13 +84,14 @@ async def test_an_answer_of_another_length_is_no_measurement(fake_engine):
 
 def measured(contender: str, case: Case, duration_s: float, first_token_s: float = 0.0, is_kept: bool = True):
     share = 0.01 if is_kept else 0.5
-    return Measurement(contender, case, duration_s, first_token_s, share, is_kept, Work(1e9, 1e9))
+    return Measurement(contender, "bfloat16", 1, case, duration_s, first_token_s, share, is_kept, Work(1e9, 1e9))
 
 
 def piece(*measurements: Measurement) -> Piece:
     machine = Machine(read_bytes_per_s=10e9, flop_per_s=1e12)
-    engines = {each.contender: {"start_s": 1.0, "version": "1"} for each in measurements}
-    return Piece(provenance(), "tiny", 2, machine, engines, {"vllm": "no Python"}, measurements)
+    said = {"start_s": 1.0, "version": "1", "kv": "8 bits", "has_tcmalloc": True}
+    engines = {each.contender: said for each in measurements}
+    return Piece(provenance(), "tiny", 2, {"bfloat16": machine}, engines, {"vllm": "no Python"}, measurements)
 
 
 def tables(comparison: Comparison) -> str:
@@ -97,9 +113,27 @@ def test_tables_show_medians_of_what_was_not_disturbed_over_all_pieces():
     second = piece(measured("eagleray-bf16", PREFILL, 0.25), measured("transformers", PREFILL, 1.0))
     shown = tables(Comparison((first, second)))
     assert "| eagleray-bf16 | 300.0 (30%) |" in shown  # of 200 and 400; the floor is 1,000
-    assert "| transformers | 3.00 |" in shown
-    assert "| eagleray-bf16 | 1 | 1.0 | 2 | 1 | 1.0% |" in shown
+    assert "| transformers | 4.00 |" in shown  # of the piece that has both
+    assert "| eagleray-bf16 | 200.0 to 400.0 |" in shown
+    assert "| eagleray-bf16 | 1 | bfloat16 | 8 bits | yes | 1.0 | 2 | 1 | 1.0% |" in shown
     assert "| vllm | no Python |" in shown
+
+
+def test_those_that_were_not_measured_in_the_same_rounds_are_not_compared():
+    first = piece(measured("eagleray-bf16", PREFILL, 0.5), measured("vllm", PREFILL, 1.0))
+    second = piece(measured("transformers", PREFILL, 1.0))
+    shown = tables(Comparison((first, second)))
+    assert "| vllm | 2.00 |" in shown and "| transformers | 100.0 (10%) |" in shown
+    assert "| transformers | 2.00 |" not in shown
+
+
+def test_the_floor_is_that_of_the_format_that_is_computed_in():
+    found = piece(measured("transformers", PREFILL, 0.5))
+    slow = Machine(read_bytes_per_s=20e9, flop_per_s=1e9)
+    comparison = Comparison((replace(found, machines={**found.machines, "float32": slow}),))
+    assert comparison.machine("bfloat16").flop_per_s == 1e12 and comparison.machine("float32").flop_per_s == 1e9
+    assert comparison.machine("bfloat16").read_bytes_per_s == 20e9
+    assert "1.00 TFLOP/s in bfloat16, 0.00 TFLOP/s in float32" in comparison.title()
 
 
 def test_a_contender_that_was_always_disturbed_has_no_figure():
@@ -113,14 +147,19 @@ def test_a_comparison_is_read_as_it_was_written(tmp_path: Path):
     assert tables(read_comparison(tmp_path / "all.json")) == tables(comparison)
 
 
-def test_engines_are_chosen_by_name_or_by_their_python():
+def test_engines_are_chosen_by_name_and_every_other_one_has_a_reason():
     pythons = default_pythons(vllm=None, transformers=Path("python"))
-    assert [each.name for each in pythons.chosen(None)] == ["eagleray-bf16", "transformers"]
-    assert [each.name for each in pythons.chosen(["transformers", "vllm", "eagleray-int8"])] == [
-        "transformers",
-        "eagleray-int8",
-    ]
-    assert pythons.missing() == ["openvino", "vllm"]
+    names = ["transformers", "vllm", "eagleray-int8"]
+    assert [each.name for each in pythons.chosen(names)] == ["transformers", "eagleray-int8"]
+    left_out = pythons.left_out(names)
+    assert left_out["vllm"] == "no --vllm-python was given"
+    assert left_out["eagleray-bf16"] == "not named in --engines"
+    assert left_out.keys() | {"transformers", "eagleray-int8"} == {contender.name for contender in CONTENDERS}
+
+
+@pytest.mark.parametrize("engine", ["eagleray", "vllm", "openvino", "transformers"])
+def test_every_engine_is_compared_in_float32_too(engine: str):
+    assert {each.dtype for each in CONTENDERS if each.engine == engine} == {"bfloat16", "float32"}
 
 
 def test_every_contender_has_a_name_of_its_own_and_a_driver():
@@ -136,6 +175,7 @@ def test_the_command_compares_two_engines_in_two_pieces(tmp_path: Path, capsys: 
     main([*common, "--engines", "eagleray-bf16"])
     main([*common, "--engines", "transformers"])
     shown = capsys.readouterr().out
-    assert (
-        "| eagleray-bf16, times as fast as | prefill 64 | decode 2 |\n| --- | ---: | ---: |\n| transformers |" in shown
-    )
+    assert "| eagleray-bf16 |" in shown and "| transformers |" in shown
+    assert "times as fast as" not in shown  # they were not measured in the same rounds
+    main([*common, "--engines", "eagleray-f32", "transformers-f32"])
+    assert "| eagleray-f32, times as fast as | prefill 64 | decode 2 |" in capsys.readouterr().out

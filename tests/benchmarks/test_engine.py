@@ -7,11 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from engine_runs import CallCounter, KernelClock
+from engine_report import Profile, Run, Timing, figure_of, sections
+from engine_runs import BenchmarkEngine, CallCounter, KernelClock, Operation
 from floors import Machine, Work, bytes_per_weight, shortest_load_s, step_work
+from provenance import provenance
+from report import to_markdown
 
+from eagleray.core.config import parse_config
 from eagleray.models.model_config import ModelConfig
-from engine import main
+from engine import _count_calls, main
 
 CONFIG = ModelConfig(
     model_type="llama", vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -63,18 +67,39 @@ def test_of_kernels_that_call_each_other_the_innermost_is_timed_once() -> None:
     clock = KernelClock()
     seen: list[float] = []
     inner = clock.timed(lambda: None, "inner")
-    outer = clock.timed(lambda: (inner(), seen.append(clock.total_s)), "outer")
+    outer = clock.timed(lambda: (inner(), seen.append(clock.by_operation["inner"].seconds)), "outer")
     outer()
-    assert clock.total_s == seen[0] > 0
-    assert list(clock.by_operation) == ["inner"]
+    taken = clock.taken()
+    assert list(taken) == ["inner"] and taken["inner"].seconds == seen[0] > 0
 
 
 def test_products_are_told_apart_by_their_size_and_their_operations_counted() -> None:
     clock = KernelClock()
     linear = clock.timed(lambda *arguments: None, "linear")
+    panel_linear = clock.timed(lambda *arguments: None, "panel_linear")
     for rows in (3, 5):
         linear(*[0] * 7, rows, 8, 16, 1)
-    assert clock.by_operation["linear 8 x 16"].flop == 2 * (3 + 5) * 8 * 16
+    panel_linear(*[0] * 4, 3, *[0] * 6, 1, 2, 8, 16, 1)
+    taken = clock.taken()
+    assert taken["linear 8 x 16"].flop == 2 * (3 + 5) * 8 * 16
+    assert taken["linear 8 x 16"].weight_bytes == 2 * 4 * 8 * 16  # two calls, in float32
+    assert taken["panel_linear 8 x 16"].weight_bytes == 8 * 16  # in 8 bits
+    assert not clock.taken()
+
+
+def test_a_figure_is_the_median_of_what_nobody_disturbed_and_marked_where_there_is_none() -> None:
+    timings = [Timing(10.0, 0.01), Timing(1.0, 0.5), Timing(20.0, 0.06)]
+    figure = figure_of("decode 1", timings, floor_tokens_per_s=30.0)
+    assert (figure.tokens_per_s, figure.num_undisturbed, figure.is_disturbed) == (15.0, 2, False)
+    disturbed = figure_of("decode 8", [Timing(1.0, 0.5), Timing(3.0, 0.07)], floor_tokens_per_s=4.0)
+    assert (disturbed.tokens_per_s, disturbed.is_disturbed) == (2.0, True)
+    profile = Profile("a step of decode 8", 0.2, 10, {"linear": Operation(0.1, 2e11, 3e9)}, others_share=0.2)
+    run = Run(provenance(), "tiny", "bfloat16", {}, Machine(1e9, 1e12), [figure, disturbed], [], [profile])
+    shown = to_markdown(sections(run))
+    assert "| decode 1 | 15.0 | 30 | 50.0% | 3 | 2 | 6.0% |" in shown
+    assert "| decode 8, disturbed | 2.0 | 4 | 50.0% | 2 | 0 | 50.0% |" in shown
+    assert "| a step of decode 8 (disturbed) |" in shown and "| linear | 10.00 | 2.00 | 30.0 |" in shown
+    assert "| outside kernels | 10.00 | - | - |" in shown
 
 
 def test_calls_are_counted_on_threads_too_and_only_while_it_is_entered() -> None:
@@ -100,13 +125,25 @@ def test_the_program_measures_the_demo_model(tmp_path: Path, capsys: pytest.Capt
     result = tmp_path / "result.json"
     few = ("--prefill-tokens", "40", "--decode-tokens", "3", "--batches", "1", "2", "--repeats", "1")
     assert main([*few, "--markdown", "--json", str(result)]) == 0
-    assert "| decode 2 |" in capsys.readouterr().out
+    assert "| decode 2" in capsys.readouterr().out
     written = json.loads(result.read_bytes())
     assert [figure["name"] for figure in written["figures"]] == ["prefill 40", "decode 1", "decode 2"]
     for split in written["splits"]:
         assert 0 < split["outside_s"] < split["step_s"] and split["num_calls"] > 0
-    timed = {row["operation"]: row for row in written["profile"]}
-    assert timed["linear 256 x 512"]["flop_per_s"] > 0 and "paged_attention" in timed
+    assert len(written["profiles"]) == 3
+    for profile in written["profiles"]:
+        assert profile["by_operation"]["linear 256 x 512"]["flop"] > 0 and "paged_attention" in profile["by_operation"]
+        assert "run_program" not in profile["by_operation"]
+
+
+@pytest.mark.slow
+def test_steps_of_one_shape_take_the_same_calls_in_every_run() -> None:
+    config = parse_config({"model": {"path": "demo"}, "prefill": {"replicas": 0}, "decode": {"num_threads": 1}})
+    with CallCounter() as counter:
+        engine = BenchmarkEngine(config, counter=counter)
+        calls = [_count_calls(engine, 4) for _ in range(2)]
+    engine.close()
+    assert calls[0] == pytest.approx(calls[1], rel=0.02)
 
 
 def test_a_result_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

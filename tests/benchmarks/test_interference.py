@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 
+import interference
 import pytest
-from interference import OtherProcesses
+from interference import OtherProcesses, Trees, attempts, undisturbed
 
 # Prints a line once it has used half a second of processor time, and stays until its input ends.
 _BUSY = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
@@ -31,3 +32,41 @@ def test_what_a_timed_tree_uses_is_not_what_others_use(program: str):
         for process in (busy, idle):
             process.communicate(timeout=10)
     assert (others_of_idle - others_of_busy) * all_cores_s > 0.25
+
+
+def test_idle_trees_use_nothing_and_busy_ones_something():
+    with _start(_PARENT_OF_A_BUSY_ONE) as busy, _start(_IDLE) as idle:
+        start_s = time.perf_counter()
+        of_busy, of_idle = Trees([busy.pid]), Trees([idle.pid])
+        assert busy.stdout.readline() == b"\n"
+        shares = of_busy.share(), of_idle.share()
+        all_cores_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
+        for process in (busy, idle):
+            process.communicate(timeout=10)
+    assert (shares[0] - shares[1]) * all_cores_s > 0.25
+
+
+class _Others:
+    """Others that use these shares of the cores, one in each attempt."""
+
+    def __init__(self, *shares: float) -> None:
+        self.left = list(shares)
+
+    def __call__(self, tree_pid: int | None) -> _Others:
+        return self
+
+    def share(self) -> float:
+        return self.left.pop(0)
+
+
+def test_a_timing_that_others_disturb_is_tried_three_times_at_most(monkeypatch: pytest.MonkeyPatch):
+    others = _Others(0.5, 0.4, 0.3, 0.0)
+    monkeypatch.setattr(interference, "OtherProcesses", others)
+    timings = iter(("first", "second", "third"))
+    assert undisturbed(lambda: next(timings), max_share=0.06) == ("third", 0.3)
+    assert others.left == [0.0]
+
+
+def test_the_first_attempt_that_others_leave_alone_is_the_last(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interference, "OtherProcesses", _Others(0.5, 0.06, 0.5))
+    assert [attempt.end() for attempt in attempts(max_share=0.06)] == [0.5, 0.06]

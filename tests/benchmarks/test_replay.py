@@ -129,6 +129,14 @@ async def test_a_server_without_a_status_page_is_asked_for_its_model_card():
         assert await ask_server(client) == ServedModel("other", 99, workers=())
 
 
+async def test_a_server_that_has_no_worker_yet_is_reported():
+    pages = {"/v1/models": httpx.Response(200, json={"data": [{"id": "fish", "max_model_len": None}]})}
+    transport = httpx.MockTransport(lambda request: pages.get(request.url.path, httpx.Response(404)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with pytest.raises(ServerError, match="no worker serves fish yet"):
+            await ask_server(client)
+
+
 async def test_a_server_that_hangs_costs_the_request_timeout_and_no_more(
     server_url: str, service: FakeGenerationService
 ):

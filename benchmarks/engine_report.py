@@ -1,0 +1,150 @@
+"""What the benchmark of one engine found, and the tables made of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine_runs import Operation
+from floors import Machine
+from interference import MAX_OTHERS_SHARE, mark
+from provenance import Provenance
+from report import Section
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One repeat of a figure."""
+
+    tokens_per_s: float
+    others_share: float  # of the cores, what other processes used meanwhile
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.others_share > MAX_OTHERS_SHARE
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A speed, and the highest that the machine allows."""
+
+    name: str
+    tokens_per_s: float  # median of the repeats that nobody disturbed; of all where there is none
+    floor_tokens_per_s: float
+    timings: Sequence[Timing]
+    is_disturbed: bool  # every repeat was
+
+    @property
+    def num_undisturbed(self) -> int:
+        return sum(not timing.is_disturbed for timing in self.timings)
+
+
+def figure_of(name: str, timings: Sequence[Timing], floor_tokens_per_s: float) -> Figure:
+    undisturbed = [timing for timing in timings if not timing.is_disturbed]
+    median = statistics.median(timing.tokens_per_s for timing in undisturbed or timings)
+    return Figure(name, median, floor_tokens_per_s, timings, is_disturbed=not undisturbed)
+
+
+@dataclass(frozen=True)
+class StepSplit:
+    """Where the time of a decoding step goes. ``outside_s`` is what no kernel accounts for: Python, what torch does
+    for sampling and for building tensors, and waiting."""
+
+    batch: int
+    step_s: float
+    outside_s: float
+    num_calls: float  # of Python and C functions, on all threads: the same in every run
+    others_share: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What every operation takes of one prefill, or of the mean decoding step of ``num_steps``."""
+
+    name: str
+    total_s: float
+    num_steps: int
+    by_operation: Mapping[str, Operation]  # over all steps
+    others_share: float
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        by_time = sorted(self.by_operation.items(), key=lambda item: -item[1].seconds)
+        kernels_s = sum(operation.seconds for operation in self.by_operation.values())
+        return [
+            *((name, self._milliseconds(each.seconds), *_rates(each)) for name, each in by_time),
+            ("all kernels", self._milliseconds(kernels_s), "-", "-"),
+            ("outside kernels", self._milliseconds(self.total_s - kernels_s), "-", "-"),
+        ]
+
+    def _milliseconds(self, seconds: float) -> str:
+        return f"{seconds / self.num_steps * 1e3:.2f}"
+
+
+def _rates(operation: Operation) -> tuple[str, str]:
+    rates = operation.flop / operation.seconds / 1e12, operation.weight_bytes / operation.seconds / 1e9
+    return f"{rates[0]:.2f}" if rates[0] else "-", f"{rates[1]:.1f}" if rates[1] else "-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about one run."""
+
+    origin: Provenance
+    model: str
+    dtype: str
+    options: dict[str, Any]
+    machine: Machine
+    figures: Sequence[Figure]
+    splits: Sequence[StepSplit]
+    profiles: Sequence[Profile]
+
+    def title(self) -> str:
+        origin, machine = self.origin, self.machine
+        return (
+            f"{self.model}, {self.dtype}, quantization {self.options['quantization']}, threads "
+            f"{self.options['threads']}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; "
+            f"read {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplied {machine.flop_per_s / 1e12:.2f} TFLOP/s"
+            f"{mark(machine.others_share)}. Shares of the floor count from this report, comparisons with other "
+            "engines from compare.py's. Operations are those of steps that are not replayed, under clocks in Python: "
+            "their sum is more than the kernels of a replayed step take."
+        )
+
+
+def sections(run: Run) -> list[Section]:
+    splits = [
+        (
+            str(split.batch), f"{split.step_s * 1e3:.2f}", f"{(split.step_s - split.outside_s) * 1e3:.2f}",
+            f"{split.outside_s * 1e3:.2f}", f"{split.outside_s / split.step_s:.1%}", f"{split.num_calls:,.0f}",
+            f"{split.others_share:.1%}{mark(split.others_share)}",
+        )
+        for split in run.splits
+    ]  # fmt: skip
+    shown = [
+        Section(
+            ("tokens per second", "measured", "floor", "share", "repeats", "undisturbed", "others at most"),
+            list(map(_figure_row, run.figures)),
+        ),
+        Section(
+            ("decode, replayed, batch", "step, ms", "kernels, ms", "outside, ms", "share", "calls", "others"), splits
+        ),
+    ]
+    for profile in run.profiles:
+        name = f"{profile.name}{mark(profile.others_share)}"
+        shown.append(Section((name, "ms", "TFLOP/s", "GB/s of weights"), profile.rows()))
+    return [section for section in shown if section.rows]
+
+
+def _figure_row(figure: Figure) -> tuple[str, ...]:
+    name = f"{figure.name}, disturbed" if figure.is_disturbed else figure.name
+    used = [timing.others_share for timing in figure.timings if figure.is_disturbed or not timing.is_disturbed]
+    return (
+        name,
+        f"{figure.tokens_per_s:,.1f}",
+        f"{figure.floor_tokens_per_s:,.0f}",
+        f"{figure.tokens_per_s / figure.floor_tokens_per_s:.1%}",
+        str(len(figure.timings)),
+        str(figure.num_undisturbed),
+        f"{max(used):.1%}",
+    )
