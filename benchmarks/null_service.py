@@ -57,22 +57,23 @@ class NullService:
 
 @contextlib.contextmanager
 def null_service() -> Iterator[NullService]:
-    """One ingress, one prefill and one decode worker, the prefix index's server if there is one, as Ray starts them."""
+    """One ingress, one prefill and one decode worker, the prefix index's server if there is one, as Ray starts them.
+    What Ray prints meanwhile goes to stderr: stdout is the report's, which may go to a file."""
     prepare_ray_environment()
     from eagleray.cluster.serve_app import LocalService
 
     config = _config()
-    service = LocalService(
-        config, Environment(), lambda text: print(text, file=sys.stderr), SystemClock(), new_null_executor
-    )
-    try:
-        with httpx.Client(base_url=service.address, trust_env=False) as client:
-            _wait_until_connected(client)
-        replicas = {pid: title for pid, title in descendants(os.getpid()).items() if title.startswith(_REPLICA_TITLE)}
-        names = {pid: title.removeprefix(_REPLICA_TITLE) for pid, title in sorted(replicas.items())}
-        yield NullService(service.address, config.model.name, names)
-    finally:
-        service.stop()
+    with contextlib.redirect_stdout(sys.stderr):
+        service = LocalService(config, Environment(), print, SystemClock(), new_null_executor)
+        try:
+            with httpx.Client(base_url=service.address, trust_env=False) as client:
+                _wait_until_connected(client)
+            below = descendants(os.getpid()).items()
+            replicas = {pid: title for pid, title in below if title.startswith(_REPLICA_TITLE)}
+            names = {pid: title.removeprefix(_REPLICA_TITLE) for pid, title in sorted(replicas.items())}
+            yield NullService(service.address, config.model.name, names)
+        finally:
+            service.stop()
 
 
 class DirectEngine:

@@ -38,8 +38,11 @@ class RequestTiming(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_s: float = 0.0  # accepted -> KV in and verified, less what the source needed to compute it
 
 
-class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """New tokens of one request from one step. Readers drop what they have by ``position``: doubles are harmless."""
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """New tokens of one request from one step. Readers drop what they have by ``position``: doubles are harmless.
+
+    Most of what lives in an ingress under load, and no part of any cycle: the garbage collector need not visit it.
+    """
 
     request_id: str
     position: int  # index among the request's output tokens of the first token here

@@ -85,11 +85,12 @@ class Request:
 
     __slots__ = (
         "arrival_s", "block_hashes", "num_cached_tokens", "num_complete_tokens", "num_computed_tokens",
-        "output_limit", "spec", "state", "token_ids",
+        "output_limit", "request_id", "spec", "state", "token_ids",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, arrival_s: float, output_limit: int | None = None) -> None:
         self.spec = spec
+        self.request_id = spec.request_id  # asked for many times per token
         self.arrival_s = arrival_s
         self.state = RequestState.QUEUED
         self.token_ids: list[int] = list(spec.token_ids)
@@ -98,10 +99,6 @@ class Request:
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache at first admission
         self.block_hashes: list[BlockHash] = []  # of the full blocks of token_ids, extended as they fill
         self.output_limit = output_limit  # tokens that this holder emits before it hands over (a prefill worker: 1)
-
-    @property
-    def request_id(self) -> str:
-        return self.spec.request_id
 
     @property
     def num_tokens(self) -> int:

@@ -78,20 +78,19 @@ class _StepUnderWay:
     handle: StepHandle
 
 
-@dataclass(frozen=True, slots=True)
-class _ComputedRun:
+class _ComputedRun(msgspec.Struct, frozen=True):
     run: ScheduledRun
     request: Request
     outputs: RequestOutputs
     new: NewTokens | None  # sampled by the run
-    acceptance: Acceptance | None  # of a run that decoded
+    acceptance: Acceptance | None = None  # of a run that decoded
 
 
 @dataclass(frozen=True, slots=True)
 class _EndedStep:
     plan: StepPlan
     result: StepResult
-    runs: tuple[_ComputedRun, ...]  # of the requests that were still there
+    runs: list[_ComputedRun]  # of the requests that were still there
 
 
 class Engine:
@@ -122,6 +121,7 @@ class Engine:
         self._guessed: DraftShape | None = None  # by the last step
         self._scheduler = Scheduler(config, self._kv, self._draft_policy)
         self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
+        self._unscheduled: dict[str, RequestOutputs] = {}  # of them, those that have had no run yet
         self._under_way: _StepUnderWay | None = None
         self._ended: _EndedStep | None = None  # not reported yet
         # A request that fits alone can always finish: whatever else there is gives way to it.
@@ -171,6 +171,7 @@ class Engine:
         """Free everything of a request, whatever it is doing. False when it is not here (any more)."""
         if self._outputs.pop(request_id, None) is None:
             return False
+        self._unscheduled.pop(request_id, None)
         request = self._scheduler.get(request_id)
         if request is not None:  # else it has ended, and only its last output was still to be reported
             self._scheduler.end(request, state)
@@ -196,8 +197,10 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan.is_empty:
             return False
-        for run in plan.runs:
-            self._outputs[run.spec.request_id].note_scheduled()
+        if self._unscheduled:
+            for run in plan.runs:
+                if (outputs := self._unscheduled.pop(run.spec.request_id, None)) is not None:
+                    outputs.note_scheduled()
         self._under_way = _StepUnderWay(plan, self._executor.submit(plan))
         return True
 
@@ -214,9 +217,7 @@ class Engine:
             raise
         self._under_way = None
         computed = self._scheduler.runs_that_count(step.plan)
-        self._ended = _EndedStep(
-            step.plan, result, tuple(self._append(run, request, result) for run, request in computed)
-        )
+        self._ended = _EndedStep(step.plan, result, [self._append(run, request, result) for run, request in computed])
         if self._guesses:
             self._note_guesses(self._ended)
 
@@ -226,7 +227,7 @@ class Engine:
         if self._guessed is not None and gained:
             self._draft_policy.note_acceptance(self._guessed, gained)
         guessed, self._guessed = self._guessed, step.plan.shape
-        if step.plan.runs and all(run.num_tokens == 1 for run in step.plan.runs):
+        if step.plan.runs and step.plan.is_decode_only:
             num_rows = sum(run.num_rows for run in step.plan.runs)
             num_caught_up = sum(run.num_deferred for run in step.plan.runs if not run.defers)
             times = (step.result.verify_s, step.result.draft_s)
@@ -236,18 +237,18 @@ class Engine:
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""
-        outputs = self._outputs[request.request_id]
-        new = outputs.append(result.sampled[request.request_id]) if run.samples else None
+        request_id = request.request_id
+        outputs = self._outputs[request_id]
+        new = outputs.append(result.sampled[request_id]) if run.samples else None
         num_guessed = len(new.sampled) - 1 if new is not None else 0
-        self._scheduler.note_computed(run, request, num_guessed, result.drafts.get(request.request_id))
+        self._scheduler.note_computed(run, request, num_guessed, result.drafts.get(request_id))
         if new is not None:
             if request.output_limit is None:
                 if new.finish_reason is not None:
                     self._scheduler.end(request, RequestState.FINISHED)
             elif new.finish_reason is not None or request.num_emitted_here == request.output_limit:
                 self._scheduler.hand_over(request)
-        acceptance = _acceptance(run, result) if self._guesses else None
-        return _ComputedRun(run, request, outputs, new, acceptance)
+        return _ComputedRun(run, request, outputs, new, _acceptance(run, result) if self._guesses else None)
 
     def report(self) -> StepOutcome | None:
         """What the step that has ended brought; None when that has been told. Text is made here, while the next step
@@ -257,7 +258,7 @@ class Engine:
         step, self._ended = self._ended, None
         outcome = StepOutcome(
             num_computed_tokens=step.plan.num_tokens,
-            decode_only=all(run.num_tokens == 1 for run in step.plan.runs),
+            decode_only=step.plan.is_decode_only,
             acceptance=_step_acceptance(step) if self._guesses else None,
         )
         for computed in step.runs:
@@ -267,8 +268,8 @@ class Engine:
 
     def _report_run(self, computed: _ComputedRun, result: StepResult, outcome: StepOutcome) -> None:
         request, outputs = computed.request, computed.outputs
-        if request.request_id in result.prompt_logprobs:
-            outputs.note_prompt_logprobs(computed.run.start, result.prompt_logprobs[request.request_id])
+        if (scores := result.prompt_logprobs.get(request.request_id)) is not None:
+            outputs.note_prompt_logprobs(computed.run.start, scores)
         is_finished = False
         if computed.new is not None:
             output = outputs.report(computed.new, computed.acceptance)
@@ -328,9 +329,8 @@ class Engine:
         return Request(spec, self._clock.now_s(), output_limit)
 
     def _follow(self, request: Request) -> None:
-        self._outputs[request.request_id] = RequestOutputs(
-            request, self._new_text_stream(request.spec), self._clock, self.max_model_tokens
-        )
+        outputs = RequestOutputs(request, self._new_text_stream(request.spec), self._clock, self.max_model_tokens)
+        self._outputs[request.request_id] = self._unscheduled[request.request_id] = outputs
 
 
 def _acceptance(run: ScheduledRun, result: StepResult) -> Acceptance | None:

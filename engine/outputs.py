@@ -7,8 +7,9 @@ rebuilt by replay and goes on with the next token as if it had never moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock
@@ -46,8 +47,7 @@ class TextStream(Protocol):
 TextStreamFactory = Callable[[RequestSpec], TextStream]
 
 
-@dataclass(frozen=True, slots=True)
-class NewTokens:
+class NewTokens(msgspec.Struct, frozen=True):
     """What a step brought a request, and whether it has ended with the last, as far as no text is needed to tell."""
 
     position: int  # of the first among the request's output tokens
@@ -60,17 +60,26 @@ class RequestOutputs:
     """Builds the outputs of one request on one worker."""
 
     def __init__(self, request: Request, text: TextStream, clock: Clock, max_model_tokens: int) -> None:
+        spec, sampling = request.spec, request.spec.sampling
         self._request = request
         self._text = text
         self._clock = clock
-        self._max_model_tokens = max_model_tokens
+        # When it ends, as far as no text is needed to tell: by one of these tokens (and the ``stop_reason`` of each),
+        # from so many tokens on, prompt included; and at so many whatever they are.
+        eos_ids = () if sampling.ignore_eos else spec.eos_token_ids
+        self._stop_reasons: dict[int, int | None] = {id_: id_ for id_ in sampling.stop_token_ids}
+        self._stop_reasons.update(dict.fromkeys(eos_ids))
+        self._stops_from_tokens = spec.num_prompt_tokens + sampling.min_tokens
+        max_tokens = max_model_tokens if sampling.max_tokens is None else spec.num_prompt_tokens + sampling.max_tokens
+        self._max_tokens = min(max_tokens, max_model_tokens)
         self._accepted_s = clock.now_s()
         self._first_scheduled_s: float | None = None
         self._transfer_s = 0.0
-        self._sent_first = False
-        wants_prompt_logprobs = request.spec.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
+        self._has_opened = False
+        self._wants_logprobs = sampling.logprobs is not None
+        wants_prompt_logprobs = sampling.prompt_logprobs is not None and request.num_output_tokens == 0
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wants_prompt_logprobs else None
-        text.replay(request.token_ids[request.spec.num_prompt_tokens :])
+        text.replay(request.token_ids[spec.num_prompt_tokens :])
 
     def note_committed(self, token_ids: tuple[int, ...], transfer_s: float) -> None:
         """KV came from another worker, which emitted ``token_ids``: the wait for a step begins now."""
@@ -81,8 +90,8 @@ class RequestOutputs:
         self._accepted_s = self._clock.now_s()
 
     def note_scheduled(self) -> None:
-        if self._first_scheduled_s is None:
-            self._first_scheduled_s = self._clock.now_s()
+        """The request has got its first run."""
+        self._first_scheduled_s = self._clock.now_s()
 
     def note_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> None:
         """Log-probabilities of prompt tokens ``start + 1`` on; a recomputed run says again what is known."""
@@ -93,68 +102,59 @@ class RequestOutputs:
     def append(self, sampled: Sequence[SampledToken]) -> NewTokens:
         """Append a step's tokens to the request, up to one that ends it: what is to be known before the next step can
         be scheduled."""
-        position = self._request.num_output_tokens
-        reason: FinishReason | None = None
-        stop_reason: int | None = None
+        token_ids = self._request.token_ids
+        position = len(token_ids) - self._request.spec.num_prompt_tokens
         for count, token in enumerate(sampled, 1):
-            self._request.token_ids.append(token.token_id)
-            reason, stop_reason = self._stop_by_id(token.token_id)
-            if reason is not None:
-                return NewTokens(position, sampled[:count], reason, stop_reason)
-        return NewTokens(position, sampled, reason, stop_reason)
+            token_id = token.token_id
+            token_ids.append(token_id)
+            if token_id in self._stop_reasons and len(token_ids) >= self._stops_from_tokens:
+                return NewTokens(position, sampled[:count], FinishReason.STOP, self._stop_reasons[token_id])
+            if len(token_ids) >= self._max_tokens:
+                return NewTokens(position, sampled[:count], FinishReason.LENGTH, None)
+        return NewTokens(position, sampled, None, None)
 
     def report(self, new: NewTokens, acceptance: Acceptance | None = None) -> TokenOutput:
         """What the user gets of a step's tokens. ``finish_reason`` tells if the request has ended with the last of
         them, also by its text, which may leave some out."""
-        texts: list[str] = []
-        reason: FinishReason | None = None
-        stop_reason: int | str | None = None
-        for count, token in enumerate(new.sampled, 1):
-            if count == len(new.sampled):
-                reason, stop_reason = new.finish_reason, new.stop_reason
-            text, stop_string = self._text_of(token.token_id, reason)
-            texts.append(text)
-            if stop_string is not None:
-                reason, stop_reason = FinishReason.STOP, stop_string
-                break
-        tokens = new.sampled[: len(texts)]
-        first = not self._sent_first
-        self._sent_first = True
-        return TokenOutput(
+        texts, stop_string = self._texts(new)
+        sampled = new.sampled[: len(texts)]
+        output = TokenOutput(
             request_id=self._request.request_id,
-            choice=self._request.spec.choice,
             position=new.position,
-            token_ids=tuple(token.token_id for token in tokens),
-            texts=tuple(texts),
-            logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None) or None,
-            prompt_logprobs=tuple(self._prompt_logprobs) if first and self._prompt_logprobs is not None else None,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=self._request.num_cached_tokens if first else None,
-            timing=self._timing() if first else None,
+            choice=self._request.spec.choice,
+            token_ids=tuple([token.token_id for token in sampled]),
+            texts=texts,
+            logprobs=tuple([t.logprobs for t in sampled if t.logprobs is not None]) if self._wants_logprobs else None,
+            finish_reason=new.finish_reason if stop_string is None else FinishReason.STOP,
+            stop_reason=new.stop_reason if stop_string is None else stop_string,
             acceptance=acceptance,
         )
+        return output if self._has_opened else self._opening(output)
 
-    def _text_of(self, token_id: int, reason: FinishReason | None) -> tuple[str, str | None]:
-        """(text that a token releases, the stop string that it completes). ``reason``: it ends the request anyway."""
-        if reason is FinishReason.STOP:  # the token that stops is not text
-            return self._text.finish(), None
-        piece = self._text.push(token_id)
-        if reason is FinishReason.LENGTH and piece.stop_reason is None:
-            return piece.text + self._text.finish(), None
-        return piece.text, piece.stop_reason
+    def _texts(self, new: NewTokens) -> tuple[tuple[str, ...], str | None]:
+        """(text that each token releases, the stop string that the last of them completes)."""
+        texts: list[str] = []
+        ends_by_id = new.finish_reason is FinishReason.STOP
+        for token in new.sampled[:-1] if ends_by_id else new.sampled:
+            piece = self._text.push(token.token_id)
+            texts.append(piece.text)
+            if piece.stop_reason is not None:
+                return tuple(texts), piece.stop_reason
+        if ends_by_id:  # the token that stops is not text
+            texts.append(self._text.finish())
+        elif new.finish_reason is not None:
+            texts[-1] += self._text.finish()
+        return tuple(texts), None
 
-    def _stop_by_id(self, token_id: int) -> tuple[FinishReason | None, int | None]:
-        request, sampling = self._request, self._request.spec.sampling
-        if request.num_output_tokens >= sampling.min_tokens:
-            if not sampling.ignore_eos and token_id in request.spec.eos_token_ids:
-                return FinishReason.STOP, None
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP, token_id
-        at_limit = sampling.max_tokens is not None and request.num_output_tokens >= sampling.max_tokens
-        if at_limit or request.num_tokens >= self._max_model_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
+    def _opening(self, output: TokenOutput) -> TokenOutput:
+        """The first output here, with what is told once."""
+        self._has_opened = True
+        return msgspec.structs.replace(
+            output,
+            prompt_logprobs=None if self._prompt_logprobs is None else tuple(self._prompt_logprobs),
+            num_cached_tokens=self._request.num_cached_tokens,
+            timing=self._timing(),
+        )
 
     def _timing(self) -> RequestTiming:
         now_s = self._clock.now_s()

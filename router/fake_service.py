@@ -141,7 +141,8 @@ class FakeGeneration:
             if position == self._script.fail_after_tokens:
                 raise ServiceUnavailable("the fake failed")
             token_id = self._token(choice, position)
-            released, stop = text.push(token_id)
+            piece = text.push(token_id)
+            released, stop = piece.text, piece.stop_reason
             reason: FinishReason | None = FinishReason.LENGTH if position + 1 == limit else None
             if stop is not None or self._ends(token_id, position):
                 reason = FinishReason.STOP

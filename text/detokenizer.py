@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from eagleray.text.tokenizer import Tokenizer
 
-_UTF8 = codecs.getincrementaldecoder("utf-8")
-
 
 class IncrementalDetokenizer:
     """Releases each character with the token that completes it; work per token is proportional to its own bytes.
@@ -21,7 +19,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._at_start = all(token_id in self._skipped for token_id in prompt_token_ids)
-        self._decoder = _UTF8("replace")
+        self._partial = b""  # of a character that later tokens complete
 
     def push(self, token_id: int) -> str:
         """The characters that ``token_id`` completes; empty for a skipped special token or part of a character."""
@@ -29,9 +27,15 @@ class IncrementalDetokenizer:
             return ""
         if self._at_start:
             self._at_start = False
-            return self._decoder.decode(self._tokenizer.first_token_bytes(token_id))
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+            data = self._tokenizer.first_token_bytes(token_id)
+        else:
+            data = self._partial + self._tokenizer.token_bytes(token_id)
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._partial = data[num_used:]
+        return text
 
     def flush(self) -> str:
         """U+FFFD for a character that was begun and never completed."""
-        return self._decoder.decode(b"", final=True)
+        text, _ = codecs.utf_8_decode(self._partial, "replace", True)
+        self._partial = b""
+        return text

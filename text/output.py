@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+
+import msgspec
 
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.text.detokenizer import IncrementalDetokenizer
@@ -11,7 +12,7 @@ from eagleray.text.stop import StopChecker
 from eagleray.text.tokenizer import Tokenizer
 
 
-class TokenText(NamedTuple):
+class TokenText(msgspec.Struct, frozen=True):
     text: str  # what this token releases; earlier tokens' text may come with it
     stop_reason: str | None = None  # the stop string that it completes: the output ends here
 
@@ -29,20 +30,18 @@ class OutputText:
     def push(self, token_id: int) -> TokenText:
         """Take the next token. A stop string completed before ``min_tokens`` tokens are there does not count."""
         self._num_tokens += 1
-        return self._check(self._detokenizer.push(token_id))
+        released, stop = self._checker.push(self._detokenizer.push(token_id), self._num_tokens >= self._min_tokens)
+        self._stopped = stop is not None
+        return TokenText(released, stop)
 
     def finish(self) -> str:
         """What was held back, when the output ends for another reason than a stop string (else empty)."""
         if self._stopped:
             return ""
-        return self._check(self._detokenizer.flush()).text + self._checker.flush()
+        released, _ = self._checker.push(self._detokenizer.flush(), self._num_tokens >= self._min_tokens)
+        return released + self._checker.flush()
 
     def replay(self, output_token_ids: Iterable[int]) -> None:
         """Take tokens whose text was released elsewhere; goes on as if it had been released here."""
         for token_id in output_token_ids:
             self.push(token_id)
-
-    def _check(self, text: str) -> TokenText:
-        released, stop = self._checker.push(text, may_stop=self._num_tokens >= self._min_tokens)
-        self._stopped = stop is not None
-        return TokenText(released, stop)

@@ -11,6 +11,8 @@ depend on why: running requests, reservations and hand-overs all hold by request
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Final
 
 from eagleray.core.block_hash import BlockHash, CachedBlock, extend_block_hashes
 from eagleray.core.errors import IntegrityError
@@ -18,6 +20,8 @@ from eagleray.core.request import Request
 from eagleray.engine.scheduling.block_pool import BlockPool
 from eagleray.engine.scheduling.plan import BlockCopy
 from eagleray.engine.scheduling.prefix_cache import PrefixCache
+
+_MAX_KNOWN_ROOTS: Final = 1024  # of tenants; each is asked for with every block of a request
 
 
 class KVManager:
@@ -39,7 +43,7 @@ class KVManager:
         self.cache = PrefixCache()
         self.pool = BlockPool(num_blocks, self.cache.holds, self.cache.forget)
         self.host_pool = BlockPool(num_host_blocks)
-        self._root_of = root_of
+        self._root_of = lru_cache(_MAX_KNOWN_ROOTS)(root_of)
         self._enable_prefix_caching = enable_prefix_caching
         self._tables: dict[str, list[int]] = {}
         self._host_tables: dict[str, list[int]] = {}
@@ -79,16 +83,17 @@ class KVManager:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Make the table cover ``num_tokens`` tokens; False, and nothing changed, when blocks are lacking."""
         table = self._tables.setdefault(request.request_id, [])
-        lacking = self.blocks_for(num_tokens) - len(table)
+        lacking = -(-num_tokens // self.block_size_tokens) - len(table)
+        if lacking <= 0:
+            return True
         if lacking > self.pool.num_free:
             return False
-        if lacking > 0:
-            table.extend(self.pool.allocate(lacking))
+        table.extend(self.pool.allocate(lacking))
         return True
 
     def shrink(self, request: Request, num_tokens: int) -> None:
         """Give back the blocks beyond ``num_tokens`` tokens, where nothing is kept."""
-        table = self._tables[request.request_id]
+        table = self.table(request.request_id)
         kept = self.blocks_for(num_tokens)
         if kept < len(table):
             self.pool.release(table[kept:])
@@ -100,9 +105,10 @@ class KVManager:
         num_complete_tokens = num_computed_tokens if num_complete_tokens is None else num_complete_tokens
         first_new = request.num_complete_tokens // self.block_size_tokens
         end = num_complete_tokens // self.block_size_tokens
-        request.num_computed_tokens, request.num_complete_tokens = num_computed_tokens, num_complete_tokens
+        request.num_computed_tokens = num_computed_tokens
+        request.num_complete_tokens = num_complete_tokens
         if first_new >= end or not self._enable_prefix_caching:
-            return
+            return  # no new full block, as after most tokens
         self._extend_hashes(request)
         table = self._tables[request.request_id]
         for index in range(first_new, end):

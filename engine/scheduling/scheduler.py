@@ -24,6 +24,7 @@ from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
+_HAS_GIVEN_WAY: Final = (RequestState.QUEUED, RequestState.SWAPPED)
 # While nothing is guessed a draft's KV waits until many tokens lack it: one pass over them costs little more than one
 # over a single token. Blocks become findable as much later.
 _MAX_DEFERRED_TOKENS: Final = 256  # of all requests
@@ -38,11 +39,12 @@ class Scheduler:
         self._kv = kv
         self._draft_policy = draft_policy
         self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
+        self._stretched: list[Request] = []  # by the last step: hold blocks beyond their known tokens, for guesses
         self._gone: list[str] = []  # since the last step, with tokens deferred
         self._order = ORDERS[config.scheduling_policy]
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # in order
-        self._running: list[Request] = []
+        self._running: list[Request] = []  # in order
         self._swapped: list[Request] = []
         self._may_defer = False  # in the step that is being scheduled
         self._watermark_blocks = int(config.watermark * kv.pool.num_blocks)
@@ -94,7 +96,7 @@ class Scheduler:
         computed = max(request.num_computed_tokens, min(num_computed_tokens, request.num_tokens - 1))
         self._kv.note_computed(request, computed)
         request.move(RequestState.PREFILLING)
-        self._running.append(request)
+        insort(self._running, request, key=self._order)
 
     def hand_over(self, request: Request) -> None:
         """Nothing more to compute here; its blocks stay until ``end``."""
@@ -117,9 +119,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step. Running requests come first, those that lack one token before those that lack many:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
-        shape = self._draft_policy.choose(sum(1 for request in self._running if request.num_uncomputed_tokens <= 1))
+        self._give_back_for_guesses()
+        lacking_one, lacking_many = self._by_lack()
+        shape = self._draft_policy.choose(len(lacking_one))
         self._may_defer = self._draft_policy.has_network and not self._has_deferred_enough()
-        runs, swap_out, preempted = self._schedule_running(shape)
+        runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
@@ -131,11 +135,13 @@ class Scheduler:
 
     def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
         """Of a step that has been computed: the runs of requests that have not ended or been handed over meanwhile."""
-        found = ((run, self._requests.get(run.spec.request_id)) for run in plan.runs)
+        requests = self._requests
         return [
             (run, request)
-            for run, request in found
-            if request is not None and request.spec is run.spec and request.state in _COMPUTING
+            for run in plan.runs
+            if (request := requests.get(run.spec.request_id)) is not None
+            and request.spec is run.spec
+            and request.state in _COMPUTING
         ]
 
     def note_computed(self, run: ScheduledRun, request: Request, num_guessed: int, draft: DraftTree | None) -> None:
@@ -144,7 +150,7 @@ class Scheduler:
         run."""
         num_computed = run.end + num_guessed
         self._kv.note_computed(request, num_computed, request.num_complete_tokens if run.defers else num_computed)
-        if run.samples and request.state is RequestState.PREFILLING:
+        if request.state is RequestState.PREFILLING and run.samples:
             request.move(RequestState.DECODING)
         if draft is not None:
             self._drafts[request.request_id] = draft
@@ -157,36 +163,44 @@ class Scheduler:
 
     # ---- parts of the step
 
-    def _schedule_running(self, shape: DraftShape | None) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
+    def _by_lack(self) -> tuple[list[Request], list[Request]]:
+        """Running requests that lack one token, and those that lack many; each in order."""
+        one: list[Request] = []
+        many: list[Request] = []
+        for request in self._running:
+            (many if request.num_uncomputed_tokens > 1 else one).append(request)
+        return one, many
+
+    def _schedule_running(
+        self, requests: list[Request], shape: DraftShape | None
+    ) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
         """(runs, copies to host memory, whether anybody had to give way)."""
         runs: list[ScheduledRun] = []
         swap_out: list[BlockCopy] = []
         preempted = False
         budget = self._config.max_num_batched_tokens
-        settled: set[str] = set()  # have a run in this step: too late to take their blocks
-        for request in sorted(self._running, key=lambda r: (r.num_uncomputed_tokens > 1, *self._order(r))):
+        for request in requests:
             if budget == 0 or len(runs) == self._config.max_num_seqs:
                 break
-            if request.state in (RequestState.QUEUED, RequestState.SWAPPED):
-                continue  # gave way to an earlier one in this very step
+            if request.state in _HAS_GIVEN_WAY:
+                continue  # to an earlier one in this very step
             num_tokens = min(request.num_uncomputed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_tokens):
                 preempted = True
-                victim = max((r for r in self._running if self._may_give_way(r, settled)), key=self._order)
+                victim = max(self._may_give_way(runs), key=self._order)
                 swap_out.extend(self._preempt(victim))
                 if victim is request:
                     break
             else:
-                runs.append(self._run(request, num_tokens, budget, shape))
-                settled.add(request.request_id)
-                budget -= runs[-1].num_rows
+                run = self._run(request, num_tokens, budget, shape)
+                runs.append(run)
+                budget -= run.num_rows
         return runs, swap_out, preempted
 
     def _run(self, request: Request, num_tokens: int, budget: int, shape: DraftShape | None) -> ScheduledRun:
         """A run of ``num_tokens``, for which there are blocks. Guesses come on top if budget and blocks allow."""
         start = request.num_computed_tokens
         end = start + num_tokens
-        self._kv.shrink(request, request.num_tokens)  # what the last guesses needed
         samples = end == request.num_tokens
         draft = self._drafts.pop(request.request_id, None) if samples else None
         if draft is not None:
@@ -201,7 +215,7 @@ class Scheduler:
             known_token_ids=request.token_ids,
             start=start,
             num_tokens=num_tokens,
-            block_ids=tuple(self._kv.table(request.request_id)),
+            block_ids=self._kv.table(request.request_id),
             samples=samples,
             draft=draft,
             may_draft=may_draft,
@@ -221,13 +235,23 @@ class Scheduler:
 
     def _grow_for_guesses(self, request: Request, num_tokens: int) -> bool:
         """Only while every running request could still get a block: nobody gives way for guesses."""
-        return self._kv.room_for(request, num_tokens) >= len(self._running) and self._kv.grow(request, num_tokens)
+        if self._kv.room_for(request, num_tokens) < len(self._running) or not self._kv.grow(request, num_tokens):
+            return False
+        self._stretched.append(request)
+        return True
 
-    @staticmethod
-    def _may_give_way(request: Request, settled: set[str]) -> bool:
+    def _give_back_for_guesses(self) -> None:
+        """The blocks that the last step's guesses needed. Who has ended has none; another may have its id by now."""
+        for request in self._stretched:
+            if self._requests.get(request.request_id) is request:
+                self._kv.shrink(request, request.num_tokens)
+        self._stretched.clear()
+
+    def _may_give_way(self, runs: list[ScheduledRun]) -> Iterator[Request]:
         """Not what is already part of the step, and not what is being handed over: others read its blocks. (That never
         needs to grow, so whoever lacks a block may give way itself.)"""
-        return request.request_id not in settled and request.output_limit is None
+        settled = {run.spec.request_id for run in runs}
+        return (r for r in self._running if r.request_id not in settled and r.output_limit is None)
 
     def _preempt(self, victim: Request) -> list[BlockCopy]:
         """Take the blocks of a running request: to host memory when that has room, else to be computed again."""
@@ -253,12 +277,14 @@ class Scheduler:
                 break
             copies.extend(self._kv.swap_in(self._swapped.pop(0)))
             request.move(RequestState.DECODING if request.num_uncomputed_tokens <= 1 else RequestState.PREFILLING)
-            self._running.append(request)
+            insort(self._running, request, key=self._order)
         return copies
 
     def _admit(self, runs: list[ScheduledRun], shape: DraftShape | None) -> None:
         """Admit waiting requests in order, while budget, seats and memory for *all* their known tokens last. All their
         blocks are taken at once, so that two half-computed prompts never starve each other."""
+        if not self._waiting:
+            return  # as in most steps
         budget = self._config.max_num_batched_tokens - sum(run.num_rows for run in runs)
         while self._waiting and not self._swapped and budget > 0 and len(self._running) < self._config.max_num_seqs:
             request = self._waiting[0]
@@ -269,7 +295,7 @@ class Scheduler:
             self._hold(request, matched)
             self._kv.grow(request, request.num_tokens)
             request.move(RequestState.PREFILLING)
-            self._running.append(request)
+            insort(self._running, request, key=self._order)
             runs.append(self._run(request, min(request.num_uncomputed_tokens, budget), budget, shape))
             budget -= runs[-1].num_rows
 

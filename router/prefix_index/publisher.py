@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from eagleray.core.block_hash import BlockHash, CachedBlock
@@ -47,16 +47,14 @@ class IndexPublisher:
         added = {block.hash: block for block in blocks}
         with self._lock:
             self._held.update(added)
-            self._changed.update(added)
-        self._notify()
+            self._note_changed(added)
 
     def evicted(self, blocks: Iterable[CachedBlock]) -> None:
         removed = {block.hash: block for block in blocks}
         with self._lock:
             for block_hash in removed:
                 self._held.pop(block_hash, None)
-            self._changed.update(removed)
-        self._notify()
+            self._note_changed(removed)
 
     @property
     def num_unpublished(self) -> int:
@@ -125,8 +123,12 @@ class IndexPublisher:
         if self.num_unpublished:
             await asyncio.sleep(BATCH_INTERVAL_S)
 
-    def _notify(self) -> None:
+    def _note_changed(self, blocks: Mapping[BlockHash, CachedBlock]) -> None:
+        """The first change wakes the publisher; to wake it again for each that joins the batch would cost its thread,
+        and the step's, more than the batch."""
+        is_first = not self._changed
+        self._changed.update(blocks)
         loop = self._loop
-        if loop is not None:
+        if is_first and loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile: nobody is left to publish
                 loop.call_soon_threadsafe(self._wake.set)

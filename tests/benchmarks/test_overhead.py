@@ -7,7 +7,8 @@ import json
 import os
 from urllib.parse import urlsplit
 
-from null_service import DirectEngine
+import pytest
+from null_service import DirectEngine, null_service
 from process_cpu import descendants, read_use
 from stream_load import Job, run
 
@@ -45,3 +46,25 @@ async def test_processes_below_this_one_are_found_and_their_use_is_read() -> Non
         assert child.stdin is not None
         child.stdin.close()
         await child.wait()
+
+
+def test_what_is_printed_while_the_service_runs_stays_out_of_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class ChattyService:
+        address = "http://127.0.0.1:1"
+
+        def __init__(self, *arguments: object) -> None:
+            print("starting")
+
+        def stop(self) -> None:
+            print("(raylet) a task has failed")
+
+    monkeypatch.setattr("eagleray.cluster.serve_app.LocalService", ChattyService)
+    monkeypatch.setattr("null_service._wait_until_connected", lambda client: None)
+    with null_service():
+        pass
+    print("the report")
+    written = capsys.readouterr()
+    assert written.out == "the report\n"
+    assert written.err == "starting\n(raylet) a task has failed\n"

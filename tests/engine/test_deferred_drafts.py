@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from eagleray.core.block_hash import HashNamespace
@@ -124,3 +125,24 @@ def test_the_executor_hears_once_of_requests_that_leave_tokens_behind(bench: Ben
     assert bench.step().is_empty
     bench.add("next", 5)
     assert bench.step().gone == ("other",)
+
+
+def test_blocks_for_guesses_are_given_back_before_the_next_step(bench: Bench) -> None:
+    bench.policy.guesses = True
+    bench.add("a", 7)
+    bench.step()
+    assert len(bench.kv.table("a")) == 3
+    bench.policy.guesses = False
+    bench.step()
+    assert len(bench.kv.table("a")) == 2
+
+
+def test_who_takes_the_id_of_a_request_that_guessed_keeps_its_own_blocks(bench: Bench) -> None:
+    bench.policy.guesses = True
+    gone = bench.add("a", 7)
+    bench.step()
+    bench.scheduler.end(gone, RequestState.FINISHED)
+    longer = Request(msgspec.structs.replace(gone.spec, token_ids=tuple(range(20))), 0.0)
+    assert bench.scheduler.reserve(longer)
+    assert bench.step().is_empty
+    assert len(bench.kv.table("a")) == 6

@@ -5,6 +5,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
+import pytest
+
 from eagleray.core.block_hash import BlockHash, CachedBlock
 from eagleray.core.clock import ManualClock, SystemClock
 from eagleray.router.prefix_index.memory import MemoryPrefixIndex
@@ -165,3 +167,21 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_only_the_first_change_of_a_batch_wakes_the_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, publisher = world()
+    woken: list[Callable[[], None]] = []
+    publishing = asyncio.create_task(publisher.run())
+    await asyncio.sleep(0)  # it has begun
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", woken.append)
+    blocks = chain(3)
+    publisher.stored(blocks[:1])
+    publisher.stored(blocks[1:])
+    publisher.evicted(blocks[:1])
+    assert len(woken) == 1
+    assert await publisher.publish_once()
+    publisher.evicted(blocks[1:])
+    assert len(woken) == 2
+    publishing.cancel()
+    await asyncio.gather(publishing, return_exceptions=True)
