@@ -66,6 +66,7 @@ class LocalExecutor:
         model_identity: str,
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
+        computes_with: str,
         has_draft_network: bool = False,
     ) -> None:
         self.kv = kv
@@ -76,6 +77,7 @@ class LocalExecutor:
         self.model_identity = model_identity
         self.max_model_tokens = max_model_tokens
         self.has_draft_network = has_draft_network
+        self.computes_with = computes_with
         self._runner = runner
         self._thread = thread
 
@@ -166,6 +168,7 @@ def _load(
         model_identity=identity + draft_identity(speculation),
         max_model_tokens=max_model_tokens,
         thread=thread,
+        computes_with=kernels.description,
         has_draft_network=proposer is not None and proposer.has_network,
     )
 
