@@ -39,7 +39,7 @@ class TargetedRouter(RequestRouter):
 
 
 def log_beside_serve(logger: logging.Logger) -> None:
-    """In a replica: what ``logger`` and those below it say, from INFO on, goes into the replica's own file among Serve's
+    """In a replica: what ``logger`` and those below it say, from INFO on, goes into the replica's file among Serve's
     logs. Serve gives a file to its own logger only, and what others say below WARNING is lost."""
     logger.handlers[:] = logging.getLogger("ray.serve").handlers
     logger.setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
 from eagleray.engine.execution.draft_memory import DraftNeeds
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
+from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS, PROGRAM_LAYER_BYTES
 from eagleray.models.model_config import ModelConfig
 
 # Resident, measured: Python, Ray and torch in a worker; all other processes of a service, the index's server included.
@@ -113,13 +114,16 @@ class WorkerNeeds:
         least_tokens = longest_tokens
         if config.model.max_model_tokens is None:  # then the pool may limit it
             least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
+        max_nodes = draft.max_nodes if guesses else 0
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
+        private_bytes += activation_bytes(model, engine, dtype, max_nodes, draft.feature_size)
+        if is_packed:
+            private_bytes += replay_bytes(model, engine, dtype, max_nodes)
         return cls(
             weights_bytes=weight_bytes(model, dtype, linears),
             draft_bytes=draft.weights_bytes,
             shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
-            private_bytes=private_bytes
-            + activation_bytes(model, engine, dtype, draft.max_nodes if guesses else 0, draft.feature_size),
+            private_bytes=private_bytes,
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),
             given_kv_bytes=given_bytes,
@@ -153,17 +157,35 @@ def activation_bytes(
 
     Every guess is a row of logits. Features for a draft last as long as the step, and are gathered once more for it.
     """
-    hidden, head_dim = model.hidden_size, model.head_dim
-    attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
-    mlp = 3 * model.intermediate_size
-    token_bytes = DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
+    token_bytes = _layer_token_bytes(model, dtype)
     guessed_rows = min(engine.max_num_seqs * (1 + max_draft_nodes), engine.max_num_batched_tokens)
     rows = max(engine.max_num_seqs, guessed_rows, SCORED_ROWS)
     logits_bytes = _LOGIT_COPIES * 4 * rows * model.vocab_size
-    hidden_bytes = DTYPE_BYTES[dtype] * hidden * engine.max_num_batched_tokens
+    hidden_bytes = DTYPE_BYTES[dtype] * model.hidden_size * engine.max_num_batched_tokens
     step_bytes = max(token_bytes * engine.max_num_batched_tokens, hidden_bytes + logits_bytes)
     feature_bytes = 2 * DTYPE_BYTES[dtype] * feature_size * engine.max_num_batched_tokens
     return step_bytes + feature_bytes + _SMALL_TENSORS_BYTES
+
+
+def replay_bytes(model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0) -> int:
+    """Bound of what recorded steps keep from step to step: programs, and the arena that these share. A draft's network
+    has both for itself; in one of its programs a guess is a layer or so, and has logits."""
+    rows = min(MAX_ROWS, engine.max_num_batched_tokens)
+    arena_bytes = rows * _layer_token_bytes(model, dtype)
+    program_bytes = MAX_PROGRAMS * PROGRAM_LAYER_BYTES
+    num_bytes = arena_bytes + program_bytes * (model.num_layers + 1)
+    if max_draft_nodes:
+        logits_bytes = 4 * min(rows, engine.max_num_seqs) * model.vocab_size
+        num_bytes += arena_bytes + logits_bytes + program_bytes * (max_draft_nodes + 1)
+    return num_bytes
+
+
+def _layer_token_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of one token, in a layer."""
+    hidden, head_dim = model.hidden_size, model.head_dim
+    attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
+    mlp = 3 * model.intermediate_size
+    return DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
 
 
 def format_size(num_bytes: int) -> str:

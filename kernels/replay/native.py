@@ -5,17 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from eagleray.kernels.native.library import NativeLibrary, address
 from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS
 from eagleray.kernels.replay.recording import Output, Program, record
-
-_MAX_ROWS: Final = 128  # with more, kernels take so long that what Python adds does not show
-_MAX_PROGRAMS: Final = 128  # 6 KB per layer each
 
 _Result = tuple[Tensor, ...]
 
@@ -39,7 +36,7 @@ class NativeReplayer:
         if self._library.tape.calls is not None:  # a part of a larger step that is recorded
             return compute()
         first = inputs.fixed[0]
-        if first is None or len(first) > _MAX_ROWS or variant in self._impossible:
+        if first is None or len(first) > MAX_ROWS or variant in self._impossible:
             return compute()
         forms = tuple(None if tensor is None else _form(tensor) for tensor in inputs.fixed)
         key = (variant, forms, tuple((tensor.dtype, tensor.stride()) for tensor in inputs.ragged), _aliases(inputs))
@@ -59,7 +56,7 @@ class NativeReplayer:
 
     def _remember(self, key: Hashable, program: Program | None) -> None:
         self._programs[key] = program
-        while len(self._programs) > _MAX_PROGRAMS:
+        while len(self._programs) > MAX_PROGRAMS:
             self._programs.popitem(last=False)
 
     def _replay(self, program: Program, inputs: StepInputs) -> _Result | None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from eagleray.core.config import Config, EngineConfig, ModelConfigSection, parse_config, with_kv_memory
 from eagleray.core.errors import ConfigError
+from eagleray.core.kv_layout import DTYPE_BYTES
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.execution.executor import build_executor
@@ -22,9 +23,11 @@ from eagleray.engine.execution.memory_plan import (
     activation_bytes,
     format_size,
     plan_memory,
+    replay_bytes,
 )
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
+from eagleray.kernels.replay.arena import MAX_PROGRAMS
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.models.registry import load_model_config
@@ -159,7 +162,7 @@ def test_a_length_that_a_pool_of_a_given_size_cannot_hold_is_refused(pool: str) 
 
 def test_every_part_of_the_fixed_need_is_counted_per_worker() -> None:
     one = plan_memory(config(prefill={"replicas": 0}), MODEL, 2 * GIB + GIB // 2)
-    activations = activation_bytes(MODEL, EngineConfig(), "float32")
+    activations = activation_bytes(MODEL, EngineConfig(), "float32") + replay_bytes(MODEL, EngineConfig(), "float32")
     fixed_bytes = SERVICE_RUNTIME_BYTES + WORKER_RUNTIME_BYTES + activations + one.weights_bytes
     assert one.total_bytes == fixed_bytes + one.decode_kv_bytes
 
@@ -213,13 +216,9 @@ def ref(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-@pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
-def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
-    save_random_checkpoint(tmp_path, SMALL, seed=0)
-    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
-    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
+def full_step(engine: EngineConfig, num_runs: int) -> StepPlan:
+    """As many tokens as a step takes, of so many requests."""
     sampling = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1, logprobs=5, repetition_penalty=1.1)
-    num_runs = 1 if shape == "one long prompt" else engine.max_num_seqs
     num_tokens = engine.max_num_batched_tokens // num_runs
     runs = [
         ScheduledRun(
@@ -238,9 +237,45 @@ def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
         )
         for index in range(num_runs)
     ]
+    return StepPlan(runs=tuple(runs))
+
+
+@pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
+def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
+    save_random_checkpoint(tmp_path, SMALL, seed=0)
+    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
+    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
     with PeakTracker() as tracker:
-        executor._runner.run(StepPlan(runs=tuple(runs)))
+        executor._runner.run(full_step(engine, 1 if shape == "one long prompt" else engine.max_num_seqs))
     executor.close()
     bound = activation_bytes(load_model_config(tmp_path), engine, "float32")
     assert tracker.peak_bytes > 2**22  # it saw what there is
     assert tracker.peak_bytes <= bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recording_and_replaying_a_step_of_many_layers_stay_within_the_bound(tmp_path: Path, dtype: str) -> None:
+    deep = SMALL | {"num_hidden_layers": 40, "vocab_size": 500, "hidden_size": 512, "intermediate_size": 2048}
+    save_random_checkpoint(tmp_path, deep, seed=0)
+    model, engine = (
+        ModelConfigSection(path=str(tmp_path), dtype=dtype),
+        EngineConfig(  # type: ignore[arg-type]
+            max_num_batched_tokens=128, max_num_seqs=64, num_blocks=128
+        ),
+    )
+    executor = build_executor(model, engine, num_threads=1)
+    plan = full_step(engine, 1)
+    executor._runner.run(plan)
+    with PeakTracker() as recorded:
+        executor._runner.run(plan)
+    with PeakTracker() as replayed:
+        executor._runner.run(plan)
+    replayer: Any = executor._runner._model._replayer
+    executor.close()
+    (program,) = filter(None, replayer._programs.values())
+    config = load_model_config(tmp_path)
+    bytes_of_all_layers = 40 * 128 * (2 * 2048 + 8 * 512) * DTYPE_BYTES[dtype]
+    bound = activation_bytes(config, engine, dtype)
+    assert max(recorded.peak_bytes, replayed.peak_bytes) <= bound < bytes_of_all_layers
+    num_kept_bytes = len(replayer._arena) + MAX_PROGRAMS * (program.calls.nbytes + program.patches.nbytes)
+    assert num_kept_bytes <= replay_bytes(config, engine, dtype) <= 2 * num_kept_bytes
