@@ -5,6 +5,7 @@ The bounds below are checked against measured peaks by tests and by ``benchmarks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,8 +49,7 @@ def plan_memory(
     """
     needs = [WorkerNeeds.of(config, config.prefill, model, False), WorkerNeeds.of(config, config.decode, model)]
     counts = (config.prefill.replicas, config.decode.replicas)
-    weights_bytes = needs[1].weights_bytes * (1 if needs[1].shares_weights else sum(counts))
-    weights_bytes += sum(count * need.draft_bytes for count, need in zip(counts, needs, strict=True))
+    weights_bytes = _all_weights_bytes(counts, needs)
     fixed_bytes = runtime_bytes + weights_bytes
     fixed_bytes += sum(count * need.private_bytes for count, need in zip(counts, needs, strict=True))
     least_bytes = fixed_bytes + sum(count * need.least_kv_bytes for count, need in zip(counts, needs, strict=True))
@@ -59,6 +59,16 @@ def plan_memory(
     extra_bytes = spare_bytes // num_elastic if num_elastic else 0
     prefill, decode = (need.kv_bytes(extra_bytes) for need in needs)
     return MemoryPlan(weights_bytes, prefill, decode, fixed_bytes + counts[0] * prefill + counts[1] * decode)
+
+
+def _all_weights_bytes(counts: Sequence[int], needs: Sequence[WorkerNeeds]) -> int:
+    """Of all pools' workers: one copy for those that share, and one for each of the others and for each draft."""
+    shared = [need.weights_bytes for count, need in zip(counts, needs, strict=True) if count and need.shares_weights]
+    own = sum(
+        count * (need.draft_bytes + (0 if need.shares_weights else need.weights_bytes))
+        for count, need in zip(counts, needs, strict=True)
+    )
+    return own + max(shared, default=0)
 
 
 def _budget_bytes(config: Config, least_bytes: int, available_bytes: int | None) -> int | None:

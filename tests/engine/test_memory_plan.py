@@ -96,6 +96,16 @@ def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_
     assert plan.weights_bytes == 2 * 4 * parameters
 
 
+def test_the_weights_of_a_pool_are_those_of_its_own_kernels() -> None:
+    torch_pool, native_pool = ({"replicas": 3, "engine": {"kernels": name}} for name in ("torch", "auto"))
+    packed_bytes, plain_bytes = (weight_bytes(MODEL, "float32", LinearBytes(is_packed=kind)) for kind in (True, False))
+    for prefill, decode in ((torch_pool, native_pool), (native_pool, torch_pool)):
+        plan = plan_memory(config("20GiB", prefill=prefill, decode=decode), MODEL, None)
+        assert plan.weights_bytes == 3 * plain_bytes + packed_bytes
+    none = {"replicas": 0, "engine": {"kernels": "auto"}}
+    assert plan_memory(config("20GiB", prefill=none, decode=torch_pool), MODEL, None).weights_bytes == 3 * plain_bytes
+
+
 def test_a_budget_that_is_too_small_is_refused_and_the_least_that_is_named_is_enough() -> None:
     message = refusal(config("1GiB"))
     assert message.startswith("memory.budget_bytes='1GiB': the least that would do is")
