@@ -23,6 +23,7 @@ from eagleray.core.config import Config, Environment, PoolConfig, with_environme
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
@@ -96,7 +97,9 @@ class LocalService:
         self._report = StartReport(clock, on_progress)
         self._on_progress, self._new_executor = on_progress, new_executor
         # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
-        plan = plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
+        plan = plan_memory(
+            config, check_checkpoint(config.model.folder), available_host_bytes(), host=read_host_abilities()
+        )
         on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
         try:
             config = with_kv_memory(config, plan.prefill_kv_bytes, plan.decode_kv_bytes)

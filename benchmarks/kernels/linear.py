@@ -17,10 +17,10 @@ from typing import Final, get_args
 
 import torch
 
+from eagleray.kernels.cache_folder import kernel_folder
 from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
 from eagleray.kernels.native.build import supported_levels
 from eagleray.kernels.native.library import load_library
-from eagleray.kernels.select import user_cache_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from provenance import provenance
@@ -54,7 +54,7 @@ def _seconds(product: Product, x: torch.Tensor) -> float:
 
 def candidates(weight: torch.Tensor, level: str, num_threads: int, copies: int) -> dict[str, list[Product]]:
     """Copies of every product by name; ours begin with the name of the format."""
-    library = load_library(level, user_cache_folder() / "kernels", num_threads)
+    library = load_library(level, kernel_folder(), num_threads)
     products: dict[str, list[Product]] = {}
     for weights in get_args(PanelWeights):
         linear_format = PanelLinearFormat(library, weights)

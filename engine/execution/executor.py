@@ -16,6 +16,7 @@ from eagleray.core.clock import SystemClock
 from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig, SpeculationConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
@@ -27,9 +28,10 @@ from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import Target, build_proposer, build_token_rule, draft_identity
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
-from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
+from eagleray.kernels.select import Kernels, select_kernels
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.packed_folder import packed_weights_folder
 from eagleray.models.packed_weights import PackedWeightFiles
 from eagleray.models.registry import load_model_config
 from eagleray.models.weight_files import weight_files
@@ -143,7 +145,7 @@ def _load(
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = kernels or _select_kernels(model, engine, dtype, device)
     end_phase("kernels")
-    _check_weights_fit(config, dtype, kernels)
+    _check_weights_fit(model, config, dtype, kernels)
     identity = compute_model_identity(model.folder, model.revision, model.quantization)
     packed_files = _packed_weight_files(model, identity)
     try:
@@ -181,13 +183,15 @@ def _kv_memory_bytes(
         return engine.kv_memory_bytes
     pool = PoolConfig(replicas=1, engine=engine)
     alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool, speculation=speculation)
-    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
+    host = read_host_abilities()
+    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0, host=host).decode_kv_bytes
 
 
-def _check_weights_fit(config: ModelConfig, dtype: str, kernels: Kernels) -> None:
-    """A plan counts on packed weights. Where there is no compiler each worker has its own, unpacked."""
-    needed_bytes, available_bytes = weight_bytes(config, dtype, LinearBytes(is_packed=False)), available_host_bytes()
-    if kernels.linear_format is None and available_bytes is not None and needed_bytes > available_bytes:
+def _check_weights_fit(model: ModelConfigSection, config: ModelConfig, dtype: str, kernels: Kernels) -> None:
+    """Where torch computes, weights may take twice what they take with native kernels."""
+    needed_bytes = weight_bytes(config, dtype, LinearBytes(is_native=False, quantization=model.quantization))
+    available_bytes = available_host_bytes()
+    if not kernels.is_native and available_bytes is not None and needed_bytes > available_bytes:
         way_out = (
             f"the weights take {format_size(needed_bytes)} with these kernels, {format_size(available_bytes)} are "
         )
@@ -202,8 +206,7 @@ def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeig
     # The identity of a large checkpoint comes from samples: one that was changed in place tells by its files' times.
     stats = [path.stat() for path in weight_files(model.folder)]
     times = " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
-    folder = user_cache_folder() / "packed_weights"
-    return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
+    return PackedWeightFiles(packed_weights_folder(), f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
 def _select_kernels(model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str) -> Kernels:

@@ -13,7 +13,9 @@ from eagleray.core.config import Config, EngineConfig, PoolConfig
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
 from eagleray.engine.execution.draft_memory import DraftNeeds
-from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
+from eagleray.engine.execution.host_abilities import ABLE_HOST, HostAbilities
+from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
+from eagleray.kernels.linear.pieces import PIECE_WEIGHT_BYTES, PIECE_WEIGHTS
 from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS, PROGRAM_LAYER_BYTES
 from eagleray.models.model_config import ModelConfig
 
@@ -37,17 +39,24 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, model: ModelConfig, available_bytes: int | None, runtime_bytes: int = SERVICE_RUNTIME_BYTES
+    config: Config,
+    model: ModelConfig,
+    available_bytes: int | None,
+    runtime_bytes: int = SERVICE_RUNTIME_BYTES,
+    host: HostAbilities = ABLE_HOST,
 ) -> MemoryPlan:
     """The KV pools that fit: into ``memory.budget_bytes``, or else into half of ``available_bytes``.
 
     Pools that the configuration sizes itself stay as they are. ``available_bytes`` of None (unknown) limits nothing but
     pools of a service without a budget, which then get what their requests can use. ``runtime_bytes`` is what the
-    processes take that are no workers.
+    processes take that are no workers. ``host`` says which kernels compute and whether workers can share weights.
 
     Raises ``ConfigError`` naming the least that would do.
     """
-    needs = [WorkerNeeds.of(config, config.prefill, model, False), WorkerNeeds.of(config, config.decode, model)]
+    needs = [
+        WorkerNeeds.of(config, config.prefill, model, host, guesses=False),
+        WorkerNeeds.of(config, config.decode, model, host),
+    ]
     counts = (config.prefill.replicas, config.decode.replicas)
     weights_bytes = _all_weights_bytes(counts, needs)
     fixed_bytes = runtime_bytes + weights_bytes
@@ -105,14 +114,20 @@ class WorkerNeeds:
     given_kv_bytes: int | None  # the configuration says it itself
 
     @classmethod
-    def of(cls, config: Config, pool: PoolConfig, model: ModelConfig, guesses: bool = True) -> WorkerNeeds:
+    def of(
+        cls,
+        config: Config,
+        pool: PoolConfig,
+        model: ModelConfig,
+        host: HostAbilities = ABLE_HOST,
+        guesses: bool = True,
+    ) -> WorkerNeeds:
         """Of a worker of ``pool``, one that ``guesses`` if that is configured; the others keep the draft's KV all the
         same. Raises ``ConfigError`` for a length that model or pool do not have, or a draft that does not go with the
         model."""
         engine = pool.engine
         dtype = model.resolve_dtype(config.model.dtype, "cpu")
-        is_packed = engine.kernels != "torch"
-        linears = LinearBytes(is_packed, config.model.quantization)
+        linears = LinearBytes(host.computes_natively(engine, dtype), config.model.quantization)
         draft = DraftNeeds.of(config.speculation, model, dtype, linears)
         layout = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype), *draft.groups))
         given_bytes: int | None = engine.kv_memory_bytes
@@ -127,12 +142,15 @@ class WorkerNeeds:
         max_nodes = draft.max_nodes if guesses else 0
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         private_bytes += activation_bytes(model, engine, dtype, max_nodes, draft.feature_size)
-        if is_packed:
+        if linears.is_native:
             private_bytes += replay_bytes(model, engine, dtype, max_nodes)
+        elif linears.quantization is not None:
+            private_bytes += PIECE_WEIGHTS * PIECE_WEIGHT_BYTES
         return cls(
             weights_bytes=weight_bytes(model, dtype, linears),
             draft_bytes=draft.weights_bytes,
-            shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
+            shares_weights=linears.are_packed
+            and host.can_keep(packed_bytes(model, dtype, linears), config.model.packed_weights_bytes),
             private_bytes=private_bytes,
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear
 
 from eagleray.kernels.linear.api import PackedLinear
+from eagleray.kernels.linear.pieces import PIECE_WEIGHTS
 from eagleray.kernels.linear.quantization import Quantization, QuantizedWeight, quantize_rows, quantize_weight
 
 
@@ -38,15 +40,23 @@ class TorchQuantizedLinear:
     ) -> torch.Tensor:
         if self.quantizes_activations:
             whole, scale = quantize_rows(x)
-            sums = whole.double() @ self.weight.values.double().T  # exact
-            product = sums.float() * (scale.unsqueeze(-1) * self.weight.scales[0])
+            sums = [whole.double() @ piece.values.double().T for piece in self._pieces()]  # exact
+            product = torch.cat(sums, -1).float() * (scale.unsqueeze(-1) * self.weight.scales[0])
         else:
-            product = x.float() @ self.weight.dequantized().T
+            product = torch.cat([x.float() @ piece.dequantized().T for piece in self._pieces()], -1)
         if self.bias is not None:
             product += self.bias
         if residual is not None:
             product += residual
         return product.to(dtype or x.dtype)
+
+    def _pieces(self) -> Iterator[QuantizedWeight]:
+        """One after the other: the whole weight as floating-point numbers would take more memory than unquantised."""
+        out_features, in_features = self.weight.values.shape
+        at_once = max(1, PIECE_WEIGHTS // in_features)
+        for first in range(0, out_features, at_once):
+            rows = slice(first, first + at_once)
+            yield QuantizedWeight(self.weight.values[rows], self.weight.scales[:, rows])
 
 
 @dataclass(frozen=True, slots=True)

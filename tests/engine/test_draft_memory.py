@@ -76,7 +76,7 @@ def test_the_planned_groups_are_those_that_the_executor_keeps(
 def test_unpacked_a_head_takes_the_bytes_of_its_tensors(target: Path, drafts: dict[str, Path], method: str) -> None:
     stored = load_file(next(drafts[method].glob("*.safetensors")))  # float32, as computed
     needs = DraftNeeds.of(
-        speculating(drafts, method), load_model_config(target), "float32", LinearBytes(is_packed=False)
+        speculating(drafts, method), load_model_config(target), "float32", LinearBytes(is_native=False)
     )
     assert needs.weights_bytes == sum(tensor.nbytes for tensor in stored.values())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagleray.kernels import select
+from eagleray.kernels.cache_folder import user_cache_folder
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native import build, library
 from eagleray.kernels.native.build import NativeUnavailable, build_library, supported_levels
@@ -80,9 +80,9 @@ def test_torch_can_be_chosen(tmp_path: Path) -> None:
 
 def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert select.user_cache_folder() == tmp_path / "eagleray"
+    assert user_cache_folder() == tmp_path / "eagleray"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray"
+    assert user_cache_folder() == Path.home() / ".cache" / "eagleray"
 
 
 def test_a_level_whose_state_is_not_granted_is_neither_offered_nor_loaded(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -92,7 +93,7 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(packed_weights.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(PackedWeightsUnavailable, match="has room for 0 bytes"):
         files(tmp_path).get(LAYOUT, packed)
 
