@@ -25,7 +25,8 @@ SERVICE_RUNTIME_BYTES: Final = 900 * 2**20
 SCORED_ROWS: Final = 64  # rows of logits that exist at one time for prompt log-probabilities
 _LOGIT_COPIES: Final = 12  # float32 [rows, vocabulary] at one time, with penalties and log-probabilities
 _SHARE_OF_FREE_MEMORY: Final = 0.5  # that a service without a budget takes
-_SMALL_TENSORS_BYTES: Final = 8 * 2**20  # positions, block tables, results: what grows with nothing large
+# Positions, block tables, results, and 6 MiB of attention's partial results: what grows with nothing large.
+_SMALL_TENSORS_BYTES: Final = 16 * 2**20
 
 
 @dataclass(frozen=True)
