@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,13 @@ class PackedFolder:
     def file_sizes_bytes(self) -> tuple[int, ...]:
         """Of the whole files."""
         return tuple(path.stat().st_size for path in self.path.glob(f"*{SUFFIX}"))
+
+    def remove_abandoned(self) -> None:
+        """Unlinks what was begun by processes that have died since: whoever writes a file holds its lock."""
+        for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
 
     def evict(self, keep: Path, limit_bytes: int) -> None:
         """Unlinks what was used longest ago, so that ``limit_bytes`` are left, ``keep`` among them. Who has mapped it

@@ -82,6 +82,7 @@ class PackedWeightFiles:
         key = blake2b(f"{self._model}\n{layout}".encode(), digest_size=16).hexdigest()
         path = self._folder.path / f"{key}{SUFFIX}"
         try:
+            self._folder.remove_abandoned()
             found = _map_if_whole(path)
             if found is None:
                 self._folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -132,6 +132,15 @@ def test_who_waits_too_long_for_another_process_is_refused(tmp_path: Path) -> No
     assert values(files(tmp_path).get(LAYOUT, ask_meanwhile)) == values(packed())
 
 
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    def ask_for_another_meanwhile() -> list[tuple[str, PackedLinear]]:
+        files(tmp_path, "another").get(LAYOUT, packed)
+        return packed()
+
+    files(tmp_path).get(LAYOUT, ask_for_another_meanwhile)
+    assert values(files(tmp_path).get(LAYOUT, never)) == values(packed())
+
+
 # ---- several processes
 
 
@@ -202,11 +211,12 @@ def test_two_processes_that_start_at_once_share_one_copy(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("importable_by_children")
-def test_a_process_that_dies_while_packing_is_in_nobodys_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("next_model", ["model", "another"])
+def test_a_process_that_dies_while_packing_is_in_nobodys_way(tmp_path: Path, next_model: str) -> None:
     process = multiprocessing.get_context("spawn").Process(target=die_while_packing, args=(tmp_path,))
     process.start()
     process.join(WAIT_S)
     assert process.exitcode == -signal.SIGKILL
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    assert values(files(tmp_path).get(LAYOUT, packed)) == values(packed())
+    assert values(files(tmp_path, next_model).get(LAYOUT, packed)) == values(packed())
     assert [path.suffix for path in tmp_path.iterdir()] == [".packed"]
