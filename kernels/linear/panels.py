@@ -11,7 +11,7 @@ from typing import Final, Literal
 import torch
 
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.kernels.linear.quantization import INT4_GROUP, QuantizedWeight, quantize_weight
+from eagleray.kernels.linear.quantization import INT4_GROUP, ROUNDING_VERSION, QuantizedWeight, quantize_weight
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 
 PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
@@ -19,6 +19,7 @@ PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
 _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
 _WORD_FEATURES: Final = {"bfloat16": 2, "int8": 4, "int4": 8, "w8a8": 4}  # input features in 32 bits
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
+_LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 16  # output features of a panel; panels come in pairs
 _NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
 
@@ -81,7 +82,8 @@ class PanelLinearFormat:
 
     @property
     def layout(self) -> str:
-        return f"{self.weights}-panels-{_COLUMNS}"
+        rounding = "" if self.weights == "bfloat16" else f", rounding {ROUNDING_VERSION}"
+        return f"{self.weights}-panels-{_COLUMNS}, version {_LAYOUT_VERSION}{rounding}"
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""

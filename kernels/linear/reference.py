@@ -10,7 +10,13 @@ from torch.nn.functional import linear
 
 from eagleray.kernels.linear.api import PackedLinear
 from eagleray.kernels.linear.pieces import PIECE_WEIGHTS
-from eagleray.kernels.linear.quantization import Quantization, QuantizedWeight, quantize_rows, quantize_weight
+from eagleray.kernels.linear.quantization import (
+    ROUNDING_VERSION,
+    Quantization,
+    QuantizedWeight,
+    quantize_rows,
+    quantize_weight,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class TorchQuantizedFormat:
 
     @property
     def layout(self) -> str:
-        return f"{self.quantization}-rows"
+        return f"{self.quantization}-rows, rounding {ROUNDING_VERSION}"
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""
