@@ -140,7 +140,7 @@ def load_best_library(num_threads: int, cache_folder: Path | None = None) -> Nat
     except NativeUnavailable as error:  # an old compiler may not know the best level of a new CPU
         for level in others:
             with suppress(NativeUnavailable):
-                return load_library(level, folder, num_threads)
+                return replace(load_library(level, folder, num_threads), lost=f"{best}: {error}")
         raise error
 
 
@@ -153,9 +153,10 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         linear_format = NativeLinearFormat(library)
     else:
         linear_format = PanelLinearFormat(library, "bfloat16")
+    lost = f" (not {library.lost})" if library.lost else ""
     linear_name = quantization or str(dtype).removeprefix("torch.")
     return Kernels(
-        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
+        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}{lost}",
         is_native=True,
         rms_norm=partial(native_norm_rope.rms_norm, library),
         gather_rows=partial(native_embedding.gather_rows, library),

@@ -109,6 +109,8 @@ def build_library(level: str, cache_folder: Path) -> Path:
         try:
             _compile(compiler, [file for file in sources if file.suffix == ".c"], level, temporary)
             temporary.chmod(0o755)
+            with temporary.open("rb") as file:  # or a machine that loses power may keep the new name and lose the bytes
+                os.fsync(file.fileno())
             temporary.rename(library)
         finally:
             temporary.unlink(missing_ok=True)
