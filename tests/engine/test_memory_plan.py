@@ -329,7 +329,7 @@ def test_recording_and_replaying_a_step_of_many_layers_stay_within_the_bound(tmp
         executor._runner.run(plan)
     replayer: Any = executor._runner._model._replayer
     executor.close()
-    (program,) = filter(None, replayer._programs.values())
+    (program,) = replayer._programs.values()
     config = load_model_config(tmp_path)
     bytes_of_all_layers = 40 * 128 * (2 * 2048 + 8 * 512) * DTYPE_BYTES[dtype]
     bound = activation_bytes(config, engine, dtype)
