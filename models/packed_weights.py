@@ -29,7 +29,7 @@ from eagleray.core.clock import Clock
 from eagleray.kernels.linear.api import PackedLinear
 from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder
 
-_MAGIC: Final = b"eagleray packed weights 1\n"
+_MAGIC: Final = b"eagleray packed weights 2\n"
 _FOOTER_BYTES: Final = 8 + 8 + len(_MAGIC)  # length of the index, its fingerprint, magic
 _ALIGNMENT_BYTES: Final = 4096
 _PACKING_DEADLINE_S: Final = 300.0  # of another process
@@ -54,6 +54,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 class _Linear(msgspec.Struct, frozen=True):
     name: str
     out_features: int
+    in_features: int
     tensors: dict[str, _Tensor]
 
 
@@ -128,7 +129,7 @@ class PackedWeightFiles:
                 file.write(data)
                 fingerprint = xxhash.xxh3_64_intdigest(data)
                 tensors[part] = _Tensor(offset, str(tensor.dtype), tuple(tensor.shape), fingerprint)
-            index.append(_Linear(name, packed.out_features, tensors))
+            index.append(_Linear(name, packed.out_features, packed.in_features, tensors))
         encoded = msgspec.msgpack.encode(index)
         file.write(encoded + len(encoded).to_bytes(8, "little") + xxhash.xxh3_64_digest(encoded) + _MAGIC)
         file.flush()
@@ -184,7 +185,7 @@ def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:
         # Reads the whole file. It is about to be needed in memory anyway.
         if any(xxhash.xxh3_64_intdigest(_bytes_of(tensor)) != entry.fingerprint for tensor, entry in entries):
             return None
-        packed[linear.name] = PackedLinear(tensors, linear.out_features)
+        packed[linear.name] = PackedLinear(tensors, linear.out_features, linear.in_features)
     return packed
 
 

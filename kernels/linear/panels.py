@@ -17,7 +17,6 @@ from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
 
 _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
-_WORD_FEATURES: Final = {"bfloat16": 2, "int8": 4, "int4": 8, "w8a8": 4}  # input features in 32 bits
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
 _LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 16  # output features of a panel; panels come in pairs
@@ -34,6 +33,7 @@ class PanelLinear:
     scales: torch.Tensor | None  # float32 [groups, panels * columns]
     bias: torch.Tensor | None  # float32 [out_features]
     out_features: int
+    in_features: int  # the panels may have more, which are zero
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
@@ -63,9 +63,9 @@ class PanelLinear:
         return INT4_GROUP if self.weights == "int4" else 0
 
     def _check_input(self, x: torch.Tensor) -> None:
-        padded = self.panels.shape[1] * _WORD_FEATURES[self.weights]
-        if x.dtype not in ELEMENTS or _padded(x.shape[-1], self.weights) != padded:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes float32 or bfloat16 [..., {padded}]")
+        if x.dtype not in ELEMENTS or x.shape[-1] != self.in_features:
+            wanted = f"float32 or bfloat16 [..., {self.in_features}]"
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class PanelLinearFormat:
             tensors["scales"][:, :out_features] = scales
         if bias is not None:
             tensors["bias"] = bias.float().contiguous()
-        return PackedLinear(tensors, out_features)
+        return PackedLinear(tensors, out_features, weight.shape[1])
 
     def bind(self, packed: PackedLinear) -> PanelLinear:
         """See ``LinearFormat.bind``."""
@@ -116,6 +116,7 @@ class PanelLinearFormat:
             tensors.get("scales"),
             tensors.get("bias"),
             packed.out_features,
+            packed.in_features,
         )
 
 

@@ -81,7 +81,7 @@ class TorchQuantizedFormat:
         tensors = {"values": quantized.values, "scales": quantized.scales}
         if bias is not None:
             tensors["bias"] = bias.float()
-        return PackedLinear(tensors, len(weight))
+        return PackedLinear(tensors, *weight.shape)
 
     def bind(self, packed: PackedLinear) -> TorchQuantizedLinear:
         """See ``LinearFormat.bind``."""

@@ -204,3 +204,14 @@ def test_the_bytes_of_a_layout_are_those_that_its_name_stands_for(load: Load, we
             hasher.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
         found[linear_format.layout] = hasher.hexdigest()
     assert found == {layout: digest for layout, digest in BYTES.items() if layout.startswith(f"{weights}-")}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_that_are_padded_to_the_same_width_are_still_told_apart(load: Load, weights: PanelWeights) -> None:
+    product = prepare(load(), weights, random(32, 640))
+    for width in (639, 641, 608, 704):
+        with pytest.raises(ValueError, match=r"takes float32 or bfloat16 \[\.\.\., 640\]"):
+            product(random(2, width))
+    if weights != "int4":
+        with pytest.raises(ValueError, match=r"\[\.\.\., 33\]"):
+            prepare(load(), weights, random(32, 33))(random(2, 34))

@@ -26,7 +26,10 @@ def packed(seed: int = 0) -> list[tuple[str, PackedLinear]]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 3, generator=generator)
     panels, bias = weight.bfloat16(), torch.randn(7, generator=generator)
-    return [("a", PackedLinear({"weight": weight, "bias": bias}, 5)), ("b.c", PackedLinear({"panels": panels}, 4))]
+    return [
+        ("a", PackedLinear({"weight": weight, "bias": bias}, 5, 3)),
+        ("b.c", PackedLinear({"panels": panels}, 4, 3)),
+    ]
 
 
 def never() -> Iterator[tuple[str, PackedLinear]]:
@@ -41,7 +44,11 @@ def values(found: object) -> dict[str, object]:
     """What can be compared with ``==``."""
     linears = dict(found)  # type: ignore[call-overload]
     return {
-        name: (linear.out_features, {key: (t.dtype, t.tolist()) for key, t in linear.tensors.items()})
+        name: (
+            linear.out_features,
+            linear.in_features,
+            {key: (t.dtype, t.tolist()) for key, t in linear.tensors.items()},
+        )
         for name, linear in linears.items()
     }
 
@@ -145,7 +152,12 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
 
 
 def large() -> list[tuple[str, PackedLinear]]:
-    return [("large", PackedLinear({"weight": torch.arange(NUM_LARGE_ELEMENTS, dtype=torch.float32)}, 1))]
+    return [
+        (
+            "large",
+            PackedLinear({"weight": torch.arange(NUM_LARGE_ELEMENTS, dtype=torch.float32)}, 1, NUM_LARGE_ELEMENTS),
+        )
+    ]
 
 
 def rollup_kib() -> dict[str, int]:
