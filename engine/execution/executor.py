@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -38,7 +38,6 @@ from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
-_LOAD_DEADLINE_S: Final = 24 * 3600.0  # nor does the slowest disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,7 @@ class LocalExecutor:
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
         computes_with: str,
+        step_deadline_s: float,
         has_draft_network: bool = False,
     ) -> None:
         self.kv = kv
@@ -82,13 +82,25 @@ class LocalExecutor:
         self.computes_with = computes_with
         self._runner = runner
         self._thread = thread
+        self._step_deadline_s = step_deadline_s
+        self._last_step: Future[StepResult] | None = None  # they run in order
 
     def submit(self, plan: StepPlan) -> LocalStep:
-        return LocalStep(self._thread.submit(self._runner.run, plan))
+        self._last_step = self._thread.submit(self._runner.run, plan)
+        return LocalStep(self._last_step)
 
     def close(self) -> None:
-        """Finish the steps that were submitted, take no more, and give up the pool."""
-        self._thread.shutdown()
+        """Finish the steps that were submitted, take no more, and give up the pool.
+
+        Raises ``EagleRayError`` when they do not end within ``engine.step_deadline_s``; then the pool stays, because a
+        step still computes in it.
+        """
+        self._thread.shutdown(wait=False)
+        if self._last_step is not None and not wait((self._last_step,), self._step_deadline_s).done:
+            raise EagleRayError(
+                f"engine.step_deadline_s={self._step_deadline_s:g}: a step has not ended within that time after the "
+                "last was submitted; end the process, or raise it if steps take so long"
+            )
         self.kv.close()
 
 
@@ -106,7 +118,7 @@ def build_executor(
     """Load a checkpoint and allocate its KV pools.
 
     Args:
-        num_threads: torch threads for computing; None leaves torch's default.
+        num_threads: that compute, in native kernels and in torch; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
         progress: called after each tensor with (tensors loaded, tensors in all), on the thread that will compute.
         end_phase: called with the name of each part of the work when it is done, on that thread too.
@@ -123,7 +135,10 @@ def build_executor(
         loading = thread.submit(
             _load, model, engine, device, shared_kv, progress, end_phase, kernels, speculation, thread
         )
-        return loading.result(timeout=_LOAD_DEADLINE_S)
+        if not wait((loading,), model.load_deadline_s).done:
+            way_out = f"{model.path} is not loaded after so long; raise it, or put the checkpoint on a faster disk"
+            raise ConfigError("model.load_deadline_s", model.load_deadline_s, way_out)
+        return loading.result(timeout=0)
     except BaseException:
         thread.shutdown(wait=False)
         raise
@@ -171,6 +186,7 @@ def _load(
         max_model_tokens=max_model_tokens,
         thread=thread,
         computes_with=kernels.description,
+        step_deadline_s=engine.step_deadline_s,
         has_draft_network=proposer is not None and proposer.has_network,
     )
 
