@@ -125,7 +125,7 @@ class NativeLibrary:
     fingerprint: Callable[..., int]
     run_program: Callable[..., int]
     tape: Tape
-    lost: str | None = None  # a better level that could not be had, and why
+    lost: str | None  # a better level that could not be had, and why
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
@@ -149,7 +149,7 @@ def _load(level: str, path: Path, num_threads: int) -> NativeLibrary:
     library = ctypes.CDLL(str(path))
     tape = Tape()
     functions = {name: _bind(library, name, arguments, tape) for name, arguments in _ARGUMENTS.items()}
-    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape)
+    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape, lost=None)
 
 
 def _bind(library: ctypes.CDLL, name: str, argument_types: Sequence[type[Any]], tape: Tape) -> NativeFunction:
