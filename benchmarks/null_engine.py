@@ -27,6 +27,7 @@ class NullExecutor:
     """Implements ``WorkerExecutor``. ``letter_ids``: the tokens that it says, over and over."""
 
     has_draft_network = False
+    computes_with = "nothing: the executor is empty"
 
     def __init__(self, block_size_tokens: int, letter_ids: tuple[int, ...], shared_kv: bool = False) -> None:
         self.layout = fake_layout(block_size_tokens)

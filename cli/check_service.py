@@ -11,6 +11,7 @@ from eagleray.cli.terminal import format_bytes
 from eagleray.core.config import Config, Environment
 from eagleray.core.errors import ConfigError
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.models.model_config import ModelConfig
@@ -46,7 +47,7 @@ def _check_room(config: Config, model: ModelConfig) -> Finding:
     dtype = model.resolve_dtype(config.model.dtype, "cpu")  # where workers compute today
     available = available_host_bytes()
     try:
-        plan = plan_memory(config, model, available)
+        plan = plan_memory(config, model, available, host=read_host_abilities())
     except ConfigError as error:
         way_out = "fewer replicas, smaller engine.kv_memory_bytes, another --memory, or --dtype bfloat16"
         return Finding(Level.MISSING, "room", str(error), way_out)

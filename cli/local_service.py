@@ -20,6 +20,7 @@ from eagleray.core.config import Config, HTTPConfig, prepare_ray_environment, re
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.start_phases import StartPhases
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import plan_memory
 
@@ -60,7 +61,7 @@ def local_service(
     What cannot be served is refused before Ray is started. SIGINT and SIGTERM become ``KeyboardInterrupt``. Without
     ``log_level`` Ray's own words about starting and stopping are not shown; a failure raises ``EagleRayError``.
     """
-    plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
+    plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes(), host=read_host_abilities())
     require_free_port(config.http)
     signals = StopSignals()
     signals.install()

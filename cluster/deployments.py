@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from eagleray.cluster.progress import PROCESS_PHASE, ProgressReporter
+from eagleray.cluster.ray_adapter import log_beside_serve
 from eagleray.core.clock import Clock, SystemClock
 from eagleray.core.config import Config
 from eagleray.core.snapshot import Role
@@ -42,6 +43,7 @@ class WorkerReplica:
         progress_address: str | None = None,
         new_executor: ExecutorFactory | None = None,
     ) -> None:
+        log_beside_serve(logger)
         self._config = Config.model_validate(config)
         self._role = Role(role)
         self._new_executor = new_executor
@@ -105,6 +107,7 @@ class IngressReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: dict[str, Any], decode: DeploymentHandle[Any], prefill: DeploymentHandle[Any] | None
     ) -> None:
+        log_beside_serve(logger)
         from eagleray.cluster.ingress_process import IngressProcess  # no worker needs it
 
         handles = {Role.DECODE: decode} if prefill is None else {Role.DECODE: decode, Role.PREFILL: prefill}

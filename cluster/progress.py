@@ -22,6 +22,7 @@ REPORT_INTERVAL_S: Final = 0.2
 STOP_DEADLINE_S: Final = 5.0
 _POLL_S: Final = 0.2
 _MAX_NOTE_BYTES: Final = 4096
+_MAX_DESCRIPTION_CHARACTERS: Final = 800  # a compiler's error may be long, and a note has to arrive whole
 
 
 class PhaseEnded(msgspec.Struct, frozen=True, tag="phase"):
@@ -36,7 +37,12 @@ class TensorsLoaded(msgspec.Struct, frozen=True, tag="tensors"):
     total: int
 
 
-Note = PhaseEnded | TensorsLoaded
+class KernelsChosen(msgspec.Struct, frozen=True, tag="kernels"):
+    worker: str
+    description: str  # what it computes with; if that is not the best there is, why
+
+
+Note = PhaseEnded | TensorsLoaded | KernelsChosen
 
 
 class ProgressListener:
@@ -93,6 +99,9 @@ class ProgressReporter:
         if now_s - self._last_s >= REPORT_INTERVAL_S:
             self._last_s = now_s
             self._send(TensorsLoaded(self._worker, loaded, total))
+
+    def kernels_chosen(self, description: str) -> None:
+        self._send(KernelsChosen(self._worker, description[:_MAX_DESCRIPTION_CHARACTERS]))
 
     def close(self) -> None:
         self._socket.close()

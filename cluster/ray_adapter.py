@@ -7,6 +7,7 @@ itself does not.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -35,6 +36,14 @@ class TargetedRouter(RequestRouter):
             else:
                 pending_request.future.set_result(chosen)
         return [[chosen or candidate_replicas[0]]]  # must be neither empty nor an exception: the caller would wait on
+
+
+def log_beside_serve(logger: logging.Logger) -> None:
+    """In a replica: what ``logger`` and those below it say, from INFO on, goes into the replica's file among Serve's
+    logs. Serve gives a file to its own logger only, and what others say below WARNING is lost."""
+    logger.handlers[:] = logging.getLogger("ray.serve").handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def replica_metadata(handle: DeploymentHandle[Any]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from eagleray.core.config import Config, Environment, PoolConfig, with_environme
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import format_size, plan_memory
 from eagleray.router.prefix_index.server import LocalServer, find_server_binary, start_local_server
@@ -34,7 +35,7 @@ APPLICATION: Final = "eagleray"
 INGRESS_CPUS: Final = 0.5
 HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 10.0
-READY_DEADLINE_S: Final = 600.0
+ADDRESS_DEADLINE_S: Final = 60.0  # of an ingress that is ready
 SUPERVISION_INTERVAL_S: Final = 0.5
 SUPERVISOR_STOP_DEADLINE_S: Final = 5.0
 
@@ -96,7 +97,9 @@ class LocalService:
         self._report = StartReport(clock, on_progress)
         self._on_progress, self._new_executor = on_progress, new_executor
         # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
-        plan = plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes())
+        plan = plan_memory(
+            config, check_checkpoint(config.model.folder), available_host_bytes(), host=read_host_abilities()
+        )
         on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
         try:
             config = with_kv_memory(config, plan.prefill_kv_bytes, plan.decode_kv_bytes)
@@ -169,17 +172,21 @@ class LocalService:
         try:
             application = build_application(self.config, listener.address, self._new_executor)
             ingress = within(
-                READY_DEADLINE_S, "serve-run", lambda: serve.run(application, name=APPLICATION, route_prefix=None)
+                self.config.model.load_deadline_s,
+                "serve-run",
+                lambda: serve.run(application, name=APPLICATION, route_prefix=None),
             )
         except TimeoutError:
             waiting_for = self._deployment_failure() or "Ray Serve says nothing"
-            raise EagleRayError(f"not running after {READY_DEADLINE_S:.0f} s: {_cause_in(waiting_for)}") from None
+            way_out = "the service is not running after so long; raise it if loading takes longer: "
+            way_out += _cause_in(waiting_for)
+            raise ConfigError("model.load_deadline_s", self.config.model.load_deadline_s, way_out) from None
         except RuntimeError as error:
             cause = _cause_in(self._deployment_failure() or str(error))
             raise EagleRayError(f"the application did not start: {cause}") from None
         finally:
             listener.close()
-        self._address = str(ingress.address.remote().result(timeout_s=READY_DEADLINE_S))
+        self._address = str(ingress.address.remote().result(timeout_s=ADDRESS_DEADLINE_S))
         self._report.phases.end("application")
 
     def _deployment_failure(self) -> str | None:

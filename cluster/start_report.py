@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from eagleray.cluster.progress import PROCESS_PHASE, Note, PhaseEnded
+from eagleray.cluster.progress import PROCESS_PHASE, KernelsChosen, Note, PhaseEnded
 from eagleray.core.clock import Clock
 from eagleray.core.start_phases import StartPhases
 
@@ -26,6 +26,9 @@ class StartReport:
 
     def heard(self, note: Note) -> None:
         """A worker's note. All its phases become one line when it is done."""
+        if isinstance(note, KernelsChosen):
+            self._on_progress(f"{note.worker} computes with {note.description}")
+            return
         if not isinstance(note, PhaseEnded):
             self._on_progress(f"{note.worker}: {note.loaded} of {note.total} tensors loaded")
             return

@@ -71,6 +71,7 @@ def build_worker_process(
         end_phase=phases.end,
         speculation=config.speculation,
     )
+    progress.kernels_chosen(executor.computes_with)
 
     def new_text_stream(spec: RequestSpec) -> OutputText:
         return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])

@@ -48,6 +48,9 @@ class ModelConfigSection(_Frozen):
         description="disk below the user's cache folder for weights in the form that computes, which all workers of a "
         "host and the next start map; 0: each worker packs for itself",
     )
+    load_deadline_s: float = Field(
+        600.0, gt=0, description="a model that is not loaded after so long is given up, and with it the start"
+    )
     max_model_tokens: int | None = Field(None, ge=1, description="prompt plus output; default: the model's own limit")
 
     @property
@@ -142,7 +145,7 @@ class PoolConfig(_Frozen):
 
     replicas: int = Field(2, ge=0, description="workers; 0 prefill workers: decode workers do both")
     num_cpus: float = Field(1.0, ge=0, description="what Ray accounts for one worker")
-    num_threads: int = Field(1, ge=1, description="torch threads of one worker")
+    num_threads: int = Field(1, ge=1, description="threads that compute in one worker, in native kernels and in torch")
     drain_deadline_s: float = Field(
         60.0, gt=0, description="a worker that is stopped finishes its requests for so long"
     )

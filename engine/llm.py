@@ -38,7 +38,7 @@ class LLM:
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the checkpoint's, but float32 on a CPU.
         max_model_len: longest prompt plus output, in tokens; None: the model's own limit.
         seed: what requests without a seed of their own are seeded from.
-        num_threads: torch threads for computing; None: torch's default.
+        num_threads: that compute, in native kernels and in torch; None: torch's default.
         progress: called while loading with (tensors loaded, tensors in all).
         quantization: of linear layers: ``"w8a8"``, ``"int8"`` or ``"int4"``; None: none.
         speculation: guess tokens ahead: fields of ``SpeculationConfig``, such as ``{"method": "ngram"}``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 
 from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
+from eagleray.kernels.cache_folder import kernel_folder
 from eagleray.kernels.embedding import api as embedding
 from eagleray.kernels.embedding import native as native_embedding
 from eagleray.kernels.kv_ops import api as kv_ops
@@ -51,6 +51,7 @@ class Kernels:
     """One implementation of every operation that has several; signatures and meaning as in the ``api`` of each."""
 
     description: str  # one line, for logs and ``eagleray doctor``
+    is_native: bool  # else torch computes
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     gather_rows: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
     rotary_angles: Callable[[torch.Tensor, int, torch.Tensor, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
@@ -77,6 +78,7 @@ class Kernels:
 
 TORCH_KERNELS: Final = Kernels(
     description="torch",
+    is_native=False,
     rms_norm=norm_rope.rms_norm,
     gather_rows=embedding.gather_rows,
     rotary_angles=norm_rope.rotary_angles,
@@ -131,14 +133,14 @@ def select_kernels(
 
 def load_best_library(num_threads: int, cache_folder: Path | None = None) -> NativeLibrary:
     """The native library for this machine; see ``select_kernels``. Raises ``NativeUnavailable``."""
-    folder = cache_folder or user_cache_folder() / "kernels"
+    folder = cache_folder or kernel_folder()
     best, *others = supported_levels()
     try:
         return load_library(best, folder, num_threads)
     except NativeUnavailable as error:  # an old compiler may not know the best level of a new CPU
         for level in others:
             with suppress(NativeUnavailable):
-                return load_library(level, folder, num_threads)
+                return replace(load_library(level, folder, num_threads), lost=f"{best}: {error}")
         raise error
 
 
@@ -151,9 +153,11 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         linear_format = NativeLinearFormat(library)
     else:
         linear_format = PanelLinearFormat(library, "bfloat16")
+    lost = f" (not {library.lost})" if library.lost else ""
     linear_name = quantization or str(dtype).removeprefix("torch.")
     return Kernels(
-        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}",
+        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}{lost}",
+        is_native=True,
         rms_norm=partial(native_norm_rope.rms_norm, library),
         gather_rows=partial(native_embedding.gather_rows, library),
         rotary_angles=partial(native_norm_rope.rotary_angles, library),
@@ -180,9 +184,3 @@ def _torch_kernels(description: str, quantization: Quantization | None) -> Kerne
         linear_format=TorchQuantizedFormat(quantization),
         head_format=TorchQuantizedFormat(HEAD_QUANTIZATION),
     )
-
-
-def user_cache_folder() -> Path:
-    """Where the XDG Base Directory Specification wants such files."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "eagleray"

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import mmap
 import os
-import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,13 +27,11 @@ import xxhash
 
 from eagleray.core.clock import Clock
 from eagleray.kernels.linear.api import PackedLinear
+from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder
 
-_MAGIC: Final = b"eagleray packed weights 1\n"
+_MAGIC: Final = b"eagleray packed weights 2\n"
 _FOOTER_BYTES: Final = 8 + 8 + len(_MAGIC)  # length of the index, its fingerprint, magic
 _ALIGNMENT_BYTES: Final = 4096
-_SUFFIX: Final = ".packed"
-_PARTIAL_SUFFIX: Final = ".partial"
-_SPARED_DISK_BYTES: Final = 2**30  # of a disk that others use too
 _PACKING_DEADLINE_S: Final = 300.0  # of another process
 _POLL_INTERVAL_S: Final = 0.05
 
@@ -57,6 +54,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 class _Linear(msgspec.Struct, frozen=True):
     name: str
     out_features: int
+    in_features: int
     tensors: dict[str, _Tensor]
 
 
@@ -71,7 +69,7 @@ class PackedWeightFiles:
     """
 
     def __init__(self, folder: Path, model: str, limit_bytes: int, clock: Clock) -> None:
-        self._folder = folder
+        self._folder = PackedFolder(folder)
         self._model = model
         self._limit_bytes = limit_bytes
         self._clock = clock
@@ -83,23 +81,24 @@ class PackedWeightFiles:
         Raises ``PackedWeightsUnavailable``: no room, or a folder that cannot be used.
         """
         key = blake2b(f"{self._model}\n{layout}".encode(), digest_size=16).hexdigest()
-        path = self._folder / f"{key}{_SUFFIX}"
+        path = self._folder.path / f"{key}{SUFFIX}"
         try:
+            self._folder.remove_abandoned()
             found = _map_if_whole(path)
             if found is None:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._write(path, pack)
                 found = _map_if_whole(path)
             os.utime(path)  # what was used last goes last
         except OSError as error:
-            raise PackedWeightsUnavailable(f"{self._folder}: {error.strerror or error}") from None
+            raise PackedWeightsUnavailable(f"{self._folder.path}: {error.strerror or error}") from None
         if found is None:
             raise PackedWeightsUnavailable(f"{path} was written and cannot be read back")
         return found
 
     def _write(self, path: Path, pack: Pack) -> None:
         """Returns when the file is there, whoever wrote it."""
-        partial = path.with_suffix(_PARTIAL_SUFFIX)
+        partial = path.with_suffix(PARTIAL_SUFFIX)
         with _locked(partial, self._clock) as file:
             if _map_if_whole(path) is not None:  # another process wrote it while we waited
                 partial.unlink()
@@ -111,11 +110,11 @@ class PackedWeightFiles:
                 partial.unlink(missing_ok=True)
                 raise
         _logger.info("packed weights written to %s (%d bytes)", path, path.stat().st_size)
-        self._evict(keep=path)
+        self._folder.evict(path, self._limit_bytes)
 
     def _write_whole(self, file: BinaryIO, pack: Pack) -> None:
         file.truncate(0)
-        room_bytes = min(self._limit_bytes, shutil.disk_usage(self._folder).free - _SPARED_DISK_BYTES)
+        room_bytes = min(self._limit_bytes, self._folder.disk_room_bytes())
         index: list[_Linear] = []
         for name, packed in pack():
             tensors = {}
@@ -124,27 +123,16 @@ class PackedWeightFiles:
                 offset, data = file.tell(), _bytes_of(tensor)
                 if offset + len(data) > room_bytes:
                     raise PackedWeightsUnavailable(
-                        f"{self._folder} has room for {max(room_bytes, 0)} bytes of them "
+                        f"{self._folder.path} has room for {room_bytes} bytes of them "
                         "(model.packed_weights_bytes, or what the disk has left)"
                     )
                 file.write(data)
                 fingerprint = xxhash.xxh3_64_intdigest(data)
                 tensors[part] = _Tensor(offset, str(tensor.dtype), tuple(tensor.shape), fingerprint)
-            index.append(_Linear(name, packed.out_features, tensors))
+            index.append(_Linear(name, packed.out_features, packed.in_features, tensors))
         encoded = msgspec.msgpack.encode(index)
         file.write(encoded + len(encoded).to_bytes(8, "little") + xxhash.xxh3_64_digest(encoded) + _MAGIC)
         file.flush()
-
-    def _evict(self, keep: Path) -> None:
-        """Unlinks what was used longest ago. Who has mapped it keeps it."""
-        files = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        used_bytes = keep.stat().st_size
-        for path in files:
-            if path == keep:
-                continue
-            used_bytes += path.stat().st_size
-            if used_bytes > self._limit_bytes:
-                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -197,7 +185,7 @@ def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:
         # Reads the whole file. It is about to be needed in memory anyway.
         if any(xxhash.xxh3_64_intdigest(_bytes_of(tensor)) != entry.fingerprint for tensor, entry in entries):
             return None
-        packed[linear.name] = PackedLinear(tensors, linear.out_features)
+        packed[linear.name] = PackedLinear(tensors, linear.out_features, linear.in_features)
     return packed
 
 

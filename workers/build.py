@@ -33,6 +33,7 @@ class WorkerKV(BlockStore, Protocol):
 class WorkerExecutor(EngineExecutor, Protocol):
     layout: KVLayout
     has_draft_network: bool  # it guesses with KV of its own
+    computes_with: str  # which kernels, and if these are not the best there are, why: for people
 
     @property
     def kv(self) -> WorkerKV: ...

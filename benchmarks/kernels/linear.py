@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, get_args
 
@@ -21,11 +21,10 @@ import torch
 from limits import Limits, ProductLimit
 from rich.console import Console
 
-from eagleray.kernels.linear.api import PackedLinear
+from eagleray.kernels.cache_folder import kernel_folder
 from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
 from eagleray.kernels.native.build import supported_levels
 from eagleray.kernels.native.library import NativeLibrary, load_library
-from eagleray.kernels.select import user_cache_folder
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from floors import Machine, measure_machine
@@ -91,7 +90,7 @@ def our_products(weight: torch.Tensor, weights: PanelWeights, library: NativeLib
     packed = linear_format.pack(weight, None)
     num_copies = _num_copies(sum(tensor.nbytes for tensor in packed.tensors.values()))
     copies = (
-        PackedLinear({name: tensor.clone() for name, tensor in packed.tensors.items()}, packed.out_features)
+        replace(packed, tensors={name: tensor.clone() for name, tensor in packed.tensors.items()})
         for _ in range(num_copies)
     )
     return [linear_format.bind(copy) for copy in copies]
@@ -179,7 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     machine, product_limit = measure_machine("bfloat16", options.threads), Limits(options.threads).products()
     torch.set_num_threads(options.threads)
-    library = load_library(options.level, user_cache_folder() / "kernels", options.threads)
+    library = load_library(options.level, kernel_folder(), options.threads)
     rows: list[Row] = []
     for shape in options.shapes:
         print(f"measuring {shape}", file=sys.stderr)

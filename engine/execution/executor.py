@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,6 +16,7 @@ from eagleray.core.clock import SystemClock
 from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig, SpeculationConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
@@ -27,16 +28,16 @@ from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import Target, build_proposer, build_token_rule, draft_identity
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
-from eagleray.kernels.select import Kernels, select_kernels, user_cache_folder
+from eagleray.kernels.select import Kernels, select_kernels
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.packed_folder import packed_weights_folder
 from eagleray.models.packed_weights import PackedWeightFiles
 from eagleray.models.registry import load_model_config
 from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 _STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
-_LOAD_DEADLINE_S: Final = 24 * 3600.0  # nor does the slowest disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class LocalExecutor:
         model_identity: str,
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
+        computes_with: str,
+        step_deadline_s: float,
         has_draft_network: bool = False,
     ) -> None:
         self.kv = kv
@@ -76,15 +79,28 @@ class LocalExecutor:
         self.model_identity = model_identity
         self.max_model_tokens = max_model_tokens
         self.has_draft_network = has_draft_network
+        self.computes_with = computes_with
         self._runner = runner
         self._thread = thread
+        self._step_deadline_s = step_deadline_s
+        self._last_step: Future[StepResult] | None = None  # they run in order
 
     def submit(self, plan: StepPlan) -> LocalStep:
-        return LocalStep(self._thread.submit(self._runner.run, plan))
+        self._last_step = self._thread.submit(self._runner.run, plan)
+        return LocalStep(self._last_step)
 
     def close(self) -> None:
-        """Finish the steps that were submitted, take no more, and give up the pool."""
-        self._thread.shutdown()
+        """Finish the steps that were submitted, take no more, and give up the pool.
+
+        Raises ``EagleRayError`` when they do not end within ``engine.step_deadline_s``; then the pool stays, because a
+        step still computes in it.
+        """
+        self._thread.shutdown(wait=False)
+        if self._last_step is not None and not wait((self._last_step,), self._step_deadline_s).done:
+            raise EagleRayError(
+                f"engine.step_deadline_s={self._step_deadline_s:g}: a step has not ended within that time after the "
+                "last was submitted; end the process, or raise it if steps take so long"
+            )
         self.kv.close()
 
 
@@ -102,7 +118,7 @@ def build_executor(
     """Load a checkpoint and allocate its KV pools.
 
     Args:
-        num_threads: torch threads for computing; None leaves torch's default.
+        num_threads: that compute, in native kernels and in torch; None leaves torch's default.
         shared_kv: put the pool where another process of this host can read it (host memory only).
         progress: called after each tensor with (tensors loaded, tensors in all), on the thread that will compute.
         end_phase: called with the name of each part of the work when it is done, on that thread too.
@@ -119,7 +135,10 @@ def build_executor(
         loading = thread.submit(
             _load, model, engine, device, shared_kv, progress, end_phase, kernels, speculation, thread
         )
-        return loading.result(timeout=_LOAD_DEADLINE_S)
+        if not wait((loading,), model.load_deadline_s).done:
+            way_out = f"{model.path} is not loaded after so long; raise it, or put the checkpoint on a faster disk"
+            raise ConfigError("model.load_deadline_s", model.load_deadline_s, way_out)
+        return loading.result(timeout=0)
     except BaseException:
         thread.shutdown(wait=False)
         raise
@@ -141,7 +160,7 @@ def _load(
     dtype = config.resolve_dtype(model.dtype, device)
     kernels = kernels or _select_kernels(model, engine, dtype, device)
     end_phase("kernels")
-    _check_weights_fit(config, dtype, kernels)
+    _check_weights_fit(model, config, dtype, kernels)
     identity = compute_model_identity(model.folder, model.revision, model.quantization)
     packed_files = _packed_weight_files(model, identity)
     try:
@@ -166,6 +185,8 @@ def _load(
         model_identity=identity + draft_identity(speculation),
         max_model_tokens=max_model_tokens,
         thread=thread,
+        computes_with=kernels.description,
+        step_deadline_s=engine.step_deadline_s,
         has_draft_network=proposer is not None and proposer.has_network,
     )
 
@@ -178,13 +199,15 @@ def _kv_memory_bytes(
         return engine.kv_memory_bytes
     pool = PoolConfig(replicas=1, engine=engine)
     alone = Config(model=model, prefill=PoolConfig(replicas=0, engine=engine), decode=pool, speculation=speculation)
-    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0).decode_kv_bytes
+    host = read_host_abilities()
+    return plan_memory(alone, config, available_host_bytes(), runtime_bytes=0, host=host).decode_kv_bytes
 
 
-def _check_weights_fit(config: ModelConfig, dtype: str, kernels: Kernels) -> None:
-    """A plan counts on packed weights. Where there is no compiler each worker has its own, unpacked."""
-    needed_bytes, available_bytes = weight_bytes(config, dtype, LinearBytes(is_packed=False)), available_host_bytes()
-    if kernels.linear_format is None and available_bytes is not None and needed_bytes > available_bytes:
+def _check_weights_fit(model: ModelConfigSection, config: ModelConfig, dtype: str, kernels: Kernels) -> None:
+    """Where torch computes, weights may take twice what they take with native kernels."""
+    needed_bytes = weight_bytes(config, dtype, LinearBytes(is_native=False, quantization=model.quantization))
+    available_bytes = available_host_bytes()
+    if not kernels.is_native and available_bytes is not None and needed_bytes > available_bytes:
         way_out = (
             f"the weights take {format_size(needed_bytes)} with these kernels, {format_size(available_bytes)} are "
         )
@@ -199,8 +222,7 @@ def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeig
     # The identity of a large checkpoint comes from samples: one that was changed in place tells by its files' times.
     stats = [path.stat() for path in weight_files(model.folder)]
     times = " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
-    folder = user_cache_folder() / "packed_weights"
-    return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
+    return PackedWeightFiles(packed_weights_folder(), f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
 def _select_kernels(model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str) -> Kernels:

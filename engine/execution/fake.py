@@ -48,6 +48,7 @@ class FakeExecutor:
         guess_rate: probability that a guess is what its path would sample next.
     """
 
+    computes_with = "nothing: the executor is a fake"
     has_draft_network = True  # it overwrites the slots that such a network would
 
     def __init__(

@@ -5,14 +5,18 @@ The bounds below are checked against measured peaks by tests and by ``benchmarks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from eagleray.core.config import Config, EngineConfig, PoolConfig
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
-from eagleray.engine.execution.draft_memory import DraftNeeds
-from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
+from eagleray.engine.execution.draft_memory import DraftNeeds, kept_feature_bytes
+from eagleray.engine.execution.host_abilities import ABLE_HOST, HostAbilities
+from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
+from eagleray.kernels.linear.pieces import PIECE_WEIGHT_BYTES, PIECE_WEIGHTS
+from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS, PROGRAM_LAYER_BYTES
 from eagleray.models.model_config import ModelConfig
 
 # Resident, measured: Python, Ray and torch in a worker; all other processes of a service, the index's server included.
@@ -21,7 +25,8 @@ SERVICE_RUNTIME_BYTES: Final = 900 * 2**20
 SCORED_ROWS: Final = 64  # rows of logits that exist at one time for prompt log-probabilities
 _LOGIT_COPIES: Final = 12  # float32 [rows, vocabulary] at one time, with penalties and log-probabilities
 _SHARE_OF_FREE_MEMORY: Final = 0.5  # that a service without a budget takes
-_SMALL_TENSORS_BYTES: Final = 8 * 2**20  # positions, block tables, results: what grows with nothing large
+# Positions, block tables, results, and 6 MiB of attention's partial results: what grows with nothing large.
+_SMALL_TENSORS_BYTES: Final = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,26 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, model: ModelConfig, available_bytes: int | None, runtime_bytes: int = SERVICE_RUNTIME_BYTES
+    config: Config,
+    model: ModelConfig,
+    available_bytes: int | None,
+    runtime_bytes: int = SERVICE_RUNTIME_BYTES,
+    host: HostAbilities = ABLE_HOST,
 ) -> MemoryPlan:
     """The KV pools that fit: into ``memory.budget_bytes``, or else into half of ``available_bytes``.
 
     Pools that the configuration sizes itself stay as they are. ``available_bytes`` of None (unknown) limits nothing but
     pools of a service without a budget, which then get what their requests can use. ``runtime_bytes`` is what the
-    processes take that are no workers.
+    processes take that are no workers. ``host`` says which kernels compute and whether workers can share weights.
 
     Raises ``ConfigError`` naming the least that would do.
     """
-    needs = [WorkerNeeds.of(config, config.prefill, model, False), WorkerNeeds.of(config, config.decode, model)]
+    needs = [
+        WorkerNeeds.of(config, config.prefill, model, host, guesses=False),
+        WorkerNeeds.of(config, config.decode, model, host),
+    ]
     counts = (config.prefill.replicas, config.decode.replicas)
-    weights_bytes = needs[1].weights_bytes * (1 if needs[1].shares_weights else sum(counts))
-    weights_bytes += sum(count * need.draft_bytes for count, need in zip(counts, needs, strict=True))
+    weights_bytes = _all_weights_bytes(counts, needs)
     fixed_bytes = runtime_bytes + weights_bytes
     fixed_bytes += sum(count * need.private_bytes for count, need in zip(counts, needs, strict=True))
     least_bytes = fixed_bytes + sum(count * need.least_kv_bytes for count, need in zip(counts, needs, strict=True))
@@ -58,6 +69,16 @@ def plan_memory(
     extra_bytes = spare_bytes // num_elastic if num_elastic else 0
     prefill, decode = (need.kv_bytes(extra_bytes) for need in needs)
     return MemoryPlan(weights_bytes, prefill, decode, fixed_bytes + counts[0] * prefill + counts[1] * decode)
+
+
+def _all_weights_bytes(counts: Sequence[int], needs: Sequence[WorkerNeeds]) -> int:
+    """Of all pools' workers: one copy for those that share, and one for each of the others and for each draft."""
+    shared = [need.weights_bytes for count, need in zip(counts, needs, strict=True) if count and need.shares_weights]
+    own = sum(
+        count * (need.draft_bytes + (0 if need.shares_weights else need.weights_bytes))
+        for count, need in zip(counts, needs, strict=True)
+    )
+    return own + max(shared, default=0)
 
 
 def _budget_bytes(config: Config, least_bytes: int, available_bytes: int | None) -> int | None:
@@ -94,14 +115,20 @@ class WorkerNeeds:
     given_kv_bytes: int | None  # the configuration says it itself
 
     @classmethod
-    def of(cls, config: Config, pool: PoolConfig, model: ModelConfig, guesses: bool = True) -> WorkerNeeds:
+    def of(
+        cls,
+        config: Config,
+        pool: PoolConfig,
+        model: ModelConfig,
+        host: HostAbilities = ABLE_HOST,
+        guesses: bool = True,
+    ) -> WorkerNeeds:
         """Of a worker of ``pool``, one that ``guesses`` if that is configured; the others keep the draft's KV all the
         same. Raises ``ConfigError`` for a length that model or pool do not have, or a draft that does not go with the
         model."""
         engine = pool.engine
         dtype = model.resolve_dtype(config.model.dtype, "cpu")
-        is_packed = engine.kernels != "torch"
-        linears = LinearBytes(is_packed, config.model.quantization)
+        linears = LinearBytes(host.computes_natively(engine, dtype), config.model.quantization)
         draft = DraftNeeds.of(config.speculation, model, dtype, linears)
         layout = KVLayout(engine.block_size_tokens, (model.kv_layer_group(dtype), *draft.groups))
         given_bytes: int | None = engine.kv_memory_bytes
@@ -113,13 +140,21 @@ class WorkerNeeds:
         least_tokens = longest_tokens
         if config.model.max_model_tokens is None:  # then the pool may limit it
             least_tokens = min(longest_tokens, engine.max_num_batched_tokens)
+        max_nodes = draft.max_nodes if guesses else 0
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
+        private_bytes += activation_bytes(model, engine, dtype, max_nodes, draft.feature_size)
+        if guesses:
+            private_bytes += kept_feature_bytes(engine, dtype, draft.feature_size)
+        if linears.is_native:
+            private_bytes += replay_bytes(model, engine, dtype, max_nodes)
+        elif linears.quantization is not None:
+            private_bytes += PIECE_WEIGHTS * PIECE_WEIGHT_BYTES
         return cls(
             weights_bytes=weight_bytes(model, dtype, linears),
             draft_bytes=draft.weights_bytes,
-            shares_weights=is_packed and config.model.packed_weights_bytes > 0 and dtype != "float16",
-            private_bytes=private_bytes
-            + activation_bytes(model, engine, dtype, draft.max_nodes if guesses else 0, draft.feature_size),
+            shares_weights=linears.are_packed
+            and host.can_keep(packed_bytes(model, dtype, linears), config.model.packed_weights_bytes),
+            private_bytes=private_bytes,
             least_kv_bytes=given_bytes or _pool_bytes(layout, least_tokens),
             most_kv_bytes=engine.max_num_seqs * _pool_bytes(layout, longest_tokens),
             given_kv_bytes=given_bytes,
@@ -153,17 +188,35 @@ def activation_bytes(
 
     Every guess is a row of logits. Features for a draft last as long as the step, and are gathered once more for it.
     """
-    hidden, head_dim = model.hidden_size, model.head_dim
-    attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
-    mlp = 3 * model.intermediate_size
-    token_bytes = DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
+    token_bytes = _layer_token_bytes(model, dtype)
     guessed_rows = min(engine.max_num_seqs * (1 + max_draft_nodes), engine.max_num_batched_tokens)
     rows = max(engine.max_num_seqs, guessed_rows, SCORED_ROWS)
     logits_bytes = _LOGIT_COPIES * 4 * rows * model.vocab_size
-    hidden_bytes = DTYPE_BYTES[dtype] * hidden * engine.max_num_batched_tokens
+    hidden_bytes = DTYPE_BYTES[dtype] * model.hidden_size * engine.max_num_batched_tokens
     step_bytes = max(token_bytes * engine.max_num_batched_tokens, hidden_bytes + logits_bytes)
     feature_bytes = 2 * DTYPE_BYTES[dtype] * feature_size * engine.max_num_batched_tokens
     return step_bytes + feature_bytes + _SMALL_TENSORS_BYTES
+
+
+def replay_bytes(model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0) -> int:
+    """Bound of what recorded steps keep from step to step: programs, and the arena that these share. A draft's network
+    has both for itself; in one of its programs a guess is a layer or so, and has logits."""
+    rows = min(MAX_ROWS, engine.max_num_batched_tokens)
+    arena_bytes = rows * _layer_token_bytes(model, dtype)
+    program_bytes = MAX_PROGRAMS * PROGRAM_LAYER_BYTES
+    num_bytes = arena_bytes + program_bytes * (model.num_layers + 1)
+    if max_draft_nodes:
+        logits_bytes = 4 * min(rows, engine.max_num_seqs) * model.vocab_size
+        num_bytes += arena_bytes + logits_bytes + program_bytes * (max_draft_nodes + 1)
+    return num_bytes
+
+
+def _layer_token_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of one token, in a layer."""
+    hidden, head_dim = model.hidden_size, model.head_dim
+    attention = (2 * model.num_heads + 2 * model.num_kv_heads + model.num_heads) * head_dim
+    mlp = 3 * model.intermediate_size
+    return DTYPE_BYTES[dtype] * (6 * hidden + max(attention, mlp)) + 6 * 4 * head_dim
 
 
 def format_size(num_bytes: int) -> str:

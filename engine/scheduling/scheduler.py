@@ -27,7 +27,7 @@ _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
 _HAS_GIVEN_WAY: Final = (RequestState.QUEUED, RequestState.SWAPPED)
 # While nothing is guessed a draft's KV waits until many tokens lack it: one pass over them costs little more than one
 # over a single token. Blocks become findable as much later.
-_MAX_DEFERRED_TOKENS: Final = 256  # of all requests
+MAX_DEFERRED_TOKENS: Final = 256  # of all requests; steps that are scheduled already come on top
 _MAX_DEFERRED_TOKENS_EACH: Final = 32
 
 
@@ -225,7 +225,7 @@ class Scheduler:
 
     def _has_deferred_enough(self) -> bool:
         deferred = [request.num_computed_tokens - request.num_complete_tokens for request in self._running]
-        return sum(deferred) >= _MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
+        return sum(deferred) >= MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
 
     def _free(self, request: Request) -> None:
         """Give up a request's blocks, and what waits to be written into them."""

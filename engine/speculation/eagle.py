@@ -53,7 +53,8 @@ class _StepRows:
     rows: dict[str, list[int]]  # by request id
 
     def of_few(self) -> _StepRows:
-        """The same without the rows of others, where these are most: a long prompt beside a few tokens."""
+        """The same without the rows of others, where these are most: a long prompt beside a few tokens, or requests
+        that have been caught up with. So what is kept stays below twice what is needed."""
         rows = [row for rows in self.rows.values() for row in rows]
         if 2 * len(rows) >= len(self.features_TF):
             return self
@@ -100,7 +101,7 @@ class EagleFeatures:
         for step in self._kept:
             for request_id in request_ids:
                 step.rows.pop(request_id, None)
-        self._kept = [step for step in self._kept if step.rows]
+        self._kept = [step.of_few() for step in self._kept if step.rows]
 
     def _take(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> tuple[Tensor, dict[str, list[int]]]:
         """(Captured features [N, feature_size], rows in them of each run's tokens: those deferred, then its own.)"""

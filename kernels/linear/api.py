@@ -29,6 +29,7 @@ class PackedLinear:
 
     tensors: Mapping[str, torch.Tensor]  # contiguous; what they mean is the format's own
     out_features: int
+    in_features: int  # padding not counted
 
 
 class LinearFormat(Protocol):

@@ -75,18 +75,12 @@ class NativeLinearFormat:
             rows = weight[first * columns : (first + _PANELS_AT_ONCE) * columns].float().contiguous()
             self.library.pack_weight(rows.data_ptr(), len(rows), in_features, ELEMENTS[dtype], panels[first].data_ptr())
         tensors = {"panels": panels} if bias is None else {"panels": panels, "bias": bias.float().contiguous()}
-        return PackedLinear(tensors, out_features)
+        return PackedLinear(tensors, out_features, in_features)
 
     def bind(self, packed: PackedLinear) -> NativeLinear:
         """See ``LinearFormat.bind``."""
         tensors = packed.tensors
         return NativeLinear(self.library, tensors["panels"], tensors.get("bias"), packed.out_features)
-
-
-def prepare_linear(library: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
-    """Pack a ``weight`` [out_features, in_features] for this process and bind it."""
-    linear_format = NativeLinearFormat(library)
-    return linear_format.bind(linear_format.pack(weight, bias))
 
 
 def _is_exact_in_bfloat16(weight: torch.Tensor) -> bool:

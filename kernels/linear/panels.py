@@ -11,15 +11,15 @@ from typing import Final, Literal
 import torch
 
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.kernels.linear.quantization import INT4_GROUP, QuantizedWeight, quantize_weight
+from eagleray.kernels.linear.quantization import INT4_GROUP, ROUNDING_VERSION, QuantizedWeight, quantize_weight
 from eagleray.kernels.native.arguments import new_rows, rows_of
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 
 PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
 
 _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
-_WORD_FEATURES: Final = {"bfloat16": 2, "int8": 4, "int4": 8, "w8a8": 4}  # input features in 32 bits
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
+_LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 16  # output features of a panel; panels come in pairs
 _NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
 
@@ -34,6 +34,7 @@ class PanelLinear:
     scales: torch.Tensor | None  # float32 [groups, panels * columns]
     bias: torch.Tensor | None  # float32 [out_features]
     out_features: int
+    in_features: int  # the panels may have more, which are zero
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
@@ -63,9 +64,9 @@ class PanelLinear:
         return INT4_GROUP if self.weights == "int4" else 0
 
     def _check_input(self, x: torch.Tensor) -> None:
-        padded = self.panels.shape[1] * _WORD_FEATURES[self.weights]
-        if x.dtype not in ELEMENTS or _padded(x.shape[-1], self.weights) != padded:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes float32 or bfloat16 [..., {padded}]")
+        if x.dtype not in ELEMENTS or x.shape[-1] != self.in_features:
+            wanted = f"float32 or bfloat16 [..., {self.in_features}]"
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this layer takes {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class PanelLinearFormat:
 
     @property
     def layout(self) -> str:
-        return f"{self.weights}-panels-{_COLUMNS}"
+        rounding = "" if self.weights == "bfloat16" else f", rounding {ROUNDING_VERSION}"
+        return f"{self.weights}-panels-{_COLUMNS}, version {_LAYOUT_VERSION}{rounding}"
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""
@@ -103,7 +105,7 @@ class PanelLinearFormat:
             tensors["scales"][:, :out_features] = scales
         if bias is not None:
             tensors["bias"] = bias.float().contiguous()
-        return PackedLinear(tensors, out_features)
+        return PackedLinear(tensors, out_features, weight.shape[1])
 
     def bind(self, packed: PackedLinear) -> PanelLinear:
         """See ``LinearFormat.bind``."""
@@ -115,6 +117,7 @@ class PanelLinearFormat:
             tensors.get("scales"),
             tensors.get("bias"),
             packed.out_features,
+            packed.in_features,
         )
 
 

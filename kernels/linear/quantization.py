@@ -10,6 +10,8 @@ import torch
 # w8a8: weights and activations in int8; int8 and int4: weights only.
 Quantization = Literal["w8a8", "int8", "int4"]
 INT4_GROUP: Final = 128  # input features with one scale; with 8 bits a scale serves a whole output feature
+# Counts the ways in which ``quantize_weight`` has rounded: files packed in another are not what it makes now.
+ROUNDING_VERSION: Final = 1
 _LARGEST: Final = {"w8a8": 127, "int8": 127, "int4": 7}
 _ROWS_AT_ONCE: Final = 4096
 

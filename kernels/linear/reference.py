@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear
 
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.kernels.linear.quantization import Quantization, QuantizedWeight, quantize_rows, quantize_weight
+from eagleray.kernels.linear.pieces import PIECE_WEIGHTS
+from eagleray.kernels.linear.quantization import (
+    ROUNDING_VERSION,
+    Quantization,
+    QuantizedWeight,
+    quantize_rows,
+    quantize_weight,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +46,23 @@ class TorchQuantizedLinear:
     ) -> torch.Tensor:
         if self.quantizes_activations:
             whole, scale = quantize_rows(x)
-            sums = whole.double() @ self.weight.values.double().T  # exact
-            product = sums.float() * (scale.unsqueeze(-1) * self.weight.scales[0])
+            sums = [whole.double() @ piece.values.double().T for piece in self._pieces()]  # exact
+            product = torch.cat(sums, -1).float() * (scale.unsqueeze(-1) * self.weight.scales[0])
         else:
-            product = x.float() @ self.weight.dequantized().T
+            product = torch.cat([x.float() @ piece.dequantized().T for piece in self._pieces()], -1)
         if self.bias is not None:
             product += self.bias
         if residual is not None:
             product += residual
         return product.to(dtype or x.dtype)
+
+    def _pieces(self) -> Iterator[QuantizedWeight]:
+        """One after the other: the whole weight as floating-point numbers would take more memory than unquantised."""
+        out_features, in_features = self.weight.values.shape
+        at_once = max(1, PIECE_WEIGHTS // in_features)
+        for first in range(0, out_features, at_once):
+            rows = slice(first, first + at_once)
+            yield QuantizedWeight(self.weight.values[rows], self.weight.scales[:, rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ class TorchQuantizedFormat:
 
     @property
     def layout(self) -> str:
-        return f"{self.quantization}-rows"
+        return f"{self.quantization}-rows, rounding {ROUNDING_VERSION}"
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""
@@ -65,7 +81,7 @@ class TorchQuantizedFormat:
         tensors = {"values": quantized.values, "scales": quantized.scales}
         if bias is not None:
             tensors["bias"] = bias.float()
-        return PackedLinear(tensors, len(weight))
+        return PackedLinear(tensors, *weight.shape)
 
     def bind(self, packed: PackedLinear) -> TorchQuantizedLinear:
         """See ``LinearFormat.bind``."""

@@ -18,6 +18,7 @@ enum {
     KEYS = 64,       /* positions in one tile of keys */
     SPLIT_TILES = 8, /* tiles whose softmax runs on before it is joined to what came before */
     SPLIT_KEYS = KEYS * SPLIT_TILES,
+    ROUND_SPLITS = 128, /* that are computed before they are joined: 6 MB */
 };
 
 struct scratch {
@@ -272,22 +273,27 @@ static int64_t count_tiles(const struct batch *batch) {
     return tiles;
 }
 
-/* Few tiles with long contexts, for several threads: all splits of all tiles at the same time, then the joining. */
+/* Few tiles with long contexts, for several threads: splits at the same time, then the joining, in rounds that take a
+ * fixed amount of memory however long the contexts are. A tile may begin in one round and end in a later one.
+ */
 static int attend_in_splits(const struct batch *batch, const struct method *method, int64_t tiles, int64_t splits,
                             int num_threads) {
-    struct partial *found = malloc(tiles * splits * sizeof *found);
+    int64_t tasks = tiles * splits, round = smaller(tasks, larger(ROUND_SPLITS, num_threads));
+    struct partial total, *found = malloc(round * sizeof *found);
     if (!found) return 0;
+    for (int64_t first = 0; first < tasks; first += round) {
+        int64_t end = smaller(tasks, first + round);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
-    for (int64_t task = 0; task < tiles * splits; task++) {
-        struct tile tile = find_tile(batch, task / splits);
-        method->attend_split(batch, &tile, task % splits, &found[task]);
-    }
-    for (int64_t index = 0; index < tiles; index++) {
-        struct tile tile = find_tile(batch, index);
-        struct partial total;
-        clear_partial(batch, &tile, &total);
-        for (int64_t split = 0; split < splits; split++) join_split(batch, &tile, &found[index * splits + split], &total);
-        store_output(batch, &tile, &total);
+        for (int64_t task = first; task < end; task++) {
+            struct tile tile = find_tile(batch, task / splits);
+            method->attend_split(batch, &tile, task % splits, &found[task - first]);
+        }
+        for (int64_t task = first; task < end; task++) {
+            struct tile tile = find_tile(batch, task / splits);
+            if (task % splits == 0) clear_partial(batch, &tile, &total);
+            join_split(batch, &tile, &found[task - first], &total);
+            if (task % splits == splits - 1) store_output(batch, &tile, &total);
+        }
     }
     free(found);
     return 1;

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import torch
+from eagleray.kernels.cache_folder import can_be_written
 
 _SOURCE_FOLDER: Final = Path(__file__).resolve().parent
 _COMPILERS: Final = ("cc", "gcc", "clang")
@@ -58,6 +58,8 @@ def supported_levels() -> tuple[str, ...]:
     """The levels that this machine can run, best first."""
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return ("portable",)
+    import torch  # takes seconds: not for those who only ask whether there is a compiler
+
     capability = torch.backends.cpu.get_cpu_capability()
     levels = tuple(LEVEL_FLAGS)
     levels = levels[{"AVX512": 0, "AVX2": levels.index("avx2")}.get(capability, -1) :]
@@ -93,11 +95,10 @@ def build_library(level: str, cache_folder: Path) -> Path:
     Raises:
         NativeUnavailable: no compiler, it failed, or the folder cannot be written to.
     """
-    sources = sorted(_SOURCE_FOLDER.glob("*.[ch]"))
-    library = cache_folder / f"{_fingerprint(sources, level)}-{level}.so"
+    sources, library = _sources(), library_path(level, cache_folder)
     if library.exists():
         return library
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = _find_compiler()
     if compiler is None:
         raise NativeUnavailable(f"no C compiler ({', '.join(_COMPILERS)}) on this machine; install one, such as gcc")
     try:
@@ -108,12 +109,33 @@ def build_library(level: str, cache_folder: Path) -> Path:
         try:
             _compile(compiler, [file for file in sources if file.suffix == ".c"], level, temporary)
             temporary.chmod(0o755)
+            with temporary.open("rb") as file:  # or a machine that loses power may keep the new name and lose the bytes
+                os.fsync(file.fileno())
             temporary.rename(library)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise NativeUnavailable(f"cannot write to {cache_folder}: {error.strerror}") from None
     return library
+
+
+def can_be_built(cache_folder: Path) -> bool:
+    """Whether there is a compiler and room for what it makes, or a library already. No torch."""
+    if any(library_path(level, cache_folder).exists() for level in LEVEL_FLAGS):
+        return True
+    return _find_compiler() is not None and can_be_written(cache_folder)
+
+
+def library_path(level: str, cache_folder: Path) -> Path:
+    return cache_folder / f"{_fingerprint(_sources(), level)}-{level}.so"
+
+
+def _sources() -> list[Path]:
+    return sorted(_SOURCE_FOLDER.glob("*.[ch]"))
+
+
+def _find_compiler() -> str | None:
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
 
 
 def _fingerprint(sources: Sequence[Path], level: str) -> str:

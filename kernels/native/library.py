@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vecto
 MAX_HEAD_DIM: Final = 256  # in attention.c
 MAX_ARGUMENTS: Final = 25  # in program.c
 
+_logger: Final = logging.getLogger(__name__)
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS: Final = {
     "panel_columns": (),
@@ -123,6 +125,7 @@ class NativeLibrary:
     fingerprint: Callable[..., int]
     run_program: Callable[..., int]
     tape: Tape
+    lost: str | None  # a better level that could not be had, and why
 
 
 def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibrary:
@@ -131,12 +134,22 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
         raise NativeUnavailable("the operating system does not grant the state of AMX tiles to this process")
     path = build_library(level, cache_folder)
     try:
-        library = ctypes.CDLL(str(path))
+        return _load(level, path, num_threads)
     except OSError as error:
-        raise NativeUnavailable(f"cannot load {path}: {error}") from None
+        _logger.warning("the library for %s is damaged and is built again: %s", level, error)
+    try:
+        path.unlink(missing_ok=True)
+        return _load(level, build_library(level, cache_folder), num_threads)
+    except OSError as error:
+        raise NativeUnavailable(f"cannot load {path}, which was just built again: {error}") from None
+
+
+def _load(level: str, path: Path, num_threads: int) -> NativeLibrary:
+    """Raises ``OSError`` for a file that is no library."""
+    library = ctypes.CDLL(str(path))
     tape = Tape()
     functions = {name: _bind(library, name, arguments, tape) for name, arguments in _ARGUMENTS.items()}
-    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape)
+    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape, lost=None)
 
 
 def _bind(library: ctypes.CDLL, name: str, argument_types: Sequence[type[Any]], tape: Tape) -> NativeFunction:

@@ -136,6 +136,10 @@ static void widen_int8(const uint32_t *source, int64_t words, uint32_t *target) 
         }
 }
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 /* Words of eight int4 each to four times as many pairs. Pair i of a word is nibble i of its lower and of its upper half;
  * a nibble stands for itself less 8.
  */
@@ -148,7 +152,8 @@ static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) 
         halves nibbles = (halves)load_words(source + word * COLUMNS);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            store_words(target + (4 * word + i) * COLUMNS, (bit_vector)__builtin_shuffle(table, nibbles >> 4 * i));
+            store_words(target + (4 * word + i) * COLUMNS,
+                        (bit_vector)_mm512_permutexvar_epi16((__m512i)(nibbles >> 4 * i), (__m512i)table));
     }
 #else
     for (int64_t word = 0; word < words; word++)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Final
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
 from eagleray.kernels.native.library import NativeLibrary, address
 from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS
 from eagleray.kernels.replay.recording import Output, Program, record
 
-_MAX_ROWS: Final = 128  # with more, kernels take so long that what Python adds does not show
-_MAX_PROGRAMS: Final = 128  # 6 KB per layer each
-
 _Result = tuple[Tensor, ...]
+
+
+class _NoProgram(Enum):
+    SEEN_ONCE = auto()
+    IMPOSSIBLE = auto()
 
 
 class NativeReplayer:
@@ -29,9 +32,9 @@ class NativeReplayer:
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
-        # By shapes, the longest unused first. None: seen once, or impossible to record.
-        self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
-        self._impossible: set[Hashable] = set()  # variants
+        # By variant and shapes, the longest unused first. A step that could not be recorded is not tried again, but
+        # says nothing of other shapes.
+        self._programs: OrderedDict[Hashable, Program | _NoProgram] = OrderedDict()
         self._arena = torch.empty(0, dtype=torch.uint8)
 
     def run(self, compute: Callable[[], _Result], inputs: StepInputs, variant: Hashable) -> _Result:
@@ -39,27 +42,27 @@ class NativeReplayer:
         if self._library.tape.calls is not None:  # a part of a larger step that is recorded
             return compute()
         first = inputs.fixed[0]
-        if first is None or len(first) > _MAX_ROWS or variant in self._impossible:
+        if first is None or len(first) > MAX_ROWS:
             return compute()
         forms = tuple(None if tensor is None else _form(tensor) for tensor in inputs.fixed)
         key = (variant, forms, tuple((tensor.dtype, tensor.stride()) for tensor in inputs.ragged), _aliases(inputs))
         if key not in self._programs:
-            self._remember(key, None)
+            self._remember(key, _NoProgram.SEEN_ONCE)
             return compute()
         self._programs.move_to_end(key)
         program = self._programs[key]
-        if program is None:
-            outputs, program = record(self._library, compute, inputs)
-            if program is None:
-                self._impossible.add(variant)
-            self._remember(key, program)
+        if program is _NoProgram.IMPOSSIBLE:
+            return compute()
+        if program is _NoProgram.SEEN_ONCE:
+            outputs, recorded = record(self._library, compute, inputs)
+            self._remember(key, recorded or _NoProgram.IMPOSSIBLE)
             return outputs
         replayed = self._replay(program, inputs)
         return compute() if replayed is None else replayed
 
-    def _remember(self, key: Hashable, program: Program | None) -> None:
+    def _remember(self, key: Hashable, program: Program | _NoProgram) -> None:
         self._programs[key] = program
-        while len(self._programs) > _MAX_PROGRAMS:
+        while len(self._programs) > MAX_PROGRAMS:
             self._programs.popitem(last=False)
 
     def _replay(self, program: Program, inputs: StepInputs) -> _Result | None:

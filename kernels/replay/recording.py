@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,13 +34,29 @@ _QUESTIONS: Final = {
 ARENA: Final = 0  # index among a program's inputs; the step's own follow
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Memory whose place may differ from run to run: an input of the step, or what it allocated for a result."""
+
+    address: int  # when recorded
+    num_bytes: int
+    number: int  # of the input, or of the allocation
+    before_call: int | None = None  # an allocation: how many calls had been made; None: an input
+
+    def contains(self, address: int) -> bool:
+        return self.address <= address < self.address + self.num_bytes
+
+
 class _TorchWatch(TorchFunctionMode):
     """Sees what is asked of torch: where it allocates, and whether it computes, which could not be replayed."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
         super().__init__()
-        self.allocated: list[Tensor] = []  # kept, so that no address is given out twice
+        # Their memory is not kept: the results of all layers would be alive at one time. So an address may be given out
+        # again, and which allocation it means depends on the call.
+        self.allocated: list[Region] = []
         self.computed = False
+        self._calls = calls
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +64,8 @@ class _TorchWatch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _ALLOCATIONS:
-            self.allocated.append(result)
+            number, before_call = len(self.allocated), len(self._calls)
+            self.allocated.append(Region(result.data_ptr(), _num_bytes(result), number, before_call))
         elif name not in _QUESTIONS and not (name in _VIEWS and _is_view(result, args[0])):
             self.computed = True
         return result
@@ -63,29 +81,43 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Memory whose place may differ from run to run: the arena for intermediate results, or an input."""
+class Memory:
+    """What lies where at one moment of the step."""
 
-    address: int  # when recorded
-    num_bytes: int
-    input_index: int
-    offset: int  # in that input
+    def __init__(self, inputs: Iterable[Region]) -> None:
+        # Two inputs may be parts of one tensor: then the one that begins last before an address is meant.
+        self._inputs = _ByAddress(sorted(inputs, key=lambda region: region.address))
+        self._allocated = _ByAddress([])
+
+    def allocate(self, new: Region) -> None:
+        """What was there before had been given back."""
+        self._allocated.replace_by(new)
+
+    def find(self, address: int) -> Region | None:
+        return self._allocated.find(address) or self._inputs.find(address)
 
 
-class Regions:
-    """Finds the region of an address."""
+class _ByAddress:
+    """Regions in the order of their addresses."""
 
     def __init__(self, regions: Iterable[Region]) -> None:
-        self._regions = sorted((region for region in regions if region.num_bytes), key=lambda region: region.address)
+        self._regions = [region for region in regions if region.num_bytes]
         self._addresses = [region.address for region in self._regions]
 
     def find(self, address: int) -> Region | None:
         index = bisect_right(self._addresses, address) - 1
-        if index < 0:
-            return None
-        region = self._regions[index]
-        return region if address < region.address + region.num_bytes else None
+        return self._regions[index] if index >= 0 and self._regions[index].contains(address) else None
+
+    def replace_by(self, new: Region) -> None:
+        """``new`` for all that it overlaps. Those here do not overlap each other."""
+        if not new.num_bytes:
+            return
+        first = bisect_right(self._addresses, new.address)
+        if first and self._regions[first - 1].contains(new.address):
+            first -= 1
+        end = bisect_left(self._addresses, new.address + new.num_bytes)
+        self._regions[first:end] = [new]
+        self._addresses[first:end] = [new.address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,65 +146,88 @@ def record(
 ) -> tuple[tuple[Tensor, ...], Program | None]:
     """(What ``compute()`` returns, the program that does the same). None: something besides native functions computes,
     or a result is neither made by them nor an input."""
-    with library.tape.recording() as calls, _TorchWatch() as watch:
+    with library.tape.recording() as calls, _TorchWatch(calls) as watch:
         outputs = compute()
     if watch.computed or any(call.function.replay_address is None for call in calls):
         return outputs, None
     return outputs, _build(calls, watch.allocated, inputs, outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """An address within a region."""
+
+    region: Region
+    offset: int
+    call: int  # that has it as an argument; the number of calls: it is a result of the step
+    argument: int = 0
+
+
 def _build(
-    calls: Sequence[NativeCall], allocated: Sequence[Tensor], inputs: StepInputs, outputs: Sequence[Tensor]
+    calls: Sequence[NativeCall], allocated: Sequence[Region], inputs: StepInputs, outputs: Sequence[Tensor]
 ) -> Program | None:
-    given = [
-        Region(tensor.data_ptr(), _num_bytes(tensor), index, 0)
-        for index, tensor in enumerate((*inputs.fixed, *inputs.ragged), start=ARENA + 1)
+    given = (*inputs.fixed, *inputs.ragged)
+    regions = [
+        Region(tensor.data_ptr(), _num_bytes(tensor), index)
+        for index, tensor in enumerate(given, start=ARENA + 1)
         if tensor is not None
     ]
-    results, arena_bytes = _place(calls, allocated, outputs)
-    regions = Regions([*given, *results])
-    places = [_output(tensor, regions.find(tensor.data_ptr())) for tensor in outputs]
-    if None in places:
+    uses, results = _find_uses(calls, allocated, Memory(regions), outputs)
+    if len(results) < len(outputs):
         return None
-    words, patches = [], []
-    for number, call in enumerate(calls):
-        arguments = list(map(_word, call.function.argument_types, call.arguments))
-        for index, address in _addresses(call):
-            region = regions.find(address)
-            if region is not None:
-                patches.append((number, index, region.input_index, region.offset + address - region.address))
-        words.append([call.function.replay_address, *arguments, *[0] * (MAX_ARGUMENTS - len(arguments))])
+    offsets, arena_bytes = _place([*uses, *results])
+
+    def located(use: _Use) -> tuple[int, int]:
+        """(Index among the program's inputs, offset there)."""
+        if use.region.before_call is None:
+            return use.region.number, use.offset
+        return ARENA, offsets[use.region.number] + use.offset
+
+    words = [_words(call) for call in calls]
+    patches = [(use.call, use.argument, *located(use)) for use in uses]
     return Program(
         torch.tensor(words, dtype=torch.int64).view(-1, 1 + MAX_ARGUMENTS),
         torch.tensor(patches, dtype=torch.int64).view(-1, 4),
-        tuple(filter(None, places)),
+        tuple(
+            Output(*located(use), tensor.shape, tensor.stride(), tensor.dtype)
+            for use, tensor in zip(results, outputs, strict=True)
+        ),
         arena_bytes,
     )
 
 
-def _place(
-    calls: Sequence[NativeCall], allocated: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> tuple[list[Region], int]:
-    """Regions of the arena for what the step allocated, and its size."""
-    found = Regions(Region(tensor.data_ptr(), _num_bytes(tensor), index, 0) for index, tensor in enumerate(allocated))
-    uses: dict[int, list[int]] = {}
+def _find_uses(
+    calls: Sequence[NativeCall], allocated: Sequence[Region], memory: Memory, outputs: Sequence[Tensor]
+) -> tuple[list[_Use], list[_Use]]:
+    """(Of regions by the calls, by those outputs that lie in one.)"""
+    uses: list[_Use] = []
+    coming = deque(allocated)
+
+    def allocate_before(number: int) -> None:
+        while coming and coming[0].before_call is not None and coming[0].before_call <= number:
+            memory.allocate(coming.popleft())
+
     for number, call in enumerate(calls):
-        for _, address in _addresses(call):
-            region = found.find(address)
+        allocate_before(number)
+        for index, address in _addresses(call):
+            region = memory.find(address)
             if region is not None:
-                uses.setdefault(region.input_index, []).append(number)
-    for tensor in outputs:  # are read when all is done
-        region = found.find(tensor.data_ptr())
-        if region is not None:
-            uses.setdefault(region.input_index, []).append(len(calls))
-    used = list(uses)
-    lifetimes = [Lifetime(_num_bytes(allocated[index]), min(uses[index]), max(uses[index])) for index in used]
-    offsets, size = place(lifetimes)
-    regions = [
-        Region(allocated[index].data_ptr(), life.num_bytes, ARENA, offset)
-        for index, life, offset in zip(used, lifetimes, offsets, strict=True)
-    ]
-    return regions, size
+                uses.append(_Use(region, address - region.address, number, index))
+    allocate_before(len(calls))
+    found = [(memory.find(tensor.data_ptr()), tensor.data_ptr()) for tensor in outputs]
+    results = [_Use(region, address - region.address, len(calls)) for region, address in found if region is not None]
+    return uses, results
+
+
+def _place(uses: Sequence[_Use]) -> tuple[dict[int, int], int]:
+    """Offsets in the arena of what the step allocated and used, by number of the allocation; and its size."""
+    spans: dict[int, Lifetime] = {}
+    for use in uses:  # in the order of the calls
+        if use.region.before_call is not None:
+            first = spans[use.region.number].first if use.region.number in spans else use.call
+            spans[use.region.number] = Lifetime(use.region.num_bytes, first, use.call)
+    offsets, size = place(list(spans.values()))
+    return dict(zip(spans, offsets, strict=True)), size
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -185,15 +240,14 @@ def _addresses(call: NativeCall) -> list[tuple[int, int]]:
     return [(index, value) for index, (kind, value) in enumerate(pairs) if kind is ctypes.c_void_p and value]
 
 
+def _words(call: NativeCall) -> list[int]:
+    """As struct call of program.c."""
+    arguments = list(map(_word, call.function.argument_types, call.arguments))
+    return [call.function.replay_address or 0, *arguments, *[0] * (MAX_ARGUMENTS - len(arguments))]
+
+
 def _word(kind: type[Any], value: float | None) -> int:
     """As union argument of program.c."""
     if kind is ctypes.c_float:
         return int(struct.unpack("q", struct.pack("d", value))[0])
     return 0 if value is None else int(value)
-
-
-def _output(tensor: Tensor, region: Region | None) -> Output | None:
-    if region is None:
-        return None
-    offset = region.offset + tensor.data_ptr() - region.address
-    return Output(region.input_index, offset, tensor.shape, tensor.stride(), tensor.dtype)

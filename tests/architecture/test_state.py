@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-_MAY_READ_THE_ENVIRONMENT = {"core/config.py", "kernels/select.py"}
+_MAY_READ_THE_ENVIRONMENT = {"core/config.py", "kernels/cache_folder.py"}
 _MUTABLE_DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 _MUTABLE_TYPES = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "OrderedDict", "Counter"}
 _CONVENTIONAL = {"__all__"}

@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ MARK = "EAGLERAY_TEST_MARK"  # every process that the service starts inherits it
 class Serving:
     """A running ``eagleray serve`` and what it prints."""
 
-    def __init__(self, mark: str, *options: str) -> None:
+    def __init__(self, mark: str, *options: str, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", "--prefill", "1", "--decode", "1"]
         self.mark, self.printed = mark, ""
         self.process = subprocess.Popen(
@@ -34,7 +35,7 @@ class Serving:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1", **(environment or {})},
         )
 
     def wait_for_line(self, pattern: str, deadline_s: float) -> re.Match[str]:
@@ -73,6 +74,10 @@ class Serving:
 def serving(tmp_path: Path) -> Iterator[Serving]:
     running = Serving(str(tmp_path), "--set", f"http.api_key={API_KEY}")
     yield running
+    end_at_once(running)
+
+
+def end_at_once(running: Serving) -> None:
     running.process.kill()
     running.process.wait(STOP_DEADLINE_S)
 
@@ -99,3 +104,17 @@ def test_a_signal_during_the_start_ends_it_as_well(serving: Serving) -> None:
     assert serving.end(signal.SIGTERM) == 0
     assert "Traceback" not in serving.printed
     assert serving.processes_left() == []
+
+
+def test_without_a_compiler_it_serves_says_at_the_start_what_to_install_and_logs_it(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # its path is short enough for Ray's sockets
+        environment = {"PATH": str(Path(sys.executable).parent), "XDG_CACHE_HOME": str(tmp_path), "RAY_TMPDIR": folder}
+        running = Serving(str(tmp_path), environment=environment)
+        try:
+            running.wait_for_line(r"ready: eagleray-demo at (http://\S+)\n", START_DEADLINE_S)
+            for role in ("prefill", "decode"):
+                assert re.search(rf"{role} \S+ computes with torch \(no C compiler .*; install one", running.printed)
+            logs = [file.read_text() for file in Path(folder).glob("ray/session_2*/logs/serve/replica_*.log")]
+            assert sum("kernels: torch (no C compiler" in log for log in logs) == 2
+        finally:
+            end_at_once(running)

@@ -11,6 +11,7 @@ import pytest
 from eagleray.cluster.progress import (
     PROCESS_PHASE,
     REPORT_INTERVAL_S,
+    KernelsChosen,
     Note,
     PhaseEnded,
     ProgressListener,
@@ -30,7 +31,9 @@ def heard_by_a_listener(*notes: Note) -> list[Note]:
     clock = ManualClock()
     reporter = ProgressReporter(listener.address, "decode a", clock)
     for note in notes:
-        if isinstance(note, PhaseEnded):
+        if isinstance(note, KernelsChosen):
+            reporter.kernels_chosen(note.description)
+        elif isinstance(note, PhaseEnded):
             reporter.phase_ended(note.phase, note.duration_s)
         else:
             reporter.tensors_loaded(note.loaded, note.total)
@@ -41,7 +44,11 @@ def heard_by_a_listener(*notes: Note) -> list[Note]:
 
 
 def test_a_listener_hears_everything_that_was_told_before_it_closed() -> None:
-    notes = [PhaseEnded("decode a", "import", 1.5), PhaseEnded("decode a", "weights", 0.25)]
+    notes = [
+        PhaseEnded("decode a", "import", 1.5),
+        KernelsChosen("decode a", "torch"),
+        PhaseEnded("decode a", "weights", 0.25),
+    ]
     assert heard_by_a_listener(*notes) == notes
 
 
@@ -84,6 +91,18 @@ def test_a_worker_becomes_one_line_and_its_process_is_measured_from_outside() ->
         "decode a: 3 of 74 tensors loaded",
         "decode a: process 1.25 s, weights 0.50 s, channel 0.01 s",
     ]
+
+
+def test_the_kernels_of_each_worker_and_why_they_are_not_the_best_are_told() -> None:
+    lines: list[str] = []
+    report = StartReport(ManualClock(), lines.append)
+    report.heard(KernelsChosen("decode a", "torch (no C compiler on this machine; install one, such as gcc)"))
+    assert lines == ["decode a computes with torch (no C compiler on this machine; install one, such as gcc)"]
+
+
+def test_a_description_of_any_length_arrives() -> None:
+    (heard,) = heard_by_a_listener(KernelsChosen("decode a", "ä" * 10_000))
+    assert isinstance(heard, KernelsChosen) and len(heard.description) > 500
 
 
 @pytest.mark.parametrize("module", ["eagleray.cluster.serve_app", "eagleray.cluster.ingress_process"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from eagleray.core.config import EngineConfig, ModelConfigSection
-from eagleray.core.errors import ConfigError
+from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
@@ -367,3 +367,32 @@ def test_everything_is_loaded_on_the_thread_that_will_compute(checkpoint: Path):
     )
     executor.close()
     assert len(threads) == 1 and next(iter(threads)).startswith("eagleray-step")
+
+
+def test_loading_is_given_up_at_its_deadline_which_is_named(checkpoint: Path):
+    may_go_on = threading.Event()
+    model = ModelConfigSection(path=str(checkpoint), load_deadline_s=0.05)
+    with pytest.raises(ConfigError, match=r"model\.load_deadline_s=0\.05: .* is not loaded after so long; raise it"):
+        build_executor(
+            model,
+            EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS),
+            progress=lambda loaded, total: may_go_on.wait(30) and None,
+        )
+    may_go_on.set()
+
+
+@pytest.mark.timeout(60)
+def test_closing_does_not_wait_for_ever_and_leaves_a_step_its_pool(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    may_end, closed = threading.Event(), []
+    engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS, step_deadline_s=0.05)
+    executor = build_executor(ModelConfigSection(path=str(checkpoint)), engine, num_threads=1)
+    monkeypatch.setattr(executor._runner, "run", lambda plan: may_end.wait(120))
+    monkeypatch.setattr(executor.kv, "close", lambda: closed.append(True))
+    executor.submit(StepPlan())
+    with pytest.raises(EagleRayError, match=r"engine\.step_deadline_s=0\.05: a step has not ended"):
+        executor.close()
+    assert closed == []
+    may_end.set()
+    executor._thread.shutdown()
+    executor.close()
+    assert closed == [True]

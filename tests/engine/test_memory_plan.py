@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from eagleray.core.config import Config, EngineConfig, ModelConfigSection, parse_config, with_kv_memory
 from eagleray.core.errors import ConfigError
+from eagleray.core.kv_layout import DTYPE_BYTES
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.execution.host_abilities import HostAbilities
 from eagleray.engine.execution.memory_plan import (
     SERVICE_RUNTIME_BYTES,
     WORKER_RUNTIME_BYTES,
@@ -22,9 +24,12 @@ from eagleray.engine.execution.memory_plan import (
     activation_bytes,
     format_size,
     plan_memory,
+    replay_bytes,
 )
-from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
+from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
 from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
+from eagleray.kernels.linear.reference import TorchQuantizedFormat
+from eagleray.kernels.replay.arena import MAX_PROGRAMS
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.models.registry import load_model_config
@@ -67,8 +72,10 @@ def test_pools_share_what_the_budget_leaves_and_the_total_stays_within_it() -> N
 def test_weights_count_once_where_they_are_shared_and_once_per_worker_where_not() -> None:
     shared = plan_memory(config("8GiB"), MODEL, None)
     assert shared.weights_bytes == weight_bytes(MODEL, "float32", LinearBytes())
-    for private in ({"packed_weights_bytes": 0}, {"dtype": "float16"}):
-        assert plan_memory(config("8GiB", model=private), MODEL, None).weights_bytes == 2 * shared.weights_bytes
+    private = plan_memory(config("8GiB", model={"packed_weights_bytes": 0}), MODEL, None)
+    assert private.weights_bytes == 2 * shared.weights_bytes
+    in_torch = plan_memory(config("8GiB", model={"dtype": "float16"}), MODEL, None)
+    assert in_torch.weights_bytes == 2 * weight_bytes(MODEL, "float16", LinearBytes(is_native=False))
 
 
 def test_weights_take_two_bytes_where_the_checkpoint_or_the_computation_has_two() -> None:
@@ -87,10 +94,63 @@ def test_quantised_linear_layers_count_a_byte_per_weight() -> None:
 
 def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_costs_nothing() -> None:
     parameters = 28 * (1024 * 128 * (16 + 2 * 8 + 16) + 3 * 1024 * 3072) + 1024 * 32000
-    assert weight_bytes(MODEL, "float32", LinearBytes(is_packed=False)) == 4 * parameters
+    assert weight_bytes(MODEL, "float32", LinearBytes(is_native=False)) == 4 * parameters
     torch_pool = {"replicas": 1, "engine": {"kernels": "torch"}}
     plan = plan_memory(config("12GiB", prefill=torch_pool, decode=torch_pool), MODEL, None)
     assert plan.weights_bytes == 2 * 4 * parameters
+
+
+def test_the_weights_of_a_pool_are_those_of_its_own_kernels() -> None:
+    torch_pool, native_pool = ({"replicas": 3, "engine": {"kernels": name}} for name in ("torch", "auto"))
+    packed_bytes, plain_bytes = (weight_bytes(MODEL, "float32", LinearBytes(is_native=kind)) for kind in (True, False))
+    for prefill, decode in ((torch_pool, native_pool), (native_pool, torch_pool)):
+        plan = plan_memory(config("20GiB", prefill=prefill, decode=decode), MODEL, None)
+        assert plan.weights_bytes == 3 * plain_bytes + packed_bytes
+    none = {"replicas": 0, "engine": {"kernels": "auto"}}
+    assert plan_memory(config("20GiB", prefill=none, decode=torch_pool), MODEL, None).weights_bytes == 3 * plain_bytes
+
+
+@pytest.mark.parametrize("quantization", [None, "w8a8", "int8", "int4"])
+def test_without_a_compiler_the_weights_are_those_that_torch_computes_from(quantization: Any) -> None:
+    host = HostAbilities(has_native_kernels=False)
+    plan = plan_memory(config("20GiB", model={"quantization": quantization}), MODEL, None, host=host)
+    linears = LinearBytes(is_native=False, quantization=quantization)
+    num_copies = 2 if quantization is None else 1  # quantised they lie in a file
+    assert plan.weights_bytes == num_copies * weight_bytes(MODEL, "float32", linears)
+    asked_for = {"replicas": 1, "engine": {"kernels": "native"}}  # the worker refuses that, in better words
+    assert plan_memory(config("20GiB", prefill=asked_for, decode=asked_for), MODEL, None, host=host) == plan_memory(
+        config("20GiB", prefill=asked_for, decode=asked_for), MODEL, None
+    )
+
+
+def test_without_room_for_a_file_of_packed_weights_each_worker_has_its_own() -> None:
+    file_bytes = packed_bytes(MODEL, "float32", LinearBytes())
+    limits = {"limit": {"packed_weights_bytes": file_bytes}, "disk": {}}
+    for model, host in (
+        (limits["limit"], HostAbilities()),
+        (limits["disk"], HostAbilities(packed_room_bytes=file_bytes)),
+        (limits["disk"], HostAbilities(packed_room_bytes=0, packed_sizes_bytes=(file_bytes // 2, 2 * file_bytes))),
+    ):
+        plan = plan_memory(config("20GiB", model=model), MODEL, None, host=host)
+        assert plan.weights_bytes == 2 * weight_bytes(MODEL, "float32", LinearBytes())
+    with_file = HostAbilities(packed_room_bytes=0, packed_sizes_bytes=(int(1.01 * file_bytes),))
+    plan = plan_memory(config("20GiB"), MODEL, None, host=with_file)
+    assert plan.weights_bytes == weight_bytes(MODEL, "float32", LinearBytes())
+
+
+def test_what_torch_dequantises_at_one_time_is_a_piece_and_is_counted() -> None:
+    host = HostAbilities(has_native_kernels=False)
+    plain, quantised = (
+        WorkerNeeds.of(config(model={"quantization": kind}), config().decode, MODEL, host) for kind in (None, "int8")
+    )
+    piece_bytes = quantised.private_bytes - plain.private_bytes
+    x = torch.randn(1, 1024)
+    for quantization in ("w8a8", "int8", "int4"):
+        linear_format = TorchQuantizedFormat(quantization)  # type: ignore[arg-type]
+        product = linear_format.bind(linear_format.pack(torch.randn(20_000, 1024), None))
+        with PeakTracker() as tracker:
+            product(x)
+        assert tracker.peak_bytes <= piece_bytes < 4 * 20_000 * 1024
 
 
 def test_a_budget_that_is_too_small_is_refused_and_the_least_that_is_named_is_enough() -> None:
@@ -159,7 +219,7 @@ def test_a_length_that_a_pool_of_a_given_size_cannot_hold_is_refused(pool: str) 
 
 def test_every_part_of_the_fixed_need_is_counted_per_worker() -> None:
     one = plan_memory(config(prefill={"replicas": 0}), MODEL, 2 * GIB + GIB // 2)
-    activations = activation_bytes(MODEL, EngineConfig(), "float32")
+    activations = activation_bytes(MODEL, EngineConfig(), "float32") + replay_bytes(MODEL, EngineConfig(), "float32")
     fixed_bytes = SERVICE_RUNTIME_BYTES + WORKER_RUNTIME_BYTES + activations + one.weights_bytes
     assert one.total_bytes == fixed_bytes + one.decode_kv_bytes
 
@@ -213,13 +273,9 @@ def ref(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-@pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
-def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
-    save_random_checkpoint(tmp_path, SMALL, seed=0)
-    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
-    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
+def full_step(engine: EngineConfig, num_runs: int) -> StepPlan:
+    """As many tokens as a step takes, of so many requests."""
     sampling = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1, logprobs=5, repetition_penalty=1.1)
-    num_runs = 1 if shape == "one long prompt" else engine.max_num_seqs
     num_tokens = engine.max_num_batched_tokens // num_runs
     runs = [
         ScheduledRun(
@@ -238,9 +294,45 @@ def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
         )
         for index in range(num_runs)
     ]
+    return StepPlan(runs=tuple(runs))
+
+
+@pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
+def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
+    save_random_checkpoint(tmp_path, SMALL, seed=0)
+    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
+    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
     with PeakTracker() as tracker:
-        executor._runner.run(StepPlan(runs=tuple(runs)))
+        executor._runner.run(full_step(engine, 1 if shape == "one long prompt" else engine.max_num_seqs))
     executor.close()
     bound = activation_bytes(load_model_config(tmp_path), engine, "float32")
     assert tracker.peak_bytes > 2**22  # it saw what there is
     assert tracker.peak_bytes <= bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recording_and_replaying_a_step_of_many_layers_stay_within_the_bound(tmp_path: Path, dtype: str) -> None:
+    deep = SMALL | {"num_hidden_layers": 40, "vocab_size": 500, "hidden_size": 512, "intermediate_size": 2048}
+    save_random_checkpoint(tmp_path, deep, seed=0)
+    model, engine = (
+        ModelConfigSection(path=str(tmp_path), dtype=dtype),
+        EngineConfig(  # type: ignore[arg-type]
+            max_num_batched_tokens=128, max_num_seqs=64, num_blocks=128
+        ),
+    )
+    executor = build_executor(model, engine, num_threads=1)
+    plan = full_step(engine, 1)
+    executor._runner.run(plan)
+    with PeakTracker() as recorded:
+        executor._runner.run(plan)
+    with PeakTracker() as replayed:
+        executor._runner.run(plan)
+    replayer: Any = executor._runner._model._replayer
+    executor.close()
+    (program,) = replayer._programs.values()
+    config = load_model_config(tmp_path)
+    bytes_of_all_layers = 40 * 128 * (2 * 2048 + 8 * 512) * DTYPE_BYTES[dtype]
+    bound = activation_bytes(config, engine, dtype)
+    assert max(recorded.peak_bytes, replayed.peak_bytes) <= bound < bytes_of_all_layers
+    num_kept_bytes = len(replayer._arena) + MAX_PROGRAMS * (program.calls.nbytes + program.patches.nbytes)
+    assert num_kept_bytes <= replay_bytes(config, engine, dtype) <= 2 * num_kept_bytes

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +148,48 @@ def test_the_number_of_threads_changes_nothing(load: Load) -> None:
         for b in range(len(chosen)):
             assert torch.equal(one[b], two[b])
             assert torch.equal(one[b], many[b])
+
+
+_MANY_SPLITS = """
+import sys, torch
+from pathlib import Path
+from eagleray.kernels.native.library import load_library
+from eagleray.kernels.paged_attention.native import paged_attention
+from eagleray.kernels.paged_attention.plan import plan_attention
+
+library = load_library(sys.argv[1], Path(sys.argv[2]), num_threads=4)
+kv_layer = torch.randn(1, 1, 2, 4, 128, 16)[:, 0]
+
+def peak_kib():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmPeak"))
+    return int(line.split()[1])
+
+def attend(num_blocks):
+    plan = plan_attention([0, 1], [num_blocks * 128 - 1], [[0] * num_blocks], 128, "cpu")
+    paged_attention(library, torch.randn(1, 4, 16), kv_layer, plan, 0.25, None)
+
+attend(8)  # two splits: the threads and their stacks are there
+before_kib = peak_kib()
+attend(1024)  # 4 heads of 256 splits
+print(peak_kib() - before_kib)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_long_context_takes_no_more_memory_than_a_short_one_but_for_a_fixed_amount(
+    load: Load, cache_folder: Path
+) -> None:
+    command = [sys.executable, "-c", _MANY_SPLITS, load().level, str(cache_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 16 * 1024  # KiB; all splits at one time would be 50 MB
+
+
+def test_a_tile_whose_splits_are_joined_in_several_rounds_has_the_same_bits(library: NativeLibrary, load: Load) -> None:
+    sequences = Sequences(Shape(num_heads=3, num_kv_heads=3, head_dim=16), [30_000])
+    several = load(library.level, num_threads=4)
+    one, many = sequences.ours(library, [0], [1]), sequences.ours(several, [0], [1])
+    assert torch.equal(one[0], many[0])
+    torch.testing.assert_close(one[0].double(), sequences.exact([0], [1])[0], rtol=0, atol=3e-6)
 
 
 def test_a_block_outside_the_pool_is_an_error_not_a_wild_read(load: Load) -> None:

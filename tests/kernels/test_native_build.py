@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eagleray.kernels import select
+from eagleray.kernels.cache_folder import user_cache_folder
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native import build, library
 from eagleray.kernels.native.build import NativeUnavailable, build_library, supported_levels
@@ -69,6 +70,46 @@ def test_is_compiled_once_even_when_several_begin_at_the_same_time(
     assert {build_library(LEVEL, tmp_path)} == paths
 
 
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF"])
+def test_a_damaged_library_is_built_again_and_its_level_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    build.library_path(LEVEL, tmp_path).write_bytes(damage)
+    assert load_library(LEVEL, tmp_path, num_threads=1).panel_columns() > 0
+    assert f"the library for {LEVEL} is damaged" in caplog.text
+
+
+def test_a_library_that_is_damaged_again_is_not_built_a_third_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"'
+    only_compiler(monkeypatch, write_compiler(tmp_path, script))
+    with pytest.raises(NativeUnavailable, match="which was just built again"):
+        load_library(LEVEL, tmp_path / "cache", num_threads=1)
+
+
+@needs_compiler
+@pytest.mark.skipif(len(supported_levels()) < 2, reason="this machine has one level")
+def test_a_level_that_could_not_be_had_is_named_beside_the_one_that_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(select, "supported_levels", lambda: ("best", LEVEL))
+    monkeypatch.setitem(build.LEVEL_FLAGS, "best", ("-mno-such-level",))
+    description = select_kernels("auto", torch.float32, "cpu", 1, tmp_path).description
+    assert description.startswith(f"native ({LEVEL}")
+    assert "(not best: " in description and "no-such-level" in description
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_every_compiler_builds_the_best_level(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str) -> None:
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"no {compiler}")
+    only_compiler(monkeypatch, Path(found))
+    assert load_library(supported_levels()[0], tmp_path, num_threads=1).panel_columns() > 0
+
+
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float16, "cpu"), (torch.float32, "cuda")])
 def test_what_the_library_cannot_compute_falls_to_torch(dtype: torch.dtype, device: str, tmp_path: Path) -> None:
     assert select_kernels("auto", dtype, device, 1, tmp_path).description.startswith("torch (the native library")
@@ -80,9 +121,9 @@ def test_torch_can_be_chosen(tmp_path: Path) -> None:
 
 def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert select.user_cache_folder() == tmp_path / "eagleray"
+    assert user_cache_folder() == tmp_path / "eagleray"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert select.user_cache_folder() == Path.home() / ".cache" / "eagleray"
+    assert user_cache_folder() == Path.home() / ".cache" / "eagleray"
 
 
 def test_a_level_whose_state_is_not_granted_is_neither_offered_nor_loaded(

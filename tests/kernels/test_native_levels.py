@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagleray.kernels.activation.native import silu_and_multiply
-from eagleray.kernels.linear.native import prepare_linear
+from eagleray.kernels.linear.native import NativeLinearFormat
 from eagleray.kernels.native.build import supported_levels
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.norm_rope.native import rms_norm, rotate_and_store
@@ -23,7 +23,8 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def linear(library: NativeLibrary) -> torch.Tensor:
-    return prepare_linear(library, random(100, 700), random(100))(random(20, 700))
+    linear_format = NativeLinearFormat(library)
+    return linear_format.bind(linear_format.pack(random(100, 700), random(100)))(random(20, 700))
 
 
 def norm(library: NativeLibrary) -> torch.Tensor:

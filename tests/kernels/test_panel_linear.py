@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+import xxhash
 
 from eagleray.kernels.linear.api import LinearProduct
 from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
@@ -24,6 +25,15 @@ Load = Callable[..., NativeLibrary]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 WEIGHTS: tuple[PanelWeights, ...] = get_args(PanelWeights)
 DTYPES = (torch.float32, torch.bfloat16)
+BYTES = {
+    "bfloat16-panels-16, version 1": "84811869cf0e4bcf",
+    "int8-panels-16, version 1, rounding 1": "f3cdd87dac365e27",
+    "int4-panels-16, version 1, rounding 1": "58e7b2074d9a573b",
+    "w8a8-panels-16, version 1, rounding 1": "f3cdd87dac365e27",
+    "int8-rows, rounding 1": "a3bc0236693a3c7a",
+    "int4-rows, rounding 1": "7a6a71c0aee1328b",
+    "w8a8-rows, rounding 1": "a3bc0236693a3c7a",
+}  # of what the test below packs
 HALF_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # of a number, when it is rounded
 
 
@@ -177,3 +187,31 @@ def test_other_shapes_and_types_are_refused(load: Load) -> None:
         product(random(2, 64).half())
     with pytest.raises(ValueError, match="residual"):
         product(random(2, 64), random(2, 64))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_bytes_of_a_layout_are_those_that_its_name_stands_for(load: Load, weights: PanelWeights) -> None:
+    """Files keep them under that name: whoever changes the bytes gives the layout another version."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-1000, 1000, (40, 256), generator=generator) / 512
+    formats = [PanelLinearFormat(load(), weights)]
+    if weights != "bfloat16":
+        formats.append(TorchQuantizedFormat(weights))  # type: ignore[arg-type]
+    found = {}
+    for linear_format in formats:
+        hasher = xxhash.xxh3_64()
+        for name, tensor in sorted(linear_format.pack(weight, torch.arange(40.0)).tensors.items()):
+            hasher.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+        found[linear_format.layout] = hasher.hexdigest()
+    assert found == {layout: digest for layout, digest in BYTES.items() if layout.startswith(f"{weights}-")}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_that_are_padded_to_the_same_width_are_still_told_apart(load: Load, weights: PanelWeights) -> None:
+    product = prepare(load(), weights, random(32, 640))
+    for width in (639, 641, 608, 704):
+        with pytest.raises(ValueError, match=r"takes float32 or bfloat16 \[\.\.\., 640\]"):
+            product(random(2, width))
+    if weights != "int4":
+        with pytest.raises(ValueError, match=r"\[\.\.\., 33\]"):
+            prepare(load(), weights, random(32, 33))(random(2, 34))

@@ -118,6 +118,18 @@ def test_a_step_in_which_torch_computes_is_never_replayed(load: Callable[..., Na
     assert steps.num_computed == 5
 
 
+def test_a_step_that_could_not_be_recorded_says_nothing_of_other_shapes(load: Callable[..., NativeLibrary]) -> None:
+    steps = CountedSteps(load(), clones=True)
+    odd, usual = Sequences([3, 9], [1, 1]), Sequences([3, 9, 2], [1, 1, 1])
+    for seed in range(3):
+        steps.run(hidden_of(odd, seed), plan_of(odd, seed))
+    steps._clones = False
+    steps.num_computed = 0
+    for seed in range(5):
+        steps.run(hidden_of(usual, seed), plan_of(usual, seed))
+    assert steps.num_computed == 2
+
+
 def test_a_step_within_a_recorded_one_becomes_a_part_of_it(load: Callable[..., NativeLibrary]) -> None:
     library, weight, num_computed = load(), torch.rand(8), [0]
     inner, outer = NativeReplayer(library), NativeReplayer(library)

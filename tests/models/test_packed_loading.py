@@ -45,7 +45,7 @@ class RowFormat:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         self.packed.append(weight.shape)
         tensors = {"weight": weight.float()} if bias is None else {"weight": weight.float(), "bias": bias.float()}
-        return PackedLinear(tensors, len(weight))
+        return PackedLinear(tensors, *weight.shape)
 
     def bind(self, packed: PackedLinear) -> TorchLinear:
         return TorchLinear(packed.tensors["weight"], packed.tensors.get("bias"))

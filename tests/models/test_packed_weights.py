@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -25,7 +26,10 @@ def packed(seed: int = 0) -> list[tuple[str, PackedLinear]]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 3, generator=generator)
     panels, bias = weight.bfloat16(), torch.randn(7, generator=generator)
-    return [("a", PackedLinear({"weight": weight, "bias": bias}, 5)), ("b.c", PackedLinear({"panels": panels}, 4))]
+    return [
+        ("a", PackedLinear({"weight": weight, "bias": bias}, 5, 3)),
+        ("b.c", PackedLinear({"panels": panels}, 4, 3)),
+    ]
 
 
 def never() -> Iterator[tuple[str, PackedLinear]]:
@@ -40,7 +44,11 @@ def values(found: object) -> dict[str, object]:
     """What can be compared with ``==``."""
     linears = dict(found)  # type: ignore[call-overload]
     return {
-        name: (linear.out_features, {key: (t.dtype, t.tolist()) for key, t in linear.tensors.items()})
+        name: (
+            linear.out_features,
+            linear.in_features,
+            {key: (t.dtype, t.tolist()) for key, t in linear.tensors.items()},
+        )
         for name, linear in linears.items()
     }
 
@@ -92,7 +100,7 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(packed_weights.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(PackedWeightsUnavailable, match="has room for 0 bytes"):
         files(tmp_path).get(LAYOUT, packed)
 
@@ -131,11 +139,25 @@ def test_who_waits_too_long_for_another_process_is_refused(tmp_path: Path) -> No
     assert values(files(tmp_path).get(LAYOUT, ask_meanwhile)) == values(packed())
 
 
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    def ask_for_another_meanwhile() -> list[tuple[str, PackedLinear]]:
+        files(tmp_path, "another").get(LAYOUT, packed)
+        return packed()
+
+    files(tmp_path).get(LAYOUT, ask_for_another_meanwhile)
+    assert values(files(tmp_path).get(LAYOUT, never)) == values(packed())
+
+
 # ---- several processes
 
 
 def large() -> list[tuple[str, PackedLinear]]:
-    return [("large", PackedLinear({"weight": torch.arange(NUM_LARGE_ELEMENTS, dtype=torch.float32)}, 1))]
+    return [
+        (
+            "large",
+            PackedLinear({"weight": torch.arange(NUM_LARGE_ELEMENTS, dtype=torch.float32)}, 1, NUM_LARGE_ELEMENTS),
+        )
+    ]
 
 
 def rollup_kib() -> dict[str, int]:
@@ -201,11 +223,12 @@ def test_two_processes_that_start_at_once_share_one_copy(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("importable_by_children")
-def test_a_process_that_dies_while_packing_is_in_nobodys_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("next_model", ["model", "another"])
+def test_a_process_that_dies_while_packing_is_in_nobodys_way(tmp_path: Path, next_model: str) -> None:
     process = multiprocessing.get_context("spawn").Process(target=die_while_packing, args=(tmp_path,))
     process.start()
     process.join(WAIT_S)
     assert process.exitcode == -signal.SIGKILL
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    assert values(files(tmp_path).get(LAYOUT, packed)) == values(packed())
+    assert values(files(tmp_path, next_model).get(LAYOUT, packed)) == values(packed())
     assert [path.suffix for path in tmp_path.iterdir()] == [".packed"]

@@ -1,0 +1,57 @@
+"""The folder of packed weights: how much fits into it, and what is taken out of it. No torch: plans ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from eagleray.kernels.cache_folder import can_be_written, user_cache_folder
+
+SUFFIX: Final = ".packed"
+PARTIAL_SUFFIX: Final = ".partial"  # of a file that is being written
+_SPARED_DISK_BYTES: Final = 2**30  # of a disk that others use too
+
+
+def packed_weights_folder() -> Path:
+    return user_cache_folder() / "packed_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFolder:
+    """May be missing: it is made when it is needed."""
+
+    path: Path
+
+    def disk_room_bytes(self) -> int:
+        """That a new file may take."""
+        if not can_be_written(self.path):
+            return 0
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        return max(0, shutil.disk_usage(existing).free - _SPARED_DISK_BYTES)
+
+    def file_sizes_bytes(self) -> tuple[int, ...]:
+        """Of the whole files."""
+        return tuple(path.stat().st_size for path in self.path.glob(f"*{SUFFIX}"))
+
+    def remove_abandoned(self) -> None:
+        """Unlinks what was begun by processes that have died since: whoever writes a file holds its lock."""
+        for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+
+    def evict(self, keep: Path, limit_bytes: int) -> None:
+        """Unlinks what was used longest ago, so that ``limit_bytes`` are left, ``keep`` among them. Who has mapped it
+        keeps it."""
+        files = sorted(self.path.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        used_bytes = keep.stat().st_size
+        for path in files:
+            if path == keep:
+                continue
+            used_bytes += path.stat().st_size
+            if used_bytes > limit_bytes:
+                path.unlink(missing_ok=True)
