@@ -17,7 +17,7 @@ from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolC
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
 from eagleray.engine.execution.host_abilities import read_host_abilities
-from eagleray.engine.execution.host_memory import available_host_bytes
+from eagleray.engine.execution.host_memory import available_host_bytes, keep_freed_memory
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES, KVTensors
@@ -177,6 +177,7 @@ def _load(
     host_kv = KVTensors(layout, engine.num_host_blocks) if engine.num_host_blocks else None
     end_phase("KV pool")
     choose = build_token_rule(speculation, kernels)
+    keep_freed_memory()
     return LocalExecutor(
         ModelRunner(decoder, kv, host_kv, device, kernels, SystemClock(), proposer, choose),
         kv,

@@ -1,13 +1,18 @@
-"""How much memory this process may still take, by the machine and by its containers."""
+"""How much memory this process may still take, by machine and containers, and what becomes of what it has freed."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 _PROC: Final = Path("/proc")
 _CONTROL_GROUPS: Final = Path("/sys/fs/cgroup")
+_M_TRIM_THRESHOLD: Final = -1  # of mallopt in glibc's <malloc.h>
+_M_MMAP_THRESHOLD: Final = -3
+_LARGEST_THRESHOLD_BYTES: Final = 32 * 2**20  # that glibc takes for the second
+_KEPT_BYTES: Final = 256 * 2**20  # a step's activations: more of them goes back to the system
 
 
 def available_host_bytes(proc: Path = _PROC, control_groups: Path = _CONTROL_GROUPS) -> int | None:
@@ -15,6 +20,15 @@ def available_host_bytes(proc: Path = _PROC, control_groups: Path = _CONTROL_GRO
     this process leaves, whichever is less. None if neither is known."""
     bounds = [*_machine_available_bytes(proc), *_groups_available_bytes(proc, control_groups)]
     return min(bounds, default=None)
+
+
+def keep_freed_memory() -> None:
+    """Let what a step has freed stay with this process for the next one, rather than go back to the system, which has to
+    zero every page of it again. By the C library's own means: nothing happens where it is not glibc."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _machine_available_bytes(proc: Path) -> Iterator[int]:

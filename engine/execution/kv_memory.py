@@ -41,9 +41,6 @@ class KVMemory:
         self._mapping = mmap.mmap(self._fd, num_bytes, flags=flags)
         if shared:
             _populate(self._mapping)
-        elif hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without large pages: the first write to each small one waits
-                self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._mapping)
         self._cookie = os.urandom(COOKIE_BYTES)
         self._view[:COOKIE_BYTES] = self._cookie

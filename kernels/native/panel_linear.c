@@ -12,7 +12,7 @@
 enum {
     TILE_PAIR = 2 * ROWS,       /* rows of one block of panels.h */
     PAIR_COLUMNS = 2 * COLUMNS, /* and columns */
-    DEPTH_CHUNKS = 8,           /* two panels over these fit into the first-level cache, beside activations and sums */
+    DEPTH_CHUNKS = 11,          /* two panels over these fit into the first-level cache, beside activations and sums */
     MAX_GROUP_CHUNKS = 16,      /* with one scale */
     BLOCK_ROWS = 512,           /* that pass by a pair of panels; a multiple of TILE_PAIR */
     BLOCK_BYTES = 1 << 20,      /* or fewer: half of a usual second-level cache */
