@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from eagleray.core.config import EngineConfig, SpeculationConfig
+from eagleray.core.config import SpeculationConfig
 from eagleray.core.kv_layout import DTYPE_BYTES, FeatureGroup, LayerGroup
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
-from eagleray.engine.scheduling.scheduler import MAX_DEFERRED_TOKENS
 from eagleray.engine.speculation.shape import draft_shape, require_method
 from eagleray.models.draft_heads.draft_config import EagleConfig, draft_groups
 from eagleray.models.draft_heads.read import read_draft
@@ -46,13 +45,6 @@ class DraftNeeds:
             num_bytes = _head_bytes(draft.tensors, dtype, linears)
         feature_size = draft.config.feature_size if isinstance(draft.config, EagleConfig) else 0
         return cls(num_bytes, draft_groups(draft.config, dtype), feature_size, max_nodes)
-
-
-def kept_feature_bytes(engine: EngineConfig, dtype: str, feature_size: int) -> int:
-    """Bound of the target's features that wait for a draft whose KV is deferred, and of the copy that it reads at last.
-    Up to twice the rows are kept that are needed, and one step may be scheduled while another runs."""
-    num_tokens = MAX_DEFERRED_TOKENS + 2 * engine.max_num_seqs
-    return 2 * 2 * num_tokens * feature_size * DTYPE_BYTES[dtype]
 
 
 def _head_bytes(tensors: Mapping[str, StoredTensor], dtype: str, linears: LinearBytes) -> int:

@@ -12,7 +12,7 @@ from typing import Final
 from eagleray.core.config import Config, EngineConfig, PoolConfig
 from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
-from eagleray.engine.execution.draft_memory import DraftNeeds, kept_feature_bytes
+from eagleray.engine.execution.draft_memory import DraftNeeds
 from eagleray.engine.execution.host_abilities import ABLE_HOST, HostAbilities
 from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
 from eagleray.kernels.linear.pieces import PIECE_WEIGHT_BYTES, PIECE_WEIGHTS
@@ -143,8 +143,6 @@ class WorkerNeeds:
         max_nodes = draft.max_nodes if guesses else 0
         private_bytes = WORKER_RUNTIME_BYTES + engine.num_host_blocks * layout.block_bytes
         private_bytes += activation_bytes(model, engine, dtype, max_nodes, draft.feature_size)
-        if guesses:
-            private_bytes += kept_feature_bytes(engine, dtype, draft.feature_size)
         if linears.is_native:
             private_bytes += replay_bytes(model, engine, dtype, max_nodes)
         elif linears.quantization is not None:

@@ -25,9 +25,9 @@ from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
 _HAS_GIVEN_WAY: Final = (RequestState.QUEUED, RequestState.SWAPPED)
-# While nothing is guessed a draft's KV waits until many tokens lack it: one pass over them costs little more than one
-# over a single token. Blocks become findable as much later.
-MAX_DEFERRED_TOKENS: Final = 256  # of all requests; steps that are scheduled already come on top
+# While nothing is guessed a draft model's KV waits until many tokens lack it: one pass over them costs little more than
+# one over a single token. Blocks become findable as much later.
+_MAX_DEFERRED_TOKENS: Final = 256  # of all requests
 _MAX_DEFERRED_TOKENS_EACH: Final = 32
 
 
@@ -40,7 +40,6 @@ class Scheduler:
         self._draft_policy = draft_policy
         self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
         self._stretched: list[Request] = []  # by the last step: hold blocks beyond their known tokens, for guesses
-        self._gone: list[str] = []  # since the last step, with tokens deferred
         self._order = ORDERS[config.scheduling_policy]
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # in order
@@ -107,7 +106,7 @@ class Scheduler:
     def end(self, request: Request, state: RequestState) -> None:
         """Finish, abort or fail a request, wherever it is: all its blocks become free at once."""
         request.move(state)
-        self._free(request)
+        self._kv.free(request)
         self._drafts.pop(request.request_id, None)
         del self._requests[request.request_id]
         for queue in (self._waiting, self._running, self._swapped):
@@ -122,16 +121,13 @@ class Scheduler:
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
         shape = self._draft_policy.choose(len(lacking_one))
-        self._may_defer = self._draft_policy.has_network and not self._has_deferred_enough()
+        self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
             self._admit(runs, shape)
-        plan = StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape, tuple(self._gone))
-        if not plan.is_empty:
-            self._gone.clear()
-        return plan
+        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape)
 
     def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
         """Of a step that has been computed: the runs of requests that have not ended or been handed over meanwhile."""
@@ -225,13 +221,7 @@ class Scheduler:
 
     def _has_deferred_enough(self) -> bool:
         deferred = [request.num_computed_tokens - request.num_complete_tokens for request in self._running]
-        return sum(deferred) >= MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
-
-    def _free(self, request: Request) -> None:
-        """Give up a request's blocks, and what waits to be written into them."""
-        if request.num_complete_tokens < request.num_computed_tokens:
-            self._gone.append(request.request_id)
-        self._kv.free(request)
+        return sum(deferred) >= _MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
 
     def _grow_for_guesses(self, request: Request, num_tokens: int) -> bool:
         """Only while every running request could still get a block: nobody gives way for guesses."""
@@ -264,7 +254,7 @@ class Scheduler:
             insort(self._swapped, victim, key=self._order)
             return copies
         victim.move(RequestState.QUEUED)
-        self._free(victim)
+        self._kv.free(victim)
         insort(self._waiting, victim, key=self._order)
         return []
 

@@ -219,9 +219,10 @@ INLINE void store_rows(const struct batch *batch, const struct tile *tile, const
         locate_row(batch, tile, row, &token, &head);
         int64_t first = token * batch->out_stride + head * batch->head_dim;
         const float *values = total->values + row * row_stride(batch);
+        float weight = total->weight[row] > 0.0f ? total->weight[row] : 1.0f; /* zeros for a row that sees no key */
         for (int64_t i = 0; i < batch->head_dim; i += LANES)
             store_some((void *)element_at(batch->out, first + i, element),
-                       load_vector(values + i, FLOAT32) / total->weight[row], batch->head_dim - i, element);
+                       load_vector(values + i, FLOAT32) / weight, batch->head_dim - i, element);
     }
 }
 

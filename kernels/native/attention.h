@@ -23,7 +23,7 @@ struct batch {
     const int64_t *tree_masks;  /* [tokens], or none: bit j, the token sees token j of its run; 0: it is in no tree */
     const int64_t *tree_depths; /* [tokens], or none */
     int64_t num_heads, num_kv_heads, head_dim, block_size, window; /* no window: 0 */
-    int64_t first_key; /* keys before it are never seen; queries stand here or later */
+    int64_t first_key; /* keys before it are never seen */
     float scale;
     int element, kv_element;
     int64_t tile_rows; /* of one tile of queries, at most: a row is one token and one of the heads that share a KV head */

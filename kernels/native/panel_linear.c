@@ -54,7 +54,7 @@ INLINE float largest_magnitude(const void *x, int64_t size, const int element) {
     vector best = {0}, poison = {0};
     for (int64_t i = 0; i < size; i += LANES) {
         vector value = load_some(element_at(x, i, element), size - i, element);
-        vector magnitude = choose(value < 0.0f, -value, value);
+        vector magnitude = (vector)((bit_vector)value & 0x7fffffff);
         best = choose(magnitude > best, magnitude, best);
         poison += value * 0.0f;
     }
@@ -84,12 +84,15 @@ INLINE void pack_chunk(const struct product *job, const void *x, int64_t chunk, 
 INLINE void quantize_chunk(const struct product *job, const void *x, int64_t chunk, float scale, char *target,
                            const int element) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    typedef int16_t words __attribute__((vector_size(2 * LANES)));
     typedef int8_t bytes __attribute__((vector_size(LANES)));
     for (int64_t i = 0; i < 64; i += LANES) {
         int64_t first = chunk * 64 + i, count = job->in_features - first;
         vector value = {0};
         if (count > 0 && scale > 0.0f) value = load_some(element_at(x, first, element), count, element) / scale;
-        bytes quantized = __builtin_convertvector(value + to_integer - to_integer, bytes) ^ (int8_t)ACTIVATION_OFFSET;
+        /* The whole number is in the low bits of the sum. gcc narrows vectors by half; by more, lane after lane. */
+        words whole = __builtin_convertvector((mask_vector)(value + to_integer), words);
+        bytes quantized = __builtin_convertvector(whole, bytes) ^ (int8_t)ACTIVATION_OFFSET;
         memcpy(target + i, &quantized, sizeof quantized);
     }
 }

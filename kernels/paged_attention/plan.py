@@ -121,7 +121,7 @@ def plan_attention(
         device: where the KV pool lies.
         trees: [B] for sequences whose tokens of this step are a tree of drafts, from ``tree.tree_run``; None where
             each token follows the one before it.
-        first_key: keys before this position are never seen; queries begin here or later.
+        first_key: keys before this position are never seen; a token that sees no key gets zeros.
 
     Raises:
         ValueError: a sequence has no query token, its block table does not reach its last token, or its tree has

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +16,8 @@ from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.draft_memory import DraftNeeds
 from eagleray.engine.execution.executor import build_executor
 from eagleray.engine.execution.kv_memory import num_blocks_for
-from eagleray.engine.execution.memory_plan import WorkerNeeds, activation_bytes, plan_memory, replay_bytes
+from eagleray.engine.execution.memory_plan import plan_memory
 from eagleray.engine.execution.weight_memory import LinearBytes
-from eagleray.engine.speculation.eagle import EagleFeatures
 from eagleray.kernels.linear.panels import PanelLinearFormat
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.select import load_best_library
@@ -128,43 +124,6 @@ def test_pools_with_a_draft_stay_within_the_budget(target: Path, drafts: dict[st
     assert executor.num_blocks * block_bytes <= plan.decode_kv_bytes
     assert plan.total_bytes <= 3 * 2**30
     executor.close()
-
-
-def test_features_that_are_kept_stay_below_twice_those_that_are_needed() -> None:
-    generator, features = random.Random(0), EagleFeatures(cast(Any, None))
-    needed: Counter[str] = Counter()
-    for _ in range(300):
-        names = [f"r{number}" for number in range(64) if generator.random() < 0.9]
-        runs = [SimpleNamespace(run=fake_run(name), rows=[row]) for row, name in enumerate(names)]
-        features.keep(cast(Any, SimpleNamespace(features_TF=torch.zeros(len(names), 4))), cast(Any, runs))
-        needed.update(names)
-        gone = [name for name in names if needed[name] > 20 and name != "r0"] + ["r0"] * (needed["r0"] > 200)
-        features.forget(gone)
-        for name in gone:
-            del needed[name]
-        assert sum(len(step.features_TF) for step in features._kept) <= 2 * needed.total()
-
-
-def fake_run(request_id: str) -> SimpleNamespace:
-    return SimpleNamespace(spec=SimpleNamespace(request_id=request_id))
-
-
-def test_kept_features_are_planned_for_workers_that_guess(target: Path, drafts: dict[str, Path]) -> None:
-    model, planned = load_model_config(target), {}
-    for method in ("eagle3", "medusa"):
-        config = service(target, speculating(drafts, method))
-        needs = WorkerNeeds.of(config, config.decode, model)
-        without = WorkerNeeds.of(config, config.decode, model, guesses=False)
-        guessing = [
-            function(model, EngineConfig(), "float32", 3, *size) - function(model, EngineConfig(), "float32", 0, *size)
-            for function, size in (
-                (activation_bytes, (DraftNeeds.of(config.speculation, model, "float32", LinearBytes()).feature_size,)),
-                (replay_bytes, ()),
-            )
-        ]
-        planned[method] = needs.private_bytes - without.private_bytes - sum(guessing)
-    features_bytes = 4 * 3 * TARGET["hidden_size"]  # type: ignore[operator]
-    assert planned == {"eagle3": 4 * (256 + 2 * 64) * features_bytes, "medusa": 0}
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4", "w8a8"])

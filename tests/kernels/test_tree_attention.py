@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from eagleray.kernels.kv_ops.reference import write_kv
+from eagleray.kernels.native.build import supported_levels
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.paged_attention import native, reference
 from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
@@ -107,6 +108,31 @@ def test_trees_among_decodes_and_prefills_equal_dense_attention(
         sequences.insert(seed, (prefix, random_parents(count, seed)))
     batch = Batch(sequences, num_heads, num_kv_heads)
     torch.testing.assert_close(batch.attend(attend, window).double(), batch.dense(window), rtol=0, atol=3e-6)
+
+
+@pytest.mark.skipif("amx" not in supported_levels(), reason="this CPU has no AMX")
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize("first_key", [0, 1])
+def test_trees_in_bfloat16_on_amx_equal_the_reference(
+    load: Callable[..., NativeLibrary], window: int | None, first_key: int
+) -> None:
+    """The tiles that it multiplies with are used for bfloat16 alone. Compared: the same numbers in float32."""
+    sequences: list[tuple[int, list[int] | int]] = [(90, 1), (33, 40)]
+    sequences += [
+        (prefix, random_parents(count, prefix)) for prefix, count in [(1, 64), (60, 64), (130, 16), (700, 50)]
+    ]
+    batch = Batch(sequences, num_heads=4, num_kv_heads=2)
+    plan = batch.plan([None if isinstance(run, int) else tree_run(run) for run in batch.runs], first_key)
+    query, kv_layer = batch.query.bfloat16(), batch.kv_layer.bfloat16()
+    found = native.paged_attention(load("amx"), query, kv_layer, plan, SCALE, window)
+    expected = reference.paged_attention(query.float(), kv_layer.float(), plan, SCALE, window)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
+
+
+def test_a_token_that_sees_no_key_gets_zeros(attend: Attend) -> None:
+    batch = Batch([(0, 5), (0, 1)], num_heads=4, num_kv_heads=2)
+    found = batch.attend(attend, None, first_key=1)
+    assert not found[[0, 5]].any() and found[1:5].all()
 
 
 @pytest.mark.parametrize("window", [None, 40])
