@@ -16,6 +16,8 @@ from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
 from eagleray.kernels.embedding import api as embedding
 from eagleray.kernels.embedding import native as native_embedding
+from eagleray.kernels.features import api as features
+from eagleray.kernels.features import native as native_features
 from eagleray.kernels.kv_ops import api as kv_ops
 from eagleray.kernels.kv_ops import native as native_kv_ops
 from eagleray.kernels.linear.api import LinearFormat
@@ -60,6 +62,7 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
     silu_and_multiply: Callable[[torch.Tensor], torch.Tensor]
     join_columns: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    pass_features: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     linear_format: LinearFormat | None  # None: weights stay rows of their own dtype, and torch computes
     head_format: LinearFormat | None  # of the layer that makes logits; None: as the others
     draft_format: LinearFormat | None  # of all layers of a network that only guesses; None: as the others
@@ -84,6 +87,7 @@ TORCH_KERNELS: Final = Kernels(
     paged_attention=paged_attention.paged_attention,
     silu_and_multiply=activation.silu_and_multiply,
     join_columns=activation.join_columns,
+    pass_features=features.pass_features,
     linear_format=None,
     head_format=None,
     draft_format=None,
@@ -161,6 +165,7 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         paged_attention=partial(native_paged_attention.paged_attention, library),
         silu_and_multiply=partial(native_activation.silu_and_multiply, library),
         join_columns=partial(native_activation.join_columns, library),
+        pass_features=partial(native_features.pass_features, library),
         linear_format=linear_format,
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
         draft_format=PanelLinearFormat(library, "w8a8") if library.level in _FAST_INT8_LEVELS else None,

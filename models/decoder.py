@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -55,6 +57,35 @@ class DecoderLayer:
 
     def linears(self) -> tuple[Linear, ...]:
         return (*self.attention.linears(), *self.mlp.linears())
+
+
+class Companion(Protocol):
+    """What computes beside a decoder in one of its steps, from what the decoder computes there."""
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """It reads the residual streams that enter these layers (rising), side by side; none: the decoder's result."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Its own tensors of the step: what it computes depends on their shapes."""
+        ...
+
+    def compute(self, streams: torch.Tensor) -> torch.Tensor:
+        """What it makes of what it reads, [T, any width]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureStreams:
+    """Implements ``Companion``: hands out what it reads."""
+
+    capture_layers: tuple[int, ...]
+    inputs: tuple[torch.Tensor, ...] = ()
+
+    def compute(self, streams: torch.Tensor) -> torch.Tensor:
+        return streams
 
 
 class Decoder:
@@ -116,7 +147,7 @@ class Decoder:
         Returns:
             [T, hidden], after the final norm.
         """
-        return self._run_layers(input_ids_T, positions_T, kv, plan, num_layers, ())[0]
+        return self._run_layers(input_ids_T, positions_T, kv, plan, num_layers, None)[0]
 
     def forward_with_features(
         self,
@@ -128,7 +159,19 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``forward``, and beside its result what a draft head reads: the residual stream entering each of
         ``capture_layers`` (rising), side by side, [T, len(capture_layers) * hidden]; without any, the result itself."""
-        return self._run_layers(input_ids_T, positions_T, kv, plan, None, capture_layers)
+        return self.forward_with(input_ids_T, positions_T, kv, plan, CaptureStreams(capture_layers))
+
+    def forward_with(
+        self,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        kv: torch.Tensor,
+        plan: AttentionPlan,
+        companion: Companion,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward``, and what ``companion`` makes of the same step. All companions of a decoder that read the same
+        layers do the same, with inputs of their own."""
+        return self._run_layers(input_ids_T, positions_T, kv, plan, None, companion)
 
     def _run_layers(
         self,
@@ -137,15 +180,16 @@ class Decoder:
         kv: torch.Tensor,
         plan: AttentionPlan,
         num_layers: int | None,
-        capture_layers: tuple[int, ...],
+        companion: Companion | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = plan.tensors
-        normed, *captured = self._replayer.run(
-            partial(self._compute_layers, input_ids_T, positions_T, kv, plan, num_layers, capture_layers),
-            StepInputs((input_ids_T, positions_T, *tensors.fixed), tensors.ragged),
-            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, capture_layers),
+        inputs, reads = (companion.inputs, companion.capture_layers) if companion is not None else ((), None)
+        normed, *made = self._replayer.run(
+            partial(self._compute_layers, input_ids_T, positions_T, kv, plan, num_layers, companion),
+            StepInputs((input_ids_T, positions_T, *tensors.fixed, *inputs), tensors.ragged),
+            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, type(companion), reads),
         )
-        return normed, captured[0] if captured else normed
+        return normed, made[0] if made else normed
 
     def _compute_layers(
         self,
@@ -154,19 +198,22 @@ class Decoder:
         kv: torch.Tensor,
         plan: AttentionPlan,
         num_layers: int | None,
-        capture_layers: tuple[int, ...],
+        companion: Companion | None,
     ) -> tuple[torch.Tensor, ...]:
-        """(What the final norm makes of the last layer's result, the streams captured, if there are any)."""
+        """(What the final norm makes of the last layer's result, what the companion makes, if there is one)."""
         hidden = self._kernels.gather_rows(self.embedding, input_ids_T, self.dtype)
         angles = self._rope.angles(positions_T, self.dtype)
+        capture_layers = companion.capture_layers if companion is not None else ()
         captured = []
         layers = zip(self.layers, kv.unbind(1), strict=True)
         for index, (layer, kv_layer) in enumerate(islice(layers, num_layers)):
             if index in capture_layers:
                 captured.append(hidden)
             hidden = layer(hidden, *angles, kv_layer, plan)
-        streams = (reduce(self._kernels.join_columns, captured),) if captured else ()
-        return self.norm(hidden), *streams
+        normed = self.norm(hidden)
+        if companion is None:
+            return (normed,)
+        return normed, companion.compute(reduce(self._kernels.join_columns, captured) if captured else normed)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden] of ``forward`` -> float32 [N, V]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eagleray.core.clock import Clock
 from eagleray.core.messages import TokenLogprobs
-from eagleray.engine.execution.batch import PromptLogprobRows, build_batch, prompt_logprob_rows
+from eagleray.engine.execution.batch import PromptLogprobRows, StepBatch, build_batch, prompt_logprob_rows
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.memory_plan import SCORED_ROWS
 from eagleray.engine.execution.sampler import TokenRule, choices_of, choose_tokens, score_tokens
@@ -47,24 +47,19 @@ class ModelRunner:
         self._clock = clock
         self._proposer = proposer
         self._choose = choose or partial(choose_tokens, kernels.sample_tokens)
-        self._capture_layers = () if proposer is None else proposer.capture_layers
+        self._in_step = None if proposer is None else proposer.in_step
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them."""
         start_s = self._clock.now_s()
         self._swap(plan)
-        if self._proposer is not None and plan.gone:
-            self._proposer.forget(plan.gone)
         if not plan.runs:
             return StepResult()
         batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)
-        pool = self._kv.group(self._kv.layout.groups[0].name)
-        hidden, features = self._model.forward_with_features(
-            batch.input_ids, batch.positions, pool, batch.attention, self._capture_layers
-        )
+        hidden, features = self._compute(plan.runs, batch)
         verified, logprobs = self._verify(hidden, plan.runs, batch.run_starts)
-        self._keep_accepted(verified, pool)
+        self._keep_accepted(verified)
         wanted = prompt_logprob_rows(plan.runs, batch.run_starts)
         prompt_logprobs = {rows.request_id: self._score_prompt(hidden, rows) for rows in wanted}
         verified_s = self._clock.now_s()
@@ -82,6 +77,18 @@ class ModelRunner:
             verify_s=verified_s - start_s,
             draft_s=self._clock.now_s() - verified_s,
         )
+
+    def _compute(self, runs: Sequence[ScheduledRun], batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """(Hidden states, what the draft's companion makes of the step; without one the same)."""
+        model, inputs = self._model, (batch.input_ids, batch.positions, self._target_pool, batch.attention)
+        if self._in_step is None:
+            hidden = model.forward(*inputs)
+            return hidden, hidden
+        return model.forward_with(*inputs, self._in_step.companion(runs, batch, self._kv))
+
+    @property
+    def _target_pool(self) -> Tensor:
+        return self._kv.group(self._kv.layout.groups[0].name)
 
     def _swap(self, plan: StepPlan) -> None:
         if not (plan.swap_out or plan.swap_in):
@@ -138,7 +145,7 @@ class ModelRunner:
             for run in verified
         ]
 
-    def _keep_accepted(self, verified: Sequence[VerifiedRun], pool: Tensor) -> None:
+    def _keep_accepted(self, verified: Sequence[VerifiedRun]) -> None:
         """Bring the KV of guesses that came true into the slots of their positions; those of a chain are there."""
         size = self._kv.layout.block_size_tokens
         sources: list[int] = []
@@ -148,7 +155,10 @@ class ModelRunner:
             sources += run.slots([run.run.end + node for node, _ in moved], size)
             targets += run.slots([run.run.end + place for _, place in moved], size)
         if sources:
-            copy_tokens(pool, torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
+            slots = (torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
+            copy_tokens(self._target_pool, *slots)
+            if self._in_step is not None:
+                copy_tokens(self._kv.group(self._in_step.group), *slots)
 
     def _score_prompt(self, hidden: Tensor, wanted: PromptLogprobRows) -> list[TokenLogprobs]:
         scored: list[TokenLogprobs] = []

@@ -38,6 +38,11 @@ class VerifiedRun:
         return [*self.run.known_token_ids[first : min(end, known)], *sampled]
 
     @property
+    def last_row(self) -> int:
+        """In the step's batch, of the token at position ``num_computed - 1``."""
+        return self.first_row + self.run.num_tokens + (self.accepted[-1] if self.accepted else -1)
+
+    @property
     def rows(self) -> list[int]:
         """In the step's batch, of the tokens at positions ``run.start`` up to ``num_computed``."""
         guesses = self.first_row + self.run.num_tokens
@@ -55,6 +60,6 @@ class VerifiedStep:
 
     runs: tuple[VerifiedRun, ...]
     hidden_TD: Tensor  # after the target's final norm
-    features_TF: Tensor  # what entered the layers that the proposer asked for, side by side; none: the hidden states
+    features_TF: Tensor  # what the proposer's companion has made of the step; without one the hidden states
     kv: KVTensors
     shape: DraftShape | None  # what to guess, for runs that may draft

@@ -57,7 +57,6 @@ class StepPlan:
     swap_out: tuple[BlockCopy, ...] = ()  # device block -> host block
     swap_in: tuple[BlockCopy, ...] = ()  # host block -> device block
     shape: DraftShape | None = None  # of the guesses for the next step, for runs that may draft
-    gone: tuple[str, ...] = ()  # requests whose deferred tokens will never be asked for
 
     @property
     def num_tokens(self) -> int:

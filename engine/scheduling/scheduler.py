@@ -24,8 +24,8 @@ from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
-# While nothing is guessed a draft's KV waits until many tokens lack it: one pass over them costs little more than one
-# over a single token. Blocks become findable as much later.
+# While nothing is guessed a draft model's KV waits until many tokens lack it: one pass over them costs little more than
+# one over a single token. Blocks become findable as much later.
 _MAX_DEFERRED_TOKENS: Final = 256  # of all requests
 _MAX_DEFERRED_TOKENS_EACH: Final = 32
 
@@ -38,7 +38,6 @@ class Scheduler:
         self._kv = kv
         self._draft_policy = draft_policy
         self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
-        self._gone: list[str] = []  # since the last step, with tokens deferred
         self._order = ORDERS[config.scheduling_policy]
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # in order
@@ -105,7 +104,7 @@ class Scheduler:
     def end(self, request: Request, state: RequestState) -> None:
         """Finish, abort or fail a request, wherever it is: all its blocks become free at once."""
         request.move(state)
-        self._free(request)
+        self._kv.free(request)
         self._drafts.pop(request.request_id, None)
         del self._requests[request.request_id]
         for queue in (self._waiting, self._running, self._swapped):
@@ -118,16 +117,13 @@ class Scheduler:
         """Decide the next step. Running requests come first, those that lack one token before those that lack many:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
         shape = self._draft_policy.choose(sum(1 for request in self._running if request.num_uncomputed_tokens <= 1))
-        self._may_defer = self._draft_policy.has_network and not self._has_deferred_enough()
+        self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(shape)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
             self._admit(runs, shape)
-        plan = StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape, tuple(self._gone))
-        if not plan.is_empty:
-            self._gone.clear()
-        return plan
+        return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape)
 
     def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
         """Of a step that has been computed: the runs of requests that have not ended or been handed over meanwhile."""
@@ -213,12 +209,6 @@ class Scheduler:
         deferred = [request.num_computed_tokens - request.num_complete_tokens for request in self._running]
         return sum(deferred) >= _MAX_DEFERRED_TOKENS or max(deferred, default=0) >= _MAX_DEFERRED_TOKENS_EACH
 
-    def _free(self, request: Request) -> None:
-        """Give up a request's blocks, and what waits to be written into them."""
-        if request.num_complete_tokens < request.num_computed_tokens:
-            self._gone.append(request.request_id)
-        self._kv.free(request)
-
     def _grow_for_guesses(self, request: Request, num_tokens: int) -> bool:
         """Only while every running request could still get a block: nobody gives way for guesses."""
         return self._kv.room_for(request, num_tokens) >= len(self._running) and self._kv.grow(request, num_tokens)
@@ -240,7 +230,7 @@ class Scheduler:
             insort(self._swapped, victim, key=self._order)
             return copies
         victim.move(RequestState.QUEUED)
-        self._free(victim)
+        self._kv.free(victim)
         insort(self._waiting, victim, key=self._order)
         return []
 

@@ -10,7 +10,7 @@ from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.sampler import TokenRule, choose_tokens
 from eagleray.engine.speculation.controller import AdaptiveDrafts, DraftPolicy, FixedDrafts, NoDrafts
-from eagleray.engine.speculation.decoders import DecoderNetwork, NoFeatures
+from eagleray.engine.speculation.decoders import DecoderNetwork
 from eagleray.engine.speculation.eagle import EagleNetwork, eagle_proposer
 from eagleray.engine.speculation.growth import GrowDrafts, draw_chains, grow_trees
 from eagleray.engine.speculation.network import ChainGuesser, DraftNetwork, NetworkProposer
@@ -46,12 +46,12 @@ def build_proposer(config: SpeculationConfig, target: Target) -> Proposer:
     require_method(config, method_of(draft.config))
     if isinstance(draft, EagleHead):
         head = EagleNetwork(draft)
-        return eagle_proposer(head, target.dtype, _growth(config), _chains(head, config, target))
+        return eagle_proposer(head, target.kernels, target.dtype, _growth(config), _chains(head, config, target))
     if isinstance(draft, MedusaHeads):
         return _medusa(draft, config)
     groups = draft_groups(draft.config, target.dtype)
     network = DecoderNetwork(draft, DRAFT_GROUP)
-    return NetworkProposer(network, NoFeatures(), groups, _growth(config), _chains(network, config, target))
+    return NetworkProposer(network, groups, _growth(config), _chains(network, config, target))
 
 
 def build_token_rule(config: SpeculationConfig | None, kernels: Kernels) -> TokenRule:
@@ -82,7 +82,7 @@ def _early_exit(config: SpeculationConfig, target: Target) -> Proposer:
     group = target.decoder.layer_group(target.dtype).name
     network = DecoderNetwork(target.decoder, group, num_layers)
     chains = _chains(network, config, target)
-    return NetworkProposer(network, NoFeatures(), (), _growth(config), chains, keeps_target_kv=True)
+    return NetworkProposer(network, (), _growth(config), chains, shares_target_kv=True)
 
 
 def draft_identity(config: SpeculationConfig | None) -> str:
@@ -97,9 +97,10 @@ def build_draft_policy(config: SpeculationConfig | None, has_network: bool) -> D
     if config is None:
         return NoDrafts()
     largest = draft_shape(config)
+    may_defer = config.method == "draft_model"  # all others' KV is written with the target's, or they have none
     if not config.adaptive:
-        return FixedDrafts(largest, has_network)
-    return AdaptiveDrafts(_smaller_shapes(largest), has_network)
+        return FixedDrafts(largest, has_network, may_defer)
+    return AdaptiveDrafts(_smaller_shapes(largest), has_network, may_defer)
 
 
 def _smaller_shapes(largest: DraftShape) -> list[DraftShape]:

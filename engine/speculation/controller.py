@@ -11,7 +11,8 @@ tried, because texts change, is paid for: all trials together may lose one part 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -23,6 +24,7 @@ _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
+_UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
 _OUTLIER: Final = 2.0  # what takes longer than so many times the usual counts as that: somebody disturbed it
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
@@ -50,8 +52,8 @@ class DraftPolicy(Protocol):
     """How much to guess for the next step."""
 
     @property
-    def has_network(self) -> bool:
-        """Who guesses has KV of its own, which must keep up with the text."""
+    def may_defer(self) -> bool:
+        """While nothing is guessed the KV of who guesses need not keep up with the text."""
         ...
 
     def choose(self, num_decoding: int) -> DraftShape | None:
@@ -74,7 +76,7 @@ class DraftPolicy(Protocol):
 class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
 
-    has_network = False
+    may_defer = False
 
     def choose(self, num_decoding: int) -> DraftShape | None:
         return None
@@ -95,6 +97,7 @@ class FixedDrafts:
 
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
+    may_defer: bool = False
 
     def choose(self, num_decoding: int) -> DraftShape | None:
         return self.shape
@@ -112,8 +115,9 @@ class FixedDrafts:
 class AdaptiveDrafts:
     """Implements ``DraftPolicy``: the best of some shapes, or none."""
 
-    def __init__(self, shapes: Sequence[DraftShape], has_network: bool) -> None:
-        self.has_network = has_network
+    def __init__(self, shapes: Sequence[DraftShape], has_network: bool, may_defer: bool = False) -> None:
+        self.may_defer = may_defer
+        self._has_network = has_network
         # Shapes of several depths that are alike in the rest share what is known of their guesses.
         acceptances = {_kind(shape): _Acceptance() for shape in shapes}
         self._none = _Option(None, _Acceptance())
@@ -122,6 +126,7 @@ class AdaptiveDrafts:
         self._verify_s = _Costs()  # by rows
         self._level_s = _Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
+        self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_steps = 0
         self._last_trial = 0
         self._chosen = self._none
@@ -142,14 +147,16 @@ class AdaptiveDrafts:
         return self._chosen.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
-        return 1 + shape.num_expanded if self.has_network else 0
+        return 1 + shape.num_expanded if self._has_network else 0
 
     def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
         self._options[shape].acceptance.note([count - 1 for count in num_tokens], shape.depth)
 
     def note_times(self, times: StepTimes) -> None:
         size = times.num_requests
-        self._verify_s.note(times.num_rows, times.verify_s, self._num_steps)
+        expected_s = self._verify_s.at(times.num_rows, times.verify_s)
+        verify_s = self._credible((size, times.num_rows), times.verify_s, expected_s)
+        self._verify_s.note(times.num_rows, verify_s, self._num_steps)
         if times.verified is not None:
             share = (times.num_rows - size) / (size * times.verified.max_nodes)
             option = self._options[times.verified]
@@ -158,8 +165,14 @@ class AdaptiveDrafts:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, self._num_steps)
         elif not times.num_caught_up:
-            self._options[times.drafted].draft_s.note(size, times.draft_s, self._num_steps)
-            self._level_s.note(size, times.draft_s / times.drafted.depth, self._num_steps)
+            option = self._options[times.drafted]
+            draft_s = self._credible((size, times.drafted), times.draft_s, self._draft_s(option, times.drafted, size))
+            option.draft_s.note(size, draft_s, self._num_steps)
+            self._level_s.note(size, draft_s / times.drafted.depth, self._num_steps)
+
+    def _credible(self, kind: Hashable, seconds: float, expected_s: float) -> float:
+        self._num_seen[kind] += 1
+        return min(seconds, _OUTLIER * expected_s) if self._num_seen[kind] <= _UNUSUAL_TIMES else seconds
 
     def _decide(self, num_decoding: int) -> None:
         costs = [self._s_per_token(option, num_decoding) for option in self._choices]
@@ -190,10 +203,13 @@ class AdaptiveDrafts:
         if shape is None:
             return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
         num_rows = round(num_requests * (1 + option.share_of_nodes * shape.max_nodes))
-        draft_s = option.draft_s.at(num_requests, -1.0)
-        if draft_s < 0.0:
-            draft_s = shape.depth * self._level_s.at(num_requests, _COST_OF_LEVEL * plain_s)
-        return (self._verify_s.at(num_rows, 1.0) + draft_s) / option.acceptance.tokens_per_step(shape.depth)
+        step_s = self._verify_s.at(num_rows, 1.0) + self._draft_s(option, shape, num_requests)
+        return step_s / option.acceptance.tokens_per_step(shape.depth)
+
+    def _draft_s(self, option: _Option, shape: DraftShape, num_requests: int) -> float:
+        """Of guessing once."""
+        level_s = self._level_s.at(num_requests, _COST_OF_LEVEL * self._verify_s.at(num_requests, 1.0))
+        return option.draft_s.at(num_requests, shape.depth * level_s)
 
 
 def _kind(shape: DraftShape) -> tuple[int, int, tuple[tuple[int, ...], ...]]:

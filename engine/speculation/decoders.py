@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from eagleray.engine.execution.kv_tensors import KVTensors
-from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
-from eagleray.engine.speculation.network import CertainTokens, Tokens
+from eagleray.engine.speculation.network import Tokens
 from eagleray.models.decoder import Decoder
 
 
@@ -34,16 +32,3 @@ class DecoderNetwork:
 
     def guessed_features(self, hidden: Tensor) -> None:
         return None
-
-
-class NoFeatures:
-    """Implements ``CertainFeatures`` for networks that read tokens alone."""
-
-    def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> None:
-        return None
-
-    def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
-        pass
-
-    def forget(self, request_ids: Sequence[str]) -> None:
-        pass

@@ -1,9 +1,10 @@
 """Guessing with a network that has KV of its own: a draft head, a smaller model, the target's first layers.
 
-Slot i of that KV belongs to the request's token i, as in the target's own. After each step the tokens that have become
-certain are computed, with the target's true features where the network reads them, and one more: the token just
-sampled. What follows it is the first guess. Guesses are computed in the slots after it, where the next step's certain
-tokens overwrite them. So nothing but blocks is kept from step to step, and blocks can be cached, swapped and sent.
+Slot i of that KV belongs to the request's token i, as in the target's own. A head that reads the target's features
+writes it within the target's step; another network computes the tokens that have become certain after it. Then the
+token just sampled is computed. What follows it is the first guess. Guesses are computed in the slots after it, where
+the next step's certain tokens overwrite them. So nothing but blocks is kept from step to step, and blocks can be
+cached, swapped and sent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import accumulate, chain
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,15 +23,13 @@ from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
 from eagleray.engine.speculation.noise import ChoiceNoise, shared_noise
-from eagleray.engine.speculation.proposer import drafting_runs
+from eagleray.engine.speculation.proposer import WritesWithTarget, drafting_runs
 from eagleray.engine.speculation.tree import DraftTree
 from eagleray.engine.speculation.tree import chain as chain_of
 from eagleray.kernels.paged_attention.api import AttentionPlan, ChainPlan, plan_attention, plan_chains, tree_run
 from eagleray.kernels.replay.api import Replayer, StepInputs
 from eagleray.kernels.sampling.batch import SharedNoise
 from eagleray.kernels.select import Kernels
-
-_COMPUTED_WITH_THE_LAST: Final = 8  # certain tokens of a run: fewer are not worth a pass of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,106 +77,61 @@ class CertainTokens:
     end: int
 
 
-class CertainFeatures(Protocol):
-    """The target's true features, in the form in which the network reads them."""
-
-    def before(self, step: VerifiedStep, spans: Sequence[CertainTokens]) -> Tensor | None:
-        """Per token of ``spans``: the feature of the one before it, [N, feature]."""
-        ...
-
-    def keep(self, step: VerifiedStep, runs: Sequence[VerifiedRun]) -> None:
-        """``runs`` are deferred: their features will be asked for in a later step, or never."""
-        ...
-
-    def forget(self, request_ids: Sequence[str]) -> None:
-        """Those of these requests will never be asked for."""
-        ...
-
-
-class StoreTokens(Protocol):
-    """Writes the KV of tokens, as ``DraftNetwork.forward`` would, but computes nothing else."""
-
-    def __call__(
-        self, token_ids_N: Tensor, slots_N: Tensor, features_NF: Tensor | None, kv: KVTensors, pool_slots_N: Tensor
-    ) -> None:
-        """``pool_slots_N``: where the KV of each token lies, block * block_size + offset."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class NetworkProposer:
     """Implements ``Proposer``."""
 
     network: DraftNetwork
-    features: CertainFeatures
     groups: tuple[LayerGroup | FeatureGroup, ...]
     grow: GrowDrafts = grow_trees
     chains: ChainGuesser | None = None  # None: chains are grown as trees are
-    capture_layers: tuple[int, ...] = ()
-    keeps_target_kv: bool = False  # the network is a part of the target: its KV of certain tokens is there already
+    shares_target_kv: bool = False  # the network is a part of the target
     has_network: bool = True
-    store: StoreTokens | None = None  # for tokens whose hidden states nobody needs; None: there is no short way
+    in_step: WritesWithTarget | None = None
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
+        if self.in_step is not None:
+            self.in_step.settle(step)
         drafting = drafting_runs(step)
-        self.features.keep(step, [run for run in step.runs if run.run.defers])
-        stored, computed = self._certain_tokens(step, drafting)
-        if not stored and not computed:
+        is_up_to_date = self.shares_target_kv or self.in_step is not None
+        start = self._start(step, drafting) if drafting or not is_up_to_date else None
+        if start is None or not drafting or step.shape is None:
             return {}
-        features = self.features.before(step, [*stored, *computed])
-        num_stored = sum(span.end - span.first for span in stored)
-        if num_stored and self.store is not None:
-            self._store(self.store, step, stored, None if features is None else features[:num_stored])
-        if not computed:
-            return {}
-        features = None if features is None else features[num_stored:]
-        hidden = self.network.forward(_network_tokens(step, computed, features, self.network), step.kv)
-        if not drafting or step.shape is None:
-            return {}
-        ends = accumulate(span.end - span.first for span in computed)
-        roots = [end - 1 for end, span in zip(ends, computed, strict=True) if span.end > span.run.num_computed]
-        hidden_BD = hidden[torch.tensor(roots, device=hidden.device)]
         if self.chains is not None and step.shape.is_chain:
-            trees = self.chains.guess(hidden_BD, step.kv, drafting, step.shape.max_nodes)
+            trees = self.chains.guess(start, step.kv, drafting, step.shape.max_nodes)
         else:
+            hidden_BD = start.hidden_BD if start.hidden_BD is not None else self._compute_roots(step, drafting, start)
             guesser = NetworkGuesser(self.network, step.kv, drafting, hidden_BD)
-            trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden.device))
+            trees = self.grow(guesser, step.shape, ChoiceNoise.of(drafting, hidden_BD.device))
         return {run.run.spec.request_id: tree for run, tree in zip(drafting, trees, strict=True)}
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        self.features.forget(request_ids)
+    def _start(self, step: VerifiedStep, drafting: Sequence[VerifiedRun]) -> ChainStart:
+        """What guesses begin with. A network whose KV is written with the target's, or as a part of it, has only the
+        token just sampled before it; any other computes all tokens that have become certain."""
+        if self.in_step is not None:
+            rows = torch.tensor([run.last_row for run in drafting], device=step.hidden_TD.device)
+            return ChainStart(features_BF=step.features_TF[rows])
+        return ChainStart() if self.shares_target_kv else ChainStart(hidden_BD=self._catch_up(step, drafting))
 
-    def _certain_tokens(
-        self, step: VerifiedStep, drafting: Sequence[VerifiedRun]
-    ) -> tuple[list[CertainTokens], list[CertainTokens]]:
-        """(Those of which only the KV is wanted, those to be computed: all, or as guesses begin with them.)"""
-        stored, computed = [], []
+    def _catch_up(self, step: VerifiedStep, drafting: Sequence[VerifiedRun]) -> Tensor | None:
+        """Compute tokens that have become certain. The hidden states of those from which guesses begin."""
         drafting_ids = {run.run.spec.request_id for run in drafting}
+        spans = []
         for run in step.runs:
-            if run.run.defers:
-                continue
-            is_drafting = run.run.spec.request_id in drafting_ids
-            begin = run.num_computed if self.keeps_target_kv else run.run.start - run.run.num_deferred
-            first = max(begin, self.network.first_slot)
-            end = run.num_computed + is_drafting
-            if self.store is None or (is_drafting and end - first <= _COMPUTED_WITH_THE_LAST):
-                begin = first
-            else:
-                begin = end - is_drafting
-            if first < begin:
-                stored.append(CertainTokens(run, first, begin))
-            if begin < end:
-                computed.append(CertainTokens(run, begin, end))
-        return stored, computed
+            first = max(run.run.start - run.run.num_deferred, self.network.first_slot)
+            end = run.num_computed + (run.run.spec.request_id in drafting_ids)
+            if first < end and not run.run.defers:
+                spans.append(CertainTokens(run, first, end))
+        if not spans:
+            return None
+        hidden = self.network.forward(_network_tokens(step, spans, None, self.network), step.kv)
+        ends = accumulate(span.end - span.first for span in spans)
+        roots = [end - 1 for end, span in zip(ends, spans, strict=True) if span.end > span.run.num_computed]
+        return hidden[torch.tensor(roots, dtype=torch.int64, device=hidden.device)]
 
-    @staticmethod
-    def _store(
-        store: StoreTokens, step: VerifiedStep, spans: Sequence[CertainTokens], features_NF: Tensor | None
-    ) -> None:
-        size, device = step.kv.layout.block_size_tokens, step.hidden_TD.device
-        pool_slots = [slot for span in spans for slot in span.run.slots(range(span.first, span.end), size)]
-        token_ids, slots = _ids_and_slots(spans, device)
-        store(token_ids, slots, features_NF, step.kv, torch.tensor(pool_slots, device=device))
+    def _compute_roots(self, step: VerifiedStep, drafting: Sequence[VerifiedRun], start: ChainStart) -> Tensor:
+        spans = [CertainTokens(run, run.num_computed, run.num_known) for run in drafting]
+        return self.network.forward(_network_tokens(step, spans, start.features_BF, self.network), step.kv)
 
 
 def _ids_and_slots(spans: Sequence[CertainTokens], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -208,11 +162,20 @@ def _network_tokens(
 
 
 @dataclass(frozen=True, slots=True)
+class ChainStart:
+    """From what the guesses for B requests begin: the hidden states of each request's last known token, or, without
+    them, that token itself."""
+
+    hidden_BD: Tensor | None = None
+    features_BF: Tensor | None = None  # beside the tokens, for networks that read them
+
+
+@dataclass(frozen=True, slots=True)
 class ChainGuesser:
     """Guesses chains for B requests: each token is what the target would choose if its logits were the network's.
 
-    All L guesses are one step for the replayer. Slots and noise are known before it begins, so that nothing of a guess
-    but its id is needed to go on.
+    All of it is one step for the replayer. Slots and noise are known before it begins, so that nothing of a guess but
+    its id is needed to go on.
     """
 
     network: DraftNetwork
@@ -223,38 +186,46 @@ class ChainGuesser:
     def of(cls, network: DraftNetwork, kernels: Kernels) -> ChainGuesser:
         return cls(network, kernels, kernels.new_replayer())
 
-    def guess(self, hidden_BD: Tensor, kv: KVTensors, runs: Sequence[VerifiedRun], length: int) -> list[DraftTree]:
-        """Chains of ``length``, from the hidden states of each request's last known token."""
-        device = hidden_BD.device
+    def guess(self, start: ChainStart, kv: KVTensors, runs: Sequence[VerifiedRun], length: int) -> list[DraftTree]:
+        """Chains of ``length`` after each request's last known token."""
+        device = kv.group(kv.layout.groups[0].name).device
+        has_hidden = start.hidden_BD is not None
         plan = plan_chains(
-            [run.num_known for run in runs],
-            length - 1,
+            [run.num_known - (not has_hidden) for run in runs],
+            length - has_hidden,
             [run.run.block_ids for run in runs],
             kv.layout.block_size_tokens,
             device,
             self.network.first_slot,
         )
         noise = shared_noise(runs, length, device)
+        last_B = None if has_hidden else torch.tensor([run.sampled[-1] for run in runs], device=device)
         tensors = plan.tensors
         of_noise = (noise.temperature, noise.seed, noise.choice, noise.position)
         (token_ids_BL,) = self.replayer.run(
-            partial(self._compute, hidden_BD, kv, plan, noise),
-            StepInputs((hidden_BD, *of_noise, *tensors.fixed), tensors.ragged),
+            partial(self._compute, start, last_B, kv, plan, noise),
+            StepInputs((*of_noise, start.hidden_BD, start.features_BF, last_B, *tensors.fixed), tensors.ragged),
             kv,
         )
         return [chain_of(token_ids) for token_ids in token_ids_BL.tolist()]
 
-    def _compute(self, hidden_BD: Tensor, kv: KVTensors, plan: ChainPlan, noise: SharedNoise) -> tuple[Tensor]:
-        network = self.network
+    def _compute(
+        self, start: ChainStart, last_B: Tensor | None, kv: KVTensors, plan: ChainPlan, noise: SharedNoise
+    ) -> tuple[Tensor]:
+        network, hidden_BD = self.network, start.hidden_BD
+        features, token_ids_B = start.features_BF, last_B
         guesses: list[Tensor] = []
-        for level, position_B in enumerate(noise.position.unbind()):
-            if level > 0:
-                features = network.guessed_features(hidden_BD)
-                tokens = Tokens(guesses[-1], plan.positions_LB[level - 1], features, plan.step(level - 1))
+        num_steps = 0
+        for position_B in noise.position.unbind():
+            if token_ids_B is not None:
+                tokens = Tokens(token_ids_B, plan.positions_LB[num_steps], features, plan.step(num_steps))
                 hidden_BD = network.forward(tokens, kv)
+                num_steps += 1
+            assert hidden_BD is not None
             of_level = SharedNoise(noise.temperature, noise.seed, noise.choice, position_B)
-            logits = network.compute_logits(hidden_BD)
-            guesses.append(self.kernels.guess_tokens(logits, of_level, network.target_ids_V))
+            token_ids_B = self.kernels.guess_tokens(network.compute_logits(hidden_BD), of_level, network.target_ids_V)
+            features = network.guessed_features(hidden_BD)
+            guesses.append(token_ids_B)
         return (reduce(self.kernels.join_columns, [guess_B[:, None] for guess_B in guesses]),)
 
 

@@ -10,18 +10,39 @@ import torch
 from torch import Tensor
 
 from eagleray.core.kv_layout import FeatureGroup, LayerGroup
+from eagleray.engine.execution.batch import StepBatch
+from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
+from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
 from eagleray.engine.speculation.ngram import look_up
 from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.tree import DraftTree, chain
+from eagleray.models.decoder import Companion
 from eagleray.models.draft_heads.medusa import MedusaHeads
+
+
+class WritesWithTarget(Protocol):
+    """Keeps a draft's KV up to date as a part of the target's own steps."""
+
+    @property
+    def group(self) -> str:
+        """Of that KV; it lies in the same slots as the target's of the same tokens."""
+        ...
+
+    def companion(self, runs: Sequence[ScheduledRun], batch: StepBatch, kv: KVTensors) -> Companion:
+        """Of one step."""
+        ...
+
+    def settle(self, step: VerifiedStep) -> None:
+        """Guesses have been verified: put right what depended on them."""
+        ...
 
 
 class Proposer(Protocol):
     """Guesses what comes after each step. Everything it needs besides the step lies in the request's blocks, so that it
-    goes on after a prefix hit, a swap, a hand-over or a fail-over as if nothing had happened; but for tokens that a run
-    defers: what comes of these goes into the blocks when a later run does not, before anybody else can find them."""
+    goes on after a prefix hit, a swap, a hand-over or a fail-over as if nothing had happened. What a run defers goes
+    into the blocks with a later run that does not, before anybody else can find them."""
 
     @property
     def groups(self) -> tuple[LayerGroup | FeatureGroup, ...]:
@@ -29,21 +50,17 @@ class Proposer(Protocol):
         ...
 
     @property
-    def capture_layers(self) -> tuple[int, ...]:
-        """Layers of the target whose inputs it wants to see."""
-        ...
-
-    @property
     def has_network(self) -> bool:
         """It takes slots of KV for the last known token and for the guesses that it follows up."""
         ...
 
-    def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
-        """Take note of what the step computed, and guess for its runs that may draft. By request id."""
+    @property
+    def in_step(self) -> WritesWithTarget | None:
+        """What it writes while the target computes; None: nothing."""
         ...
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        """What has been noted of these requests, and is not in their blocks, will never be needed."""
+    def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
+        """Write what the step computed, and guess for its runs that may draft. By request id."""
         ...
 
 
@@ -60,8 +77,8 @@ class NgramProposer:
     max_ngram: int
 
     groups: tuple[LayerGroup | FeatureGroup, ...] = ()
-    capture_layers: tuple[int, ...] = ()
     has_network: bool = False
+    in_step: None = None
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
         drafts = {}
@@ -73,9 +90,6 @@ class NgramProposer:
                 drafts[run.run.spec.request_id] = chain(found)
         return drafts
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        pass
-
 
 @dataclass(frozen=True, slots=True)
 class MedusaProposer:
@@ -86,20 +100,17 @@ class MedusaProposer:
     grow: GrowDrafts = grow_trees
 
     groups: tuple[LayerGroup | FeatureGroup, ...] = ()
-    capture_layers: tuple[int, ...] = ()
     has_network: bool = False
+    in_step: None = None
 
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
         runs = drafting_runs(step)
         if not runs or step.shape is None:
             return {}
-        last_rows = torch.tensor([run.rows[-1] for run in runs], device=step.hidden_TD.device)
+        last_rows = torch.tensor([run.last_row for run in runs], device=step.hidden_TD.device)
         guesser = _HeadGuesser(self.heads.forward(step.hidden_TD[last_rows]))
         trees = self.grow(guesser, step.shape, ChoiceNoise.of(runs, step.hidden_TD.device))
         return {run.run.spec.request_id: tree for run, tree in zip(runs, trees, strict=True)}
-
-    def forget(self, request_ids: Sequence[str]) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,17 @@ INLINE void convert_row(const void *row, const int element, void *out, const int
     }
 }
 
+INLINE void copy_row(const void *row, int element, void *out, int out_element, int64_t size) {
+    if (element == out_element)
+        memcpy(out, row, size * element_bytes(element));
+    else if (element == BFLOAT16)
+        convert_row(row, BFLOAT16, out, FLOAT32, size);
+    else if (element == FLOAT16)
+        convert_row(row, FLOAT16, out, out_element, size);
+    else
+        convert_row(row, FLOAT32, out, BFLOAT16, size);
+}
+
 /* out[n] = table[rows[n]], converted; table: [table_rows, size]. Returns 0, or -1 without having written anything if a
  * row is none of the table's.
  */
@@ -105,15 +116,30 @@ int gather_rows(const void *table, int element, int64_t table_rows, const int64_
     for (int64_t n = 0; n < num_rows; n++) {
         const void *row = element_at(table, rows[n] * size, element == FLOAT16 ? BFLOAT16 : element);
         void *to = (void *)element_at(out, n * size, out_element);
-        if (element == out_element)
-            memcpy(to, row, size * element_bytes(element));
-        else if (element == BFLOAT16)
-            convert_row(row, BFLOAT16, to, FLOAT32, size);
-        else if (element == FLOAT16)
-            convert_row(row, FLOAT16, to, out_element, size);
-        else
-            convert_row(row, FLOAT32, to, BFLOAT16, size);
+        copy_row(row, element, to, out_element, size);
     }
+    return 0;
+}
+
+/* For each of num_rows rows: previous[n] = rows[sources[n]], or where that is negative the pool's row ~sources[n].
+ * Then rows[n] goes to the pool's row keeps[n], unless that is negative. All rows have `size` elements of `element`; the
+ * pool's are of pool_element. Returns 0, or -1 without having written anything if there is no such row.
+ */
+int pass_features(const void *rows, const int64_t *sources, const int64_t *keeps, void *pool, int pool_element,
+                  int64_t pool_rows, void *previous, int64_t num_rows, int64_t size, int element) {
+    for (int64_t n = 0; n < num_rows; n++)
+        if (sources[n] >= num_rows || sources[n] < -pool_rows || keeps[n] >= pool_rows) return -1;
+    for (int64_t n = 0; n < num_rows; n++) {
+        void *to = (void *)element_at(previous, n * size, element);
+        if (sources[n] >= 0)
+            memcpy(to, element_at(rows, sources[n] * size, element), size * element_bytes(element));
+        else
+            copy_row(element_at(pool, ~sources[n] * size, pool_element), pool_element, to, element, size);
+    }
+    for (int64_t n = 0; n < num_rows; n++)
+        if (keeps[n] >= 0)
+            copy_row(element_at(rows, n * size, element), element,
+                     (void *)element_at(pool, keeps[n] * size, pool_element), pool_element, size);
     return 0;
 }
 

@@ -32,6 +32,7 @@ _ARGUMENTS: Final = {
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT),
     "join_columns": (_ADDRESS, _LONG, _ADDRESS, _LONG, _ADDRESS, _LONG),
     "gather_rows": (_ADDRESS, _INT, _LONG, _ADDRESS, _ADDRESS, _INT, _LONG, _LONG),
+    "pass_features": (*[_ADDRESS] * 4, _INT, _LONG, _ADDRESS, _LONG, _LONG, _INT),
     "rotary_angles": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _LONG, _LONG, _INT),
     "rotate_and_store": (*[_ADDRESS] * 3, _FLOAT, *[_ADDRESS] * 4, *[_LONG] * 7, *[_INT] * 3),
     "paged_attention": (
@@ -50,6 +51,7 @@ _RESULTS: Final = {
     "panel_columns": _LONG,
     "panel_linear": _INT,
     "gather_rows": _INT,
+    "pass_features": _INT,
     "rotate_and_store": _INT,
     "paged_attention": _INT,
     "sample_rows": _INT,
@@ -113,6 +115,7 @@ class NativeLibrary:
     silu_and_multiply: Callable[..., None]
     join_columns: Callable[..., None]
     gather_rows: Callable[..., int]
+    pass_features: Callable[..., int]
     rotary_angles: Callable[..., None]
     rotate_and_store: Callable[..., int]
     paged_attention: Callable[..., int]

@@ -23,6 +23,9 @@ void join_columns(const char *left, int64_t left_bytes, const char *right, int64
 int gather_rows(const void *table, int element, int64_t table_rows, const int64_t *rows, void *out, int out_element,
                 int64_t num_rows, int64_t size);
 
+int pass_features(const void *rows, const int64_t *sources, const int64_t *keeps, void *pool, int pool_element,
+                  int64_t pool_rows, void *previous, int64_t num_rows, int64_t size, int element);
+
 void rotary_angles(const int64_t *positions, int64_t shift, const float *frequencies, float magnitude, void *cos,
                    void *sin, int64_t num_tokens, int64_t half, int element);
 

@@ -56,6 +56,11 @@ int replay_gather_rows(const union argument *a) {
                        a[6].integer, a[7].integer);
 }
 
+int replay_pass_features(const union argument *a) {
+    return pass_features(a[0].address, a[1].address, a[2].address, a[3].address, (int)a[4].integer, a[5].integer,
+                         a[6].address, a[7].integer, a[8].integer, (int)a[9].integer);
+}
+
 int replay_rotary_angles(const union argument *a) {
     rotary_angles(a[0].address, a[1].integer, a[2].address, (float)a[3].real, a[4].address, a[5].address, a[6].integer,
                   a[7].integer, (int)a[8].integer);

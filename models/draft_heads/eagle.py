@@ -230,28 +230,22 @@ class EagleHead:
         )
         return hidden
 
-    @property
-    def has_one_layer(self) -> bool:
-        """So ``store_keys_and_values`` writes all of a token's KV."""
-        return not self.further_layers
-
-    def store_keys_and_values(
+    def write(
         self,
         token_ids_T: torch.Tensor,
         features: torch.Tensor,
         positions_T: torch.Tensor,
         kv: torch.Tensor,
-        slots_T: torch.Tensor,
+        plan: AttentionPlan,
     ) -> None:
-        """Write the KV that ``forward`` would write, bit for bit, of tokens whose hidden states nobody needs: for heads
-        of one layer.
-
-        Args:
-            slots_T: int64 [T] of the pool, block * block_size + offset. Other arguments as in ``forward``, but that
-                positions begin with 1.
-        """
+        """Write the KV that ``forward`` would write, bit for bit, of tokens whose hidden states nobody needs; arguments
+        as there. Of a head of one layer nothing else is computed, and nothing of the plan is read but the slots."""
+        if self.further_layers:
+            self._compute_layers(token_ids_T, features, positions_T, kv, plan)
+            return
         angles = self._rope.angles(positions_T, self._dtype, shift=-1)
-        self.first_layer.store_keys_and_values(self._embed(token_ids_T), features, *angles, kv[:, 0], slots_T)
+        embedded = self._embed(token_ids_T)
+        self.first_layer.store_keys_and_values(embedded, features, *angles, kv.unbind(1)[0], plan.slots_T)
 
     def _compute_layers(
         self,

@@ -112,9 +112,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     save_smaller_model(root / "smaller", tensors)
     save_agreeing_eagle(root / "eagle", target)
     save_random_draft(root / "eagle3", "eagle3", load_model_config(target), seed=2)
+    save_random_draft(root / "two_layers", "eagle", load_model_config(target), seed=2, num_hidden_layers=2)
     methods: dict[str, dict[str, Any]] = {
         "eagle": {"method": "eagle", "model": str(root / "eagle"), **TREE},
         "eagle3": {"method": "eagle3", "model": str(root / "eagle3"), **TREE},
+        "eagle of two layers": {"method": "eagle", "model": str(root / "two_layers"), **TREE},
         "draft_model": {"method": "draft_model", "model": str(root / "smaller"), "num_speculative_tokens": MAX_DEPTH},
         "early_exit": {"method": "early_exit", "early_exit_layers": 2, "num_speculative_tokens": MAX_DEPTH},
     }
@@ -212,13 +214,11 @@ def running_engine(
 
 
 class SeldomDrafts:
-    """Implements ``DraftPolicy``: guesses in two steps of eleven; between them the draft's KV waits."""
-
-    has_network = True
+    """Implements ``DraftPolicy``: guesses in two steps of eleven; between them a draft model's KV waits."""
 
     def __init__(self, always: DraftPolicy) -> None:
         self.slots_needed, self.note_acceptance = always.slots_needed, always.note_acceptance
-        self.note_times = always.note_times
+        self.note_times, self.may_defer = always.note_times, always.may_defer
         self._always = always
         self._num_steps = 0
 
@@ -453,7 +453,7 @@ def oracles(checkpoints: Checkpoints) -> Mapping[str, Oracle]:
     return {name: make_oracle(checkpoints, method) for name, method in checkpoints.speculation.items()}
 
 
-# Draft heads in every way; what has no features to carry in the ways that move or lose KV.
+# Usual draft heads in every way; others in the ways that move or lose KV.
 MOVING = (
     "guessed for now and then",
     "prefix hit",
@@ -464,7 +464,7 @@ MOVING = (
 )
 CASES = [
     *((method, way) for method in ("eagle", "eagle3") for way in WAYS),
-    *((method, way) for method in ("draft_model", "early_exit") for way in MOVING),
+    *((method, way) for method in ("eagle of two layers", "draft_model", "early_exit") for way in MOVING),
 ]
 
 
@@ -482,6 +482,22 @@ def test_guesses_and_what_comes_true_depend_on_the_tokens_alone(
         for draft, num_accepted in steps:
             assert draft == oracle.guesses[index, num_known].first(len(draft))  # a full step verifies only the first
             assert num_accepted == oracle.num_accepted(index, num_known, draft), (index, num_known)
+
+
+@pytest.mark.parametrize("way", ["split over tcp", "prefix hit", "split, prefix hit", "decode worker dies"])
+def test_accepted_length_differs_by_less_than_one_percent_from_aggregated_serving(
+    checkpoints: Checkpoints, way: str
+) -> None:
+    """In the mean and at each position, over the places where both had guesses to verify."""
+    method = checkpoints.speculation["eagle"]
+    alone, served = serve_offline(checkpoints, method).records, WAYS[way](checkpoints, method).records
+    shared = alone.accepted.keys() & served.accepted.keys()
+    assert len(shared) > 50
+    ours, theirs = ([records.accepted[key][0][1] for key in sorted(shared)] for records in (served, alone))
+    assert fmean(ours) == pytest.approx(fmean(theirs), rel=0.01)
+    for depth in range(MAX_DEPTH):
+        expected = fmean(count > depth for count in theirs)
+        assert fmean(count > depth for count in ours) == pytest.approx(expected, rel=0.01)
 
 
 def test_guesses_of_drafts_made_to_agree_come_true(checkpoints: Checkpoints) -> None:

@@ -9,6 +9,8 @@ from eagleray.kernels.activation import native as native_activation
 from eagleray.kernels.activation import reference as torch_activation
 from eagleray.kernels.embedding import native as native_embedding
 from eagleray.kernels.embedding import reference as torch_embedding
+from eagleray.kernels.features import native as native_features
+from eagleray.kernels.features import reference as torch_features
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.norm_rope import native, reference
 from eagleray.kernels.norm_rope.head_norms import HeadNorms
@@ -84,6 +86,33 @@ def test_gathered_rows_equal_the_reference(
 def test_a_row_that_a_table_lacks_is_an_error(library: NativeLibrary, outside: int) -> None:
     with pytest.raises(IndexError, match="within the 9 rows"):
         native_embedding.gather_rows(library, random(9, 4), torch.tensor([1, outside]), torch.float32)
+
+
+@pytest.mark.parametrize("pool_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_are_passed_as_by_the_reference(
+    library: NativeLibrary, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    """Two runs, the second with guesses; both begin with a feature of the pool that the step then replaces."""
+    features, pool = random(6, 20, dtype=dtype), random(9, 20, dtype=pool_dtype)
+    sources, keeps = torch.tensor([~4, 0, 1, ~7, 3, 3]), torch.tensor([4, -1, 2, 7, -1, -1])
+    found_pool, expected_pool = pool.clone(), pool.clone()
+    found = native_features.pass_features(library, features, sources, keeps, found_pool)
+    assert torch.equal(found, torch_features.pass_features(features, sources, keeps, expected_pool))
+    assert torch.equal(found_pool, expected_pool)
+    assert torch.equal(found[0], pool[4].to(dtype)) and torch.equal(found[4], features[3])
+    assert not torch.equal(found_pool[7], pool[7])
+
+
+@pytest.mark.parametrize(("source", "keep"), [(2, 0), (~9, 0), (0, 9)])
+def test_features_that_are_not_there_are_an_error_and_nothing_is_written(
+    library: NativeLibrary, source: int, keep: int
+) -> None:
+    pool = random(9, 4)
+    before = pool.clone()
+    with pytest.raises(IndexError, match="2 features or the 9 rows"):
+        native_features.pass_features(library, random(2, 4), torch.tensor([0, source]), torch.tensor([1, keep]), pool)
+    assert torch.equal(pool, before)
 
 
 @pytest.mark.parametrize("half", [1, 10, 64])

@@ -15,7 +15,7 @@ from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun
 from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.engine.speculation.decoders import DecoderNetwork
-from eagleray.engine.speculation.network import ChainGuesser
+from eagleray.engine.speculation.network import ChainGuesser, ChainStart
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.paged_attention.api import plan_attention
 from eagleray.kernels.sampling.batch import RandomRows, SamplingBatch
@@ -74,6 +74,12 @@ def compute(
     return decoder.forward(torch.tensor(token_ids), positions, kv.group("target"), plan)[-1:]
 
 
+def forget_last_tokens(kv: KVTensors, runs: Sequence[VerifiedRun]) -> None:
+    for run in runs:
+        block, offset = divmod(run.num_known - 1, BLOCK_SIZE)
+        kv.group("target")[run.run.block_ids[block], :, :, :, offset] = float("nan")
+
+
 def token_after(decoder: Decoder, kernels: Kernels, hidden: torch.Tensor, spec: RequestSpec, position: int) -> int:
     """As the target chooses it."""
     numbers = [torch.tensor([number]) for number in (spec.sampling.seed or 0, spec.choice, position)]
@@ -82,8 +88,11 @@ def token_after(decoder: Decoder, kernels: Kernels, hidden: torch.Tensor, spec: 
     return int(kernels.sample_tokens(decoder.compute_logits(hidden), batch))
 
 
+@pytest.mark.parametrize("begins_with", ["hidden states", "tokens"])
 @pytest.mark.parametrize("length", [1, LENGTH])
-def test_a_chain_is_what_the_network_itself_would_answer(decoder: Decoder, kernels: Kernels, length: int) -> None:
+def test_a_chain_is_what_the_network_itself_would_answer(
+    decoder: Decoder, kernels: Kernels, length: int, begins_with: str
+) -> None:
     kv = KVTensors(KVLayout(BLOCK_SIZE, (decoder.layer_group("float32"),)), NUM_BLOCKS)
     guesser = ChainGuesser.of(DecoderNetwork(decoder, "target"), kernels)
     for round_number in range(4):  # from the third on, the step is replayed
@@ -91,7 +100,10 @@ def test_a_chain_is_what_the_network_itself_would_answer(decoder: Decoder, kerne
         hidden_BD = torch.cat(
             [compute(decoder, kv, run.token_ids(0, run.num_known), 0, run.run.block_ids) for run in runs]
         )
-        chains = guesser.guess(hidden_BD, kv, runs, length)
+        if begins_with == "tokens":
+            forget_last_tokens(kv, runs)
+        start = ChainStart(hidden_BD if begins_with == "hidden states" else None)
+        chains = guesser.guess(start, kv, runs, length)
         for run, chain, hidden in zip(runs, chains, hidden_BD.split(1), strict=True):
             assert chain.is_chain and len(chain) == length
             for position, guess in enumerate(chain.token_ids, start=run.num_known):
@@ -103,5 +115,5 @@ def test_guesses_with_chance_in_them_are_not_the_best_ones(decoder: Decoder, ker
     """A check on the test above: noise does change what is guessed."""
     kv = KVTensors(KVLayout(BLOCK_SIZE, (decoder.layer_group("float32"),)), NUM_BLOCKS)
     guesser = ChainGuesser.of(DecoderNetwork(decoder, "target"), kernels)
-    chains = guesser.guess(torch.ones(3, 32), kv, verified_runs(0), 1)
+    chains = guesser.guess(ChainStart(torch.ones(3, 32)), kv, verified_runs(0), 1)
     assert len({chain.token_ids for chain in chains}) > 1

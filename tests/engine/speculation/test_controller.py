@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,8 @@ class World:
         self.num_requests, self.acceptance, self.upkeep_s = num_requests, acceptance, upkeep_s
         self.verify_s, self.draft_token_s = verify_s, draft_token_s
         self.random = random.Random(0)
+        self.slowness_of_new_shapes = 1.0
+        self.times_drafted: Counter[DraftShape | None] = Counter()
         self.pending: DraftShape | None = None
         self.spent_s = 0.0
         self.num_tokens = 0
@@ -38,6 +41,9 @@ class World:
         noise = self.random.uniform(0.95, 1.05)
         verify_s = self.verify_s(num_rows) * noise
         draft_s = (self.upkeep_s + self.draft_token_s * (shape.depth if shape else 0)) * noise
+        self.times_drafted[shape] += 1
+        if self.times_drafted[shape] <= 2:
+            draft_s *= self.slowness_of_new_shapes
         if verified is not None:
             policy.note_acceptance(verified, gained)
         caught_up = self.num_requests if self.upkeep_s and shape is None else 0
@@ -131,6 +137,16 @@ def test_it_turns_off_when_rows_cost_time_and_on_again_when_they_do_not() -> Non
     world.verify_s = memory_bound
     share_of_guessing()
     assert share_of_guessing() > 0.9
+
+
+def test_first_times_that_are_slow_do_not_speak_against_guessing() -> None:
+    """Guesses of a new shape are recorded: that takes many times as long as guessing does ever after."""
+    world = World(1, 0.8, memory_bound, draft_token_s=0.5e-3)
+    world.slowness_of_new_shapes = 50.0
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    for _ in range(300):
+        world.step(policy)
+    assert [world.step(policy) for _ in range(100)].count(None) < 10
 
 
 def test_nothing_is_guessed_for_nobody() -> None:
