@@ -17,7 +17,7 @@ def pass_features(
 ) -> torch.Tensor:
     """See ``api.pass_features``, in float32 or bfloat16."""
     num_rows, size = features.shape
-    require(features, (num_rows, size), features.dtype, "features")
+    features = features.contiguous()  # rows of a large step lie apart
     require(sources_T, (num_rows,), torch.int64, "sources_T")
     require(keeps_T, (num_rows,), torch.int64, "keeps_T")
     require(pool, (len(pool), size), pool.dtype, "pool")

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from eagleray.kernels.native.arguments import require
+from eagleray.kernels.native.arguments import require, rows_of
 from eagleray.kernels.native.library import NativeLibrary, address
 from eagleray.kernels.sampling import reference
 from eagleray.kernels.sampling.batch import MinP, RandomRows, SamplingBatch, SharedNoise, TopKTopP
@@ -61,7 +61,9 @@ def sample_random(library: NativeLibrary, logits: Tensor, random: RandomRows) ->
 def guess_tokens(library: NativeLibrary, logits: Tensor, noise: SharedNoise, token_ids: Tensor | None) -> Tensor:
     """See ``api.guess_tokens``."""
     num_rows, vocab_size = logits.shape
-    require(logits, (num_rows, vocab_size), torch.float32, "logits")
+    if logits.dtype is not torch.float32:
+        raise ValueError(f"logits are {logits.dtype}; they must be float32")
+    logits = rows_of(logits)
     require(noise.temperature, (num_rows,), torch.float32, "temperature")
     for name, values in {"seed": noise.seed, "choice": noise.choice, "position": noise.position}.items():
         require(values, (num_rows,), torch.int64, name)
