@@ -1,5 +1,4 @@
-"""Rows of large steps lie apart in memory: operations between linear layers take and give them, and get the same bits as
-from rows side by side."""
+"""Rows of large steps lie apart: operations between linear layers take and give them, with the same bits."""
 
 from __future__ import annotations
 
