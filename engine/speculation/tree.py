@@ -107,10 +107,11 @@ class DraftShape:
 
     @property
     def num_expanded(self) -> int:
-        """Nodes that a drafting network computes, at most: each takes a slot of its KV."""
+        """Nodes that a drafting network computes in one pass, at most: each takes a slot of its KV. Where a level and
+        its ancestors are more than a mask has bits for, it is computed in several passes over the same slots."""
         if self.paths:
             return len({path[:-1] for path in self.paths if len(path) > 1})
-        return (self.depth - 1) * self.branching
+        return min((self.depth - 1) * self.branching, MAX_NODES)
 
 
 def fixed_tree(paths: Sequence[Sequence[int]]) -> DraftShape:
