@@ -119,13 +119,13 @@ class Engine:
         self._draft_policy = draft_policy or NoDrafts()
         self._guesses = not isinstance(self._draft_policy, NoDrafts)
         self._guessed: DraftShape | None = None  # by the last step
-        self._scheduler = Scheduler(config, self._kv, self._draft_policy)
+        # A request that fits alone can always finish: whatever else there is gives way to it.
+        self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
+        self._scheduler = Scheduler(config, self._kv, self._draft_policy, self.max_model_tokens)
         self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
         self._unscheduled: dict[str, RequestOutputs] = {}  # of them, those that have had no run yet
         self._under_way: _StepUnderWay | None = None
         self._ended: _EndedStep | None = None  # not reported yet
-        # A request that fits alone can always finish: whatever else there is gives way to it.
-        self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
 
     # ---- requests
 

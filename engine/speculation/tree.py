@@ -72,6 +72,10 @@ class DraftTree:
             return self
         return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes], self.proposals[:num_nodes])
 
+    def no_deeper(self, depth: int) -> DraftTree:
+        """The tree of the nodes before the first one that is deeper than ``depth``."""
+        return self.first(next((node for node, of_node in enumerate(self.depths) if of_node > depth), len(self)))
+
 
 def chain(token_ids: Sequence[int], proposals: Sequence[Proposal] = ()) -> DraftTree:
     """One guess after the other."""

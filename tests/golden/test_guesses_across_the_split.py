@@ -222,9 +222,9 @@ class SeldomDrafts:
         self._always = always
         self._num_steps = 0
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         self._num_steps += 1
-        return self._always.choose(num_decoding) if self._num_steps % 11 < 2 else None
+        return self._always.choose(num_decoding, max_rows) if self._num_steps % 11 < 2 else None
 
 
 def new_text(spec: RequestSpec) -> OutputText:
@@ -438,12 +438,13 @@ def make_oracle(checkpoints: Checkpoints, speculation: Mapping[str, Any]) -> Ora
             request_id=f"{spec.request_id}.{count}",
             token_ids=spec.token_ids + tuple(tokens[spec.request_id][:count]),
             num_prompt_tokens=spec.num_prompt_tokens,
-            sampling=msgspec.structs.replace(spec.sampling, max_tokens=count + 1),
+            sampling=msgspec.structs.replace(spec.sampling, max_tokens=count + 3),  # fewer need no guess
         )
         for spec in specs()
         for count in range(NUM_NEW_TOKENS)
     ]
-    with running_engine(checkpoints, speculation, records, enable_prefix_caching=False) as engine:
+    room = {"enable_prefix_caching": False, "num_blocks": 8192}  # nobody goes without guesses for want of blocks
+    with running_engine(checkpoints, speculation, records, **room) as engine:
         tokens_of(engine, beginnings)
     return Oracle(tokens, {key: guess for key, [guess] in records.guesses.items()})
 
