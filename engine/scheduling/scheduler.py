@@ -96,7 +96,11 @@ class Scheduler:
         """KV of a reserved request is in up to ``num_computed_tokens``, and ``token_ids`` were sampled elsewhere.
         What is missing, after a broken transfer all of it, is computed here like anything else."""
         request.token_ids.extend(token_ids)
-        computed = max(request.num_computed_tokens, min(num_computed_tokens, request.num_tokens - 1))
+        last = request.num_tokens - 1  # is computed here in any case
+        if num_computed_tokens > last:
+            # The block that it lies in was written further than that, and a draft's feature in it is of a later token.
+            num_computed_tokens = last // self._kv.block_size_tokens * self._kv.block_size_tokens
+        computed = max(request.num_computed_tokens, num_computed_tokens)
         self._kv.note_computed(request, computed)
         request.move(RequestState.PREFILLING)
         insort(self._running, request, key=self._order)
