@@ -116,6 +116,13 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
+    def most_tokens(self, max_model_tokens: int) -> int:
+        """Known tokens, prompt included, with which it ends whatever they are."""
+        max_tokens = self.spec.sampling.max_tokens
+        if max_tokens is None:
+            return max_model_tokens
+        return min(self.spec.num_prompt_tokens + max_tokens, max_model_tokens)
+
     def move(self, state: RequestState) -> None:
         """Take one legal edge of the state table, or raise ``IllegalTransition``."""
         if state not in TRANSITIONS[self.state]:

@@ -119,13 +119,14 @@ class Engine:
         self._draft_policy = draft_policy or NoDrafts()
         self._guesses = not isinstance(self._draft_policy, NoDrafts)
         self._guessed: DraftShape | None = None  # by the last step
-        self._scheduler = Scheduler(config, self._kv, self._draft_policy)
+        self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
+        # A request that fits alone can always finish: whatever else there is gives way to it.
+        self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
+        self._scheduler = Scheduler(config, self._kv, self._draft_policy, self.max_model_tokens)
         self._outputs: dict[str, RequestOutputs] = {}  # until the last output of a request has been reported
         self._unscheduled: dict[str, RequestOutputs] = {}  # of them, those that have had no run yet
         self._under_way: _StepUnderWay | None = None
         self._ended: _EndedStep | None = None  # not reported yet
-        # A request that fits alone can always finish: whatever else there is gives way to it.
-        self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
 
     # ---- requests
 
@@ -223,9 +224,21 @@ class Engine:
 
     def _note_guesses(self, step: _EndedStep) -> None:
         """Tell who decides how much to guess what came of it."""
-        gained = [len(run.new.sampled) for run in step.runs if run.new is not None and run.run.num_tokens == 1]
+        # Not those that had no guesses, or were cut short, for want of room or because they have just come here: that
+        # does not tell how often guesses come true. Where none was found, none did.
+        gained = [
+            len(run.new.sampled)
+            for run in step.runs
+            if run.new is not None and self._drafted.get(run.request.request_id) == len(run.run.draft or ())
+        ]
         if self._guessed is not None and gained:
             self._draft_policy.note_acceptance(self._guessed, gained)
+        drafts = step.result.drafts
+        self._drafted = {
+            run.run.spec.request_id: len(drafts.get(run.run.spec.request_id, ()))
+            for run in step.runs
+            if run.run.may_draft
+        }
         guessed, self._guessed = self._guessed, step.plan.shape
         if step.plan.runs and step.plan.is_decode_only:
             num_rows = sum(run.num_rows for run in step.plan.runs)

@@ -70,8 +70,7 @@ class RequestOutputs:
         self._stop_reasons: dict[int, int | None] = {id_: id_ for id_ in sampling.stop_token_ids}
         self._stop_reasons.update(dict.fromkeys(eos_ids))
         self._stops_from_tokens = spec.num_prompt_tokens + sampling.min_tokens
-        max_tokens = max_model_tokens if sampling.max_tokens is None else spec.num_prompt_tokens + sampling.max_tokens
-        self._max_tokens = min(max_tokens, max_model_tokens)
+        self._max_tokens = request.most_tokens(max_model_tokens)
         self._accepted_s = clock.now_s()
         self._first_scheduled_s: float | None = None
         self._transfer_s = 0.0

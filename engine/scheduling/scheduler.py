@@ -20,6 +20,7 @@ from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
 from eagleray.engine.scheduling.policy import ORDERS
+from eagleray.engine.scheduling.shares import even_shares
 from eagleray.engine.speculation.controller import DraftPolicy
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
@@ -34,8 +35,11 @@ _MAX_DEFERRED_TOKENS_EACH: Final = 32
 class Scheduler:
     """Owns the requests of one engine and decides each step. Pure of time, text and tensors."""
 
-    def __init__(self, config: EngineConfig, kv: KVManager, draft_policy: DraftPolicy) -> None:
+    def __init__(
+        self, config: EngineConfig, kv: KVManager, draft_policy: DraftPolicy, max_model_tokens: int | None = None
+    ) -> None:
         self._config = config
+        self._max_model_tokens = max_model_tokens or kv.pool.num_blocks * kv.block_size_tokens
         self._kv = kv
         self._draft_policy = draft_policy
         self._drafts: dict[str, DraftTree] = {}  # guesses to verify in a request's next run
@@ -92,7 +96,11 @@ class Scheduler:
         """KV of a reserved request is in up to ``num_computed_tokens``, and ``token_ids`` were sampled elsewhere.
         What is missing, after a broken transfer all of it, is computed here like anything else."""
         request.token_ids.extend(token_ids)
-        computed = max(request.num_computed_tokens, min(num_computed_tokens, request.num_tokens - 1))
+        last = request.num_tokens - 1  # is computed here in any case
+        if num_computed_tokens > last:
+            # The block that it lies in was written further than that, and a draft's feature in it is of a later token.
+            num_computed_tokens = last // self._kv.block_size_tokens * self._kv.block_size_tokens
+        computed = max(request.num_computed_tokens, num_computed_tokens)
         self._kv.note_computed(request, computed)
         request.move(RequestState.PREFILLING)
         insort(self._running, request, key=self._order)
@@ -120,7 +128,9 @@ class Scheduler:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
-        shape = self._draft_policy.choose(len(lacking_one))
+        rows_for_guesses = self._rows_for_guesses(lacking_one, lacking_many)
+        shape = self._draft_policy.choose(len(lacking_one), len(lacking_one) + rows_for_guesses)
+        self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
         swap_in: list[BlockCopy] = []
@@ -148,8 +158,8 @@ class Scheduler:
         self._kv.note_computed(request, num_computed, request.num_complete_tokens if run.defers else num_computed)
         if request.state is RequestState.PREFILLING and run.samples:
             request.move(RequestState.DECODING)
-        if draft is not None:
-            self._drafts[request.request_id] = draft
+        if draft is not None:  # the last token it may still get needs no guess
+            self._drafts[request.request_id] = draft.no_deeper(self._num_left(request) - 1)
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every block is accounted for."""
@@ -166,6 +176,25 @@ class Scheduler:
         for request in self._running:
             (many if request.num_uncomputed_tokens > 1 else one).append(request)
         return one, many
+
+    def _rows_for_guesses(self, lacking_one: list[Request], lacking_many: list[Request]) -> int:
+        """What known tokens leave of the budget: first one of each request that lacks no more, then prompts, begun and
+        waiting. Those may take half of the rest at most, as guesses may: neither keeps the other waiting for ever."""
+        left = max(0, self._config.max_num_batched_tokens - len(lacking_one))
+        seats = max(0, self._config.max_num_seqs - len(self._running)) if not self._swapped else 0
+        prompt_tokens = sum(request.num_uncomputed_tokens for request in (*lacking_many, *self._waiting[:seats]))
+        return left - min(prompt_tokens, -(-left // 2))
+
+    def _share_out(self, requests: list[Request], num_rows: int) -> None:
+        """Cut the guesses to be verified to ``num_rows``."""
+        guessed = [request.request_id for request in requests if request.request_id in self._drafts]
+        shares = even_shares([len(self._drafts[request_id]) for request_id in guessed], num_rows)
+        for request_id, share in zip(guessed, shares, strict=True):
+            self._drafts[request_id] = self._drafts[request_id].first(share)
+
+    def _num_left(self, request: Request) -> int:
+        """Tokens that it may still get."""
+        return request.most_tokens(self._max_model_tokens) - request.num_tokens
 
     def _schedule_running(
         self, requests: list[Request], shape: DraftShape | None
@@ -188,22 +217,22 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                run = self._run(request, num_tokens, budget, shape)
+                run = self._run(request, num_tokens, shape)
                 runs.append(run)
                 budget -= run.num_rows
         return runs, swap_out, preempted
 
-    def _run(self, request: Request, num_tokens: int, budget: int, shape: DraftShape | None) -> ScheduledRun:
-        """A run of ``num_tokens``, for which there are blocks. Guesses come on top if budget and blocks allow."""
+    def _run(self, request: Request, num_tokens: int, shape: DraftShape | None) -> ScheduledRun:
+        """A run of ``num_tokens``, for which there are blocks. Guesses come on top if blocks allow."""
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
         draft = self._drafts.pop(request.request_id, None) if samples else None
         if draft is not None:
-            draft = draft.first(budget - num_tokens)
             draft = draft if len(draft) and self._grow_for_guesses(request, end + len(draft)) else None
         num_rows = num_tokens + (len(draft) if draft is not None else 0)
-        may_draft = shape is not None and samples and request.output_limit is None
+        # Of two tokens left this run brings one, and the other needs no guess.
+        may_draft = shape is not None and samples and request.output_limit is None and self._num_left(request) > 2
         if shape is not None and may_draft:
             may_draft = self._grow_for_guesses(request, start + num_rows + self._draft_policy.slots_needed(shape))
         return ScheduledRun(
@@ -286,7 +315,7 @@ class Scheduler:
             self._kv.grow(request, request.num_tokens)
             request.move(RequestState.PREFILLING)
             insort(self._running, request, key=self._order)
-            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget), budget, shape))
+            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget), shape))
             budget -= runs[-1].num_rows
 
     def _blocks_to_keep_free(self) -> int:

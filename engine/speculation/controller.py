@@ -14,6 +14,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
@@ -56,8 +57,9 @@ class DraftPolicy(Protocol):
         """While nothing is guessed the KV of who guesses need not keep up with the text."""
         ...
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
-        """The shape of the guesses for ``num_decoding`` requests, or None: do not guess."""
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
+        """The shape of the guesses for ``num_decoding`` requests, or None: do not guess. A step has room for
+        ``max_rows`` of their known tokens and guesses; guesses beyond that are not verified."""
         ...
 
     def slots_needed(self, shape: DraftShape) -> int:
@@ -78,7 +80,7 @@ class NoDrafts:
 
     may_defer = False
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return None
 
     def slots_needed(self, shape: DraftShape) -> int:
@@ -99,7 +101,7 @@ class FixedDrafts:
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return self.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
@@ -134,12 +136,13 @@ class AdaptiveDrafts:
         self._is_trial = False
         self._num_decoding = 0  # when it was chosen
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0:
             return None
         self._num_steps += 1
-        if self._steps_left == 0 or (num_decoding != self._num_decoding and not self._is_trial):
-            self._decide(num_decoding)
+        has_changed = num_decoding != self._num_decoding and not self._is_trial
+        if self._steps_left == 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
+            self._decide(num_decoding, max_rows)
         self._steps_left -= 1
         if self._is_trial:
             self._last_trial = self._num_steps
@@ -174,8 +177,11 @@ class AdaptiveDrafts:
         self._num_seen[kind] += 1
         return min(seconds, _OUTLIER * expected_s) if self._num_seen[kind] <= _UNUSUAL_TIMES else seconds
 
-    def _decide(self, num_decoding: int) -> None:
-        costs = [self._s_per_token(option, num_decoding) for option in self._choices]
+    def _decide(self, num_decoding: int, max_rows: int) -> None:
+        costs = [
+            self._s_per_token(option, num_decoding) if _fits(option, num_decoding, max_rows) else inf
+            for option in self._choices
+        ]
         best = min(costs)
         chosen = self._choices[costs.index(best)] if _GAIN_TO_GUESS * best < costs[0] else self._none
         trial = self._due_for_trial(costs, chosen)
@@ -210,6 +216,10 @@ class AdaptiveDrafts:
         """Of guessing once."""
         level_s = self._level_s.at(num_requests, _COST_OF_LEVEL * self._verify_s.at(num_requests, 1.0))
         return option.draft_s.at(num_requests, shape.depth * level_s)
+
+
+def _fits(option: _Option, num_decoding: int, max_rows: int) -> bool:
+    return option.shape is None or num_decoding * (1 + option.shape.max_nodes) <= max_rows
 
 
 def _kind(shape: DraftShape) -> tuple[int, int, tuple[tuple[int, ...], ...]]:

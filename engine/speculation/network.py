@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -24,7 +24,7 @@ from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
 from eagleray.engine.speculation.noise import ChoiceNoise, shared_noise
 from eagleray.engine.speculation.proposer import WritesWithTarget, drafting_runs
-from eagleray.engine.speculation.tree import DraftTree
+from eagleray.engine.speculation.tree import MAX_NODES, DraftTree
 from eagleray.engine.speculation.tree import chain as chain_of
 from eagleray.kernels.paged_attention.api import AttentionPlan, ChainPlan, plan_attention, plan_chains, tree_run
 from eagleray.kernels.replay.api import Replayer, StepInputs
@@ -233,8 +233,9 @@ class ChainGuesser:
 class NetworkGuesser:
     """Implements ``Guesser`` for B requests: guesses so far lie in the slots after each request's last known token.
 
-    All nodes are computed again at each level, which costs little: the network's weights are what takes the time, and
-    they are read once.
+    The newest nodes' ancestors are computed again at each level, which costs little: the network's weights are what
+    takes the time, and they are read once. Only where more ancestors come together than a run's mask has bits for are
+    they read once for each part of the level.
     """
 
     network: DraftNetwork
@@ -264,8 +265,8 @@ class NetworkGuesser:
     def expand(self, level: Level) -> Tensor:
         num_new = level.token_ids_BF.shape[1]
         self._append(level)
-        hidden = self.network.forward(self._all(), self.kv)
-        self._hidden_BFD = hidden.view(len(self.runs), -1, hidden.shape[-1])[:, -num_new:]
+        end = self._level_starts[-1]
+        self._hidden_BFD = self._compute(range(end - num_new, end))
         return self.network.compute_logits(self._hidden_BFD)
 
     def _append(self, level: Level) -> None:
@@ -281,18 +282,30 @@ class NetworkGuesser:
             index_BF = level.parents_BF if level.depth > 1 else torch.zeros_like(level.parents_BF)
             self._features_BEF.append(guessed.gather(1, index_BF[..., None].expand(-1, -1, guessed.shape[-1])))
 
-    def _all(self) -> Tokens:
-        """All nodes of each tree."""
+    def _compute(self, nodes: range) -> Tensor:
+        """Hidden states [B, F, D] of ``nodes`` of each tree."""
+        kept_BE = [_with_ancestors(parents, nodes) for parents in self._parents_BE]
+        if max(map(len, kept_BE)) > MAX_NODES:
+            half = len(nodes) // 2
+            return torch.cat([self._compute(nodes[:half]), self._compute(nodes[half:])], dim=1)
+        hidden = self.network.forward(self._tokens(kept_BE), self.kv)
+        ends = accumulate(map(len, kept_BE))  # the nodes asked for come after all their ancestors
+        rows_BF = [list(range(end - len(nodes), end)) for end in ends]
+        return hidden[torch.tensor(rows_BF, dtype=torch.int64, device=hidden.device)]
+
+    def _tokens(self, kept_BE: Sequence[Sequence[int]]) -> Tokens:
+        """These nodes of each tree; their parents are among them."""
         device = self.hidden_BD.device
-        trees = [tree_run(parents) for parents in self._parents_BE]
+        trees = [tree_run(_renumbered(parents, kept)) for parents, kept in zip(self._parents_BE, kept_BE, strict=True)]
         prefixes = [run.num_known for run in self.runs]
         slots = [prefix + depth for prefix, tree in zip(prefixes, trees, strict=True) for depth in tree.depths]
+        token_ids = [ids[node] for ids, kept in zip(self._token_ids_BE, kept_BE, strict=True) for node in kept]
         return Tokens(
-            torch.tensor(list(chain.from_iterable(self._token_ids_BE)), dtype=torch.int64, device=device),
+            torch.tensor(token_ids, dtype=torch.int64, device=device),
             torch.tensor(slots, dtype=torch.int64, device=device),
-            torch.cat(self._features_BEF, dim=1).flatten(0, 1) if self._features_BEF else None,
+            self._features(kept_BE),
             plan_attention(
-                list(accumulate(map(len, self._token_ids_BE), initial=0)),
+                list(accumulate(map(len, kept_BE), initial=0)),
                 prefixes,
                 [run.run.block_ids for run in self.runs],
                 self.kv.layout.block_size_tokens,
@@ -301,3 +314,26 @@ class NetworkGuesser:
                 first_key=self.network.first_slot,
             ),
         )
+
+    def _features(self, kept_BE: Sequence[Sequence[int]]) -> Tensor | None:
+        if not self._features_BEF:
+            return None
+        features_BEF = torch.cat(self._features_BEF, dim=1)
+        rows = [b * features_BEF.shape[1] + node for b, kept in enumerate(kept_BE) for node in kept]
+        return features_BEF.flatten(0, 1)[torch.tensor(rows, dtype=torch.int64, device=features_BEF.device)]
+
+
+def _with_ancestors(parents: Sequence[int], nodes: range) -> list[int]:
+    """In order, so that parents come before their children."""
+    kept: set[int] = set()
+    for node in nodes:
+        while node >= 0 and node not in kept:
+            kept.add(node)
+            node = parents[node]
+    return sorted(kept)
+
+
+def _renumbered(parents: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """Parents of the nodes that are kept, among them."""
+    place = {node: index for index, node in enumerate(kept)}
+    return [place.get(parents[node], -1) for node in kept]

@@ -72,6 +72,10 @@ class DraftTree:
             return self
         return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes], self.proposals[:num_nodes])
 
+    def no_deeper(self, depth: int) -> DraftTree:
+        """The tree of the nodes before the first one that is deeper than ``depth``."""
+        return self.first(next((node for node, of_node in enumerate(self.depths) if of_node > depth), len(self)))
+
 
 def chain(token_ids: Sequence[int], proposals: Sequence[Proposal] = ()) -> DraftTree:
     """One guess after the other."""
@@ -107,10 +111,11 @@ class DraftShape:
 
     @property
     def num_expanded(self) -> int:
-        """Nodes that a drafting network computes, at most: each takes a slot of its KV."""
+        """Nodes that a drafting network computes in one pass, at most: each takes a slot of its KV. Where a level and
+        its ancestors are more than a mask has bits for, it is computed in several passes over the same slots."""
         if self.paths:
             return len({path[:-1] for path in self.paths if len(path) > 1})
-        return (self.depth - 1) * self.branching
+        return min((self.depth - 1) * self.branching, MAX_NODES)
 
 
 def fixed_tree(paths: Sequence[Sequence[int]]) -> DraftShape:

@@ -4,7 +4,8 @@ Version 1: Li et al., arXiv 2401.15077; 2: arXiv 2406.16858 (the same network, d
 
 **Slots.** Slot p of the head's KV holds the pair (token p, feature of token p - 1) at rope position p - 1. So slots lie
 beside the target's of the same token, a block depends on no token beyond it, and rotation is as in training, where the
-pair is counted by its feature. Nothing comes before token 0: slot 0 pairs it with a feature of zeros.
+pair is counted by its feature. Nothing comes before token 0: slot 0 is written with some feature and not read, as
+attention begins at slot 1 (``AttentionPlan.first_key``).
 """
 
 from __future__ import annotations
@@ -212,8 +213,8 @@ class EagleHead:
 
         Args:
             token_ids_T: int64 [T], ids of the target's vocabulary.
-            features: [T, hidden], of the token *before* each: from ``project`` or ``next_feature``, and zeros beside a
-                token at position 0.
+            features: [T, hidden], of the token *before* each: from ``project`` or ``next_feature``; beside a
+                token at position 0 any, with a plan whose ``first_key`` is 1.
             positions_T: int64 [T], position of each token in its sequence; it is rotated by one less.
             kv: the pool [num_blocks, L, 2, HKV, block_size, D] of the head's layer group, contiguous; written at
                 ``plan.slots_T``.

@@ -29,7 +29,7 @@ class Sometimes:
         self.slots_needed = always.slots_needed
         self.note_acceptance, self.note_times = always.note_acceptance, always.note_times
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return DraftShape(2) if self.guesses else None
 
 

@@ -337,3 +337,21 @@ def test_nobody_gives_way_for_guesses() -> None:
     while engine.has_work:
         engine.step()
     assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_block_whose_kv_came_further_than_the_known_tokens_is_computed_again_whole() -> None:
+    """A draft keeps one feature for a block, that of its last token: it would be of a token beyond them."""
+    for num_prompt_tokens, expected in ((10, 8), (9, 8), (8, 4)):
+        engine, _ = new_engine()
+        engine.reserve(spec := new_spec("a", [1] * num_prompt_tokens, 4))
+        engine.commit("a", len(spec.token_ids), (), transfer_s=0.0)
+        request = engine.scheduler.get("a")
+        assert request is not None and request.num_computed_tokens == expected
+
+
+def test_kv_of_all_tokens_but_the_last_is_taken_as_it_came() -> None:
+    engine, executor = new_engine()
+    engine.reserve(spec := new_spec("a", [1] * 10, 4))
+    engine.commit("a", 10, tuple(executor.continuation(spec, 1)), transfer_s=0.0)
+    request = engine.scheduler.get("a")
+    assert request is not None and request.num_computed_tokens == 10

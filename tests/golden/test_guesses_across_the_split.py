@@ -146,6 +146,12 @@ class Records:
 
     guesses: dict[tuple[str, int], set[DraftTree]] = field(default_factory=dict)
     accepted: dict[tuple[str, int], list[tuple[DraftTree, int]]] = field(default_factory=dict)
+    decode_steps: list[int] = field(default_factory=list)  # tokens that each brought a request
+    num_first_steps: int = 0  # without guesses, as a hand-over leaves them
+
+    def clear(self) -> None:
+        self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear()
+        self.num_first_steps = 0
 
     def follow(self, executor: LocalExecutor) -> LocalExecutor:
         submit = executor.submit
@@ -160,6 +166,11 @@ class Records:
                 self.guesses.setdefault((index, run.end + num_sampled), set()).add(result.drafts[request_id])
             if run.draft is not None:
                 self.accepted.setdefault((index, run.end), []).append((run.draft, num_sampled - 1))
+            num_got_here = run.end - len(run.spec.token_ids)
+            if num_got_here == 1 and run.draft is None:
+                self.num_first_steps += 1
+            elif num_got_here > 0:
+                self.decode_steps.append(num_sampled)
 
     @property
     def mean_accepted(self) -> float:
@@ -222,9 +233,9 @@ class SeldomDrafts:
         self._always = always
         self._num_steps = 0
 
-    def choose(self, num_decoding: int) -> DraftShape | None:
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         self._num_steps += 1
-        return self._always.choose(num_decoding) if self._num_steps % 11 < 2 else None
+        return self._always.choose(num_decoding, max_rows) if self._num_steps % 11 < 2 else None
 
 
 def new_text(spec: RequestSpec) -> OutputText:
@@ -247,14 +258,15 @@ def serve_offline(
     speculation: Mapping[str, Any],
     expect: Callable[[Engine], bool] = lambda engine: engine.scheduler.num_preemptions == 0,
     rounds: int = 1,
+    num_new_tokens: int = NUM_NEW_TOKENS,
     **changes: Any,
 ) -> Served:
     """The last of ``rounds``, in which the requests come again to an engine that has cached their blocks."""
     records = Records()
     with running_engine(checkpoints, speculation, records, **changes) as engine:
         for _ in range(rounds):
-            records.guesses.clear(), records.accepted.clear()
-            tokens = tokens_of(engine, specs())
+            records.clear()
+            tokens = tokens_of(engine, specs(num_new_tokens))
         assert expect(engine)
     return Served(tokens, records)
 
@@ -283,6 +295,7 @@ def serve_cluster(
     expect: Callable[[Trace], bool],
     *,
     rounds: int = 1,
+    num_new_tokens: int = NUM_NEW_TOKENS,
     every_nth_block_breaks: int = 0,
     kill: Role | None = None,
     **changes: Any,
@@ -296,9 +309,9 @@ def serve_cluster(
             transports = partial(breaking, every_nth_block_breaks) if every_nth_block_breaks else make_transports
             async with LocalCluster(config, new_executor, new_text, transports, new_policy) as cluster:
                 for _ in range(rounds):
-                    records.guesses.clear(), records.accepted.clear()
+                    records.clear()
                     has_begun = {role: asyncio.Event() for role in Role}
-                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in specs()]
+                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in specs(num_new_tokens)]
                     if kill is not None:
                         await asyncio.wait_for(has_begun[kill].wait(), 30)
                         await cluster.stop_worker(next(id_ for id_ in cluster.workers if id_.startswith(kill.value)))
@@ -383,7 +396,7 @@ preempted = partial(
 )
 SLOW_PREFILL = {"prefill": {"replicas": 1, "engine": ENGINE | {"max_num_batched_tokens": 2}}}
 TWO_DECODERS = {"decode": {"replicas": 2, "engine": ENGINE}, "router": {**CLUSTER["router"], "policy": "round_robin"}}
-WAYS: Mapping[str, Callable[[Checkpoints, Mapping[str, Any]], Served]] = {
+WAYS: Mapping[str, Callable[..., Served]] = {
     "aggregated": serve_offline,
     "one by one": partial(serve_offline, max_num_seqs=1),
     "chunks": partial(serve_offline, max_num_batched_tokens=13),
@@ -438,12 +451,13 @@ def make_oracle(checkpoints: Checkpoints, speculation: Mapping[str, Any]) -> Ora
             request_id=f"{spec.request_id}.{count}",
             token_ids=spec.token_ids + tuple(tokens[spec.request_id][:count]),
             num_prompt_tokens=spec.num_prompt_tokens,
-            sampling=msgspec.structs.replace(spec.sampling, max_tokens=count + 1),
+            sampling=msgspec.structs.replace(spec.sampling, max_tokens=count + 3),  # fewer need no guess
         )
         for spec in specs()
         for count in range(NUM_NEW_TOKENS)
     ]
-    with running_engine(checkpoints, speculation, records, enable_prefix_caching=False) as engine:
+    room = {"enable_prefix_caching": False, "num_blocks": 8192}  # nobody goes without guesses for want of blocks
+    with running_engine(checkpoints, speculation, records, **room) as engine:
         tokens_of(engine, beginnings)
     return Oracle(tokens, {key: guess for key, [guess] in records.guesses.items()})
 
@@ -484,20 +498,19 @@ def test_guesses_and_what_comes_true_depend_on_the_tokens_alone(
             assert num_accepted == oracle.num_accepted(index, num_known, draft), (index, num_known)
 
 
+@pytest.mark.parametrize("method", ["eagle", "draft_model"])
 @pytest.mark.parametrize("way", ["split over tcp", "prefix hit", "split, prefix hit", "decode worker dies"])
-def test_accepted_length_differs_by_less_than_one_percent_from_aggregated_serving(
-    checkpoints: Checkpoints, way: str
+def test_tokens_per_step_differ_by_less_than_one_percent_from_aggregated_serving(
+    checkpoints: Checkpoints, way: str, method: str
 ) -> None:
-    """In the mean and at each position, over the places where both had guesses to verify."""
-    method = checkpoints.speculation["eagle"]
-    alone, served = serve_offline(checkpoints, method).records, WAYS[way](checkpoints, method).records
-    shared = alone.accepted.keys() & served.accepted.keys()
-    assert len(shared) > 50
-    ours, theirs = ([records.accepted[key][0][1] for key in sorted(shared)] for records in (served, alone))
-    assert fmean(ours) == pytest.approx(fmean(theirs), rel=0.01)
-    for depth in range(MAX_DEPTH):
-        expected = fmean(count > depth for count in theirs)
-        assert fmean(count > depth for count in ours) == pytest.approx(expected, rel=0.01)
+    """Over all steps that decode, but for one of each request that is handed over, the first: whoever reads KV has no
+    guesses yet, as only its writer had the hidden states to guess from. Answers are as long as the model allows, so
+    that it matters little with which of its tokens a request's steps begin."""
+    speculation = checkpoints.speculation[method]
+    alone = serve_offline(checkpoints, speculation, num_new_tokens=100).records
+    served = WAYS[way](checkpoints, speculation, num_new_tokens=100).records
+    assert alone.num_first_steps == 0 and (served.num_first_steps == 0) == (way == "prefix hit")
+    assert fmean(served.decode_steps) == pytest.approx(fmean(alone.decode_steps), rel=0.01)
 
 
 def test_guesses_of_drafts_made_to_agree_come_true(checkpoints: Checkpoints) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from eagleray.core.acceptance import Acceptance, total_acceptance
@@ -10,7 +12,8 @@ from eagleray.core.config import EngineConfig
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
-from eagleray.engine.execution.fake import FakeExecutor
+from eagleray.engine.execution.fake import FakeExecutor, FakeStep
+from eagleray.engine.scheduling.plan import StepPlan
 from eagleray.engine.speculation.controller import DraftPolicy, FixedDrafts
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.text.fake import byte_tokenizer
@@ -63,7 +66,8 @@ def test_guesses_that_never_come_true_bring_one_token_per_step() -> None:
     by_request, _ = served(FixedDrafts(DraftShape(3)), guess_rate=0.0)
     acceptance = by_request["0"]
     assert acceptance is not None
-    assert (acceptance.num_steps, acceptance.num_drafts, acceptance.num_accepted_tokens) == (NUM_TOKENS - 1,) * 2 + (0,)
+    assert (acceptance.num_steps, acceptance.num_accepted_tokens) == (NUM_TOKENS - 1, 0)
+    assert acceptance.num_drafts == NUM_TOKENS - 2  # none for the last token
     assert acceptance.accepted_per_position == ()
 
 
@@ -76,3 +80,69 @@ def test_a_step_counts_once_for_each_request_in_it(shape: DraftShape) -> None:
 
 def test_an_engine_that_does_not_guess_counts_nothing() -> None:
     assert served(None, guess_rate=1.0) == ({"0": None}, None)
+
+
+class Following:
+    """Implements ``DraftPolicy``: always the same, and keeps what it is told."""
+
+    may_defer = False
+
+    def __init__(self, shape: DraftShape) -> None:
+        always = FixedDrafts(shape)
+        self.choose, self.slots_needed, self.note_times = always.choose, always.slots_needed, always.note_times
+        self.gained: list[list[int]] = []
+
+    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
+        self.gained.append(list(num_tokens))
+
+
+def engine_with(policy: DraftPolicy, executor: FakeExecutor, **settings: int) -> Engine:
+    return Engine(
+        executor, EngineConfig(**settings), ManualClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, ()), policy
+    )
+
+
+def new_spec(request_id: str, max_tokens: int = 16) -> RequestSpec:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=3)
+    return RequestSpec(request_id=request_id, token_ids=(1, 2, 3), num_prompt_tokens=3, sampling=sampling)
+
+
+def test_a_step_without_guesses_after_a_hand_over_does_not_count_as_refusal() -> None:
+    policy, executor = Following(DraftShape(3)), FakeExecutor(guess_rate=1.0)
+    engine = engine_with(policy, executor)
+    engine.add(new_spec("here already"))
+    engine.step()
+    spec = new_spec("handed over")
+    engine.reserve(spec)
+    engine.commit("handed over", 0, tuple(executor.continuation(spec, 1)), transfer_s=0.0)
+    while engine.has_work:
+        engine.step()
+    assert {count for gained in policy.gained for count in gained} == {4}
+
+
+def test_guesses_cut_for_want_of_budget_do_not_count_as_refused() -> None:
+    policy = Following(DraftShape(3))
+    engine = engine_with(policy, FakeExecutor(guess_rate=1.0), max_num_batched_tokens=8)
+    for index in range(4):
+        engine.add(new_spec(str(index), max_tokens=16 * (1 + index)))  # in the end there is room for all guesses
+    while engine.has_work:
+        engine.step()
+    assert policy.gained and {count for gained in policy.gained for count in gained} == {4}
+
+
+class FindsNothing(FakeExecutor):
+    """As text look-up does where nothing like it came before."""
+
+    def submit(self, plan: StepPlan) -> FakeStep:
+        result = super().submit(plan).result()
+        result.drafts.clear()
+        return FakeStep(lambda: result)
+
+
+def test_where_no_guess_is_found_that_counts_as_none_that_came_true() -> None:
+    policy = Following(DraftShape(3))
+    engine = engine_with(policy, FindsNothing())
+    engine.add(new_spec("a", max_tokens=10))
+    while engine.has_work:
+        engine.step()
+    assert policy.gained == [[1]] * 8  # the first token comes with the prompt, and nothing is tried for the last

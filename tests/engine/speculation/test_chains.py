@@ -1,10 +1,11 @@
-"""Chains of guesses, computed as one step: what a target chooses whose logits are those of the network that guesses."""
+"""Guesses of a network: what a target chooses whose logits are those of the network that guesses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun
 from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.engine.speculation.decoders import DecoderNetwork
-from eagleray.engine.speculation.network import ChainGuesser, ChainStart
+from eagleray.engine.speculation.growth import Level
+from eagleray.engine.speculation.network import ChainGuesser, ChainStart, NetworkGuesser
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.paged_attention.api import plan_attention
 from eagleray.kernels.sampling.batch import RandomRows, SamplingBatch
@@ -117,3 +119,25 @@ def test_guesses_with_chance_in_them_are_not_the_best_ones(decoder: Decoder, ker
     guesser = ChainGuesser.of(DecoderNetwork(decoder, "target"), kernels)
     chains = guesser.guess(ChainStart(torch.ones(3, 32)), kv, verified_runs(0), 1)
     assert len({chain.token_ids for chain in chains}) > 1
+
+
+def test_in_a_tree_wider_than_a_mask_each_guess_follows_its_own_ancestors(decoder: Decoder, kernels: Kernels) -> None:
+    """Ten branches that nothing joins, seven guesses deep, are 70 nodes: EAGLE-2's tree at its widest."""
+    num_branches, num_levels = 10, 7
+    kv = KVTensors(KVLayout(BLOCK_SIZE, (decoder.layer_group("float32"),)), 128)
+    runs = [
+        msgspec.structs.replace(run.run, block_ids=[40 * index + at for at in range(40)])
+        for index, run in enumerate(verified_runs(0))
+    ]
+    verified = [VerifiedRun(run, 0, (), (0,)) for run in runs]
+    hidden = [compute(decoder, kv, run.token_ids(0, run.num_known), 0, run.run.block_ids) for run in verified]
+    guesser = NetworkGuesser(DecoderNetwork(decoder, "target"), kv, verified, torch.cat(hidden))
+    branches_RBL = torch.arange(3 * num_branches * num_levels).view(3, num_branches, num_levels) * 7 % 53
+    for depth in range(1, num_levels + 1):
+        parents = torch.arange(num_branches) if depth > 1 else torch.zeros(num_branches, dtype=torch.int64)
+        level = Level(depth, branches_RBL[:, :, depth - 1], parents.expand(3, -1))
+        logits_RBV = guesser.expand(level)
+    for run, branches, logits in zip(verified, branches_RBL.tolist(), logits_RBV, strict=True):
+        for branch, of_branch in zip(branches, logits, strict=True):
+            alone = compute(decoder, kv, branch, run.num_known, run.run.block_ids)
+            torch.testing.assert_close(of_branch, decoder.compute_logits(alone)[0], rtol=1e-4, atol=1e-4)

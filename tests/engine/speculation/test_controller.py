@@ -29,13 +29,14 @@ class World:
         self.verify_s, self.draft_token_s = verify_s, draft_token_s
         self.random = random.Random(0)
         self.slowness_of_new_shapes = 1.0
+        self.max_rows = 100_000
         self.times_drafted: Counter[DraftShape | None] = Counter()
         self.pending: DraftShape | None = None
         self.spent_s = 0.0
         self.num_tokens = 0
 
     def step(self, policy: AdaptiveDrafts) -> DraftShape | None:
-        shape, verified = policy.choose(self.num_requests), self.pending
+        shape, verified = policy.choose(self.num_requests, self.max_rows), self.pending
         num_rows = self.num_requests * (1 + (verified.max_nodes if verified else 0))
         gained = [self._gain(verified) for _ in range(self.num_requests)]
         noise = self.random.uniform(0.95, 1.05)
@@ -150,4 +151,15 @@ def test_first_times_that_are_slow_do_not_speak_against_guessing() -> None:
 
 
 def test_nothing_is_guessed_for_nobody() -> None:
-    assert AdaptiveDrafts(CHAINS, has_network=True).choose(0) is None
+    assert AdaptiveDrafts(CHAINS, has_network=True).choose(0, max_rows=64) is None
+
+
+def test_a_shape_for_which_a_step_has_no_room_is_not_chosen() -> None:
+    world = World(16, 0.95, memory_bound, draft_token_s=0.1e-3)
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    assert DraftShape(5) in [world.step(policy) for _ in range(300)]
+    world.max_rows = 16 * 3  # each request's known token and two guesses
+    chosen = [world.step(policy) for _ in range(300)]
+    assert DraftShape(2) in chosen and {DraftShape(3), DraftShape(5)}.isdisjoint(chosen)
+    world.max_rows = 20
+    assert world.step(policy) is None

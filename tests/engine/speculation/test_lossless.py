@@ -31,6 +31,7 @@ TARGET = {
 }  # fmt: skip
 TREE = {"tree_branching": 3, "tree_nodes": 7}
 FIXED = {"tree_paths": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}
+PUBLISHED = {"num_speculative_tokens": 8, "tree_branching": 10, "tree_nodes": 59}  # EAGLE-2's, of 70 guesses
 NUM_TOKENS = 24
 TOKENIZER = byte_tokenizer()
 
@@ -137,6 +138,14 @@ def test_guesses_survive_chunks_and_preemption(
 ) -> None:
     speculation = {"method": "eagle3", "model": str(drafts["eagle3"]), "adaptive": False} | TREE
     assert answer(target, speculation, **settings) == plain
+
+
+@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
+def test_the_published_tree_is_served_though_it_is_wider_than_a_mask(
+    target: Path, drafts: dict[str, Path], plain: dict[str, Any], method: str
+) -> None:
+    speculation = {"method": method, "model": str(drafts[method]), "adaptive": False} | PUBLISHED
+    assert answer(target, speculation, num_blocks=400) == plain
 
 
 def test_the_models_own_layers_guess_what_it_says_when_all_but_few_are_left_out(target: Path) -> None:

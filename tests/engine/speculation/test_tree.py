@@ -59,6 +59,7 @@ def test_shapes_count_their_nodes() -> None:
     assert DraftShape(3, branching=2).max_nodes == 2 + 2 * 4
     assert DraftShape(3, branching=2, num_nodes=6).max_nodes == 6
     assert DraftShape(8, branching=10).max_nodes == MAX_NODES
+    assert DraftShape(8, branching=10).num_expanded == MAX_NODES
 
 
 def test_a_fixed_tree_needs_the_beginning_of_every_path() -> None:
