@@ -13,7 +13,7 @@ import torch
 
 from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
-from eagleray.kernels.cache_folder import kernel_folder
+from eagleray.kernels.cache_folder import CacheFolderUnknown, kernel_folder
 from eagleray.kernels.embedding import api as embedding
 from eagleray.kernels.embedding import native as native_embedding
 from eagleray.kernels.features import api as features
@@ -137,7 +137,10 @@ def select_kernels(
 
 def load_best_library(num_threads: int, cache_folder: Path | None = None) -> NativeLibrary:
     """The native library for this machine; see ``select_kernels``. Raises ``NativeUnavailable``."""
-    folder = cache_folder or kernel_folder()
+    try:
+        folder = cache_folder or kernel_folder()
+    except CacheFolderUnknown as error:
+        raise NativeUnavailable(str(error)) from None
     best, *others = supported_levels()
     try:
         return load_library(best, folder, num_threads)
