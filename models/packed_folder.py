@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from eagleray.kernels.cache_folder import can_be_written, nearest_existing, user_cache_folder
 
@@ -19,6 +19,14 @@ _SPARED_DISK_BYTES: Final = 2**30  # of a disk that others use too
 
 def packed_weights_folder() -> Path:
     return user_cache_folder() / "packed_weights"
+
+
+def is_same_file(path: Path, file: BinaryIO) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +60,13 @@ class PackedFolder:
 
     def remove_abandoned(self) -> None:
         """Unlinks what was begun by processes that have died since: whoever writes a file holds its lock."""
-        for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be cleaned stays
+            for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
+                # Some file systems give this lock to those only who may write.
+                with contextlib.suppress(OSError), path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if is_same_file(path, file):  # or it was renamed before we had the lock, and the name is another's
+                        path.unlink(missing_ok=True)
 
     def evict(self, keep: Path, limit_bytes: int) -> None:
         """Unlinks what was used longest ago, so that ``limit_bytes`` are left, ``keep`` among them. Who has mapped it
@@ -67,4 +78,5 @@ class PackedFolder:
                 continue
             used_bytes += stat.st_size
             if used_bytes > limit_bytes:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's, or it is gone
+                    path.unlink()
