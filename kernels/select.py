@@ -25,7 +25,7 @@ from eagleray.kernels.linear.native import NativeLinearFormat
 from eagleray.kernels.linear.panels import PanelLinearFormat
 from eagleray.kernels.linear.quantization import Quantization, QuantizationUnsupported
 from eagleray.kernels.linear.reference import TorchQuantizedFormat
-from eagleray.kernels.native.build import NativeUnavailable, supported_levels
+from eagleray.kernels.native.build import FolderRefused, NativeUnavailable, supported_levels
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, load_library
 from eagleray.kernels.norm_rope import api as norm_rope
 from eagleray.kernels.norm_rope import native as native_norm_rope
@@ -144,6 +144,8 @@ def load_best_library(num_threads: int, cache_folder: Path | None = None) -> Nat
     best, *others = supported_levels()
     try:
         return load_library(best, folder, num_threads)
+    except FolderRefused:
+        raise
     except NativeUnavailable as error:  # an old compiler may not know the best level of a new CPU
         for level in others:
             with suppress(NativeUnavailable):

@@ -59,6 +59,10 @@ class NativeUnavailable(Exception):
     """There is no native library, for the reason that the message gives."""
 
 
+class FolderRefused(NativeUnavailable):
+    """Nor can there be one of another level: the system does not run what lies in the folder of libraries."""
+
+
 def supported_levels() -> tuple[str, ...]:
     """The levels that this machine can run, best first."""
     import torch  # takes seconds: not for those who only ask whether there is a compiler

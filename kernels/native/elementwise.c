@@ -41,8 +41,9 @@ void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, vo
     }
 }
 
-/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size], with strides of their own. The gate is rounded before the product, as torch
- * does. */
+/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size], with strides of their own. The gate is rounded before
+ * the product, as torch does.
+ */
 INLINE void gate_row(const void *gate, const void *up, void *out, int64_t size, const int element) {
     for (int64_t i = 0; i < size; i += LANES) {
         vector x = load_some(element_at(gate, i, element), size - i, element);
