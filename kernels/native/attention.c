@@ -1,5 +1,5 @@
-/* Attention over paged KV for prefill, decode and the verification of drafts alike, by the online softmax of Milakov and
- * Gimelshein (arXiv 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that
+/* Attention over paged KV for prefill, decode and the verification of drafts alike, by the online softmax of Milakov
+ * and Gimelshein (arXiv 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that
  * Flash-Decoding computes in parallel.
  *
  * What a token gets depends on its own sequence alone, bit for bit: not on how the sequence was cut into steps, not on
@@ -196,7 +196,8 @@ static void attend_loaded(const struct batch *batch, const struct tile *tile, in
 }
 
 /* Add what the next split found to what those before it did. */
-void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split, struct partial *total) {
+void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split,
+                struct partial *total) {
     int64_t stride = row_stride(batch);
     for (int64_t row = 0; row < tile->num_rows; row++) {
         if (split->maximum[row] == -INFINITY && split->weight[row] == 0.0f) continue; /* saw no key; not so if NaN */
