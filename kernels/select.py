@@ -13,7 +13,7 @@ import torch
 
 from eagleray.kernels.activation import api as activation
 from eagleray.kernels.activation import native as native_activation
-from eagleray.kernels.cache_folder import kernel_folder
+from eagleray.kernels.cache_folder import CacheFolderUnknown, kernel_folder
 from eagleray.kernels.embedding import api as embedding
 from eagleray.kernels.embedding import native as native_embedding
 from eagleray.kernels.features import api as features
@@ -25,7 +25,7 @@ from eagleray.kernels.linear.native import NativeLinearFormat
 from eagleray.kernels.linear.panels import PanelLinearFormat
 from eagleray.kernels.linear.quantization import Quantization, QuantizationUnsupported
 from eagleray.kernels.linear.reference import TorchQuantizedFormat
-from eagleray.kernels.native.build import NativeUnavailable, supported_levels
+from eagleray.kernels.native.build import FolderRefused, NativeUnavailable, supported_levels
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, load_library
 from eagleray.kernels.norm_rope import api as norm_rope
 from eagleray.kernels.norm_rope import native as native_norm_rope
@@ -137,10 +137,15 @@ def select_kernels(
 
 def load_best_library(num_threads: int, cache_folder: Path | None = None) -> NativeLibrary:
     """The native library for this machine; see ``select_kernels``. Raises ``NativeUnavailable``."""
-    folder = cache_folder or kernel_folder()
+    try:
+        folder = cache_folder or kernel_folder()
+    except CacheFolderUnknown as error:
+        raise NativeUnavailable(str(error)) from None
     best, *others = supported_levels()
     try:
         return load_library(best, folder, num_threads)
+    except FolderRefused:
+        raise
     except NativeUnavailable as error:  # an old compiler may not know the best level of a new CPU
         for level in others:
             with suppress(NativeUnavailable):

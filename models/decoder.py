@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import islice
@@ -72,6 +73,12 @@ class Companion(Protocol):
         """Its own tensors of the step: what it computes depends on their shapes."""
         ...
 
+    @property
+    def identity(self) -> Hashable:
+        """Equal only between companions that compute the same with the same tensors, ``inputs`` aside: the addresses of
+        pools, the network whose weights they read."""
+        ...
+
     def compute(self, streams: torch.Tensor) -> torch.Tensor:
         """What it makes of what it reads, [T, any width]."""
         ...
@@ -83,6 +90,7 @@ class CaptureStreams:
 
     capture_layers: tuple[int, ...]
     inputs: tuple[torch.Tensor, ...] = ()
+    identity: Hashable = None
 
     def compute(self, streams: torch.Tensor) -> torch.Tensor:
         return streams
@@ -169,8 +177,7 @@ class Decoder:
         plan: AttentionPlan,
         companion: Companion,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``forward``, and what ``companion`` makes of the same step. All companions of a decoder that read the same
-        layers do the same, with inputs of their own."""
+        """``forward``, and what ``companion`` makes of the same step."""
         return self._run_layers(input_ids_T, positions_T, kv, plan, None, companion)
 
     def _run_layers(
@@ -183,11 +190,15 @@ class Decoder:
         companion: Companion | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = plan.tensors
-        inputs, reads = (companion.inputs, companion.capture_layers) if companion is not None else ((), None)
+        inputs: tuple[torch.Tensor, ...] = ()
+        beside: Hashable = None
+        if companion is not None:
+            inputs = companion.inputs
+            beside = (type(companion), companion.capture_layers, companion.identity)
         normed, *made = self._replayer.run(
             partial(self._compute_layers, input_ids_T, positions_T, kv, plan, num_layers, companion),
             StepInputs((input_ids_T, positions_T, *tensors.fixed, *inputs), tensors.ragged),
-            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, type(companion), reads),
+            (kv.data_ptr(), kv.shape, plan.block_size_tokens, plan.first_key, num_layers, beside),
         )
         return normed, made[0] if made else normed
 

@@ -27,7 +27,7 @@ import xxhash
 
 from eagleray.core.clock import Clock
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder
+from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder, is_same_file
 
 _MAGIC: Final = b"eagleray packed weights 2\n"
 _FOOTER_BYTES: Final = 8 + 8 + len(_MAGIC)  # length of the index, its fingerprint, magic
@@ -89,7 +89,8 @@ class PackedWeightFiles:
                 self._folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._write(path, pack)
                 found = _map_if_whole(path)
-            os.utime(path)  # what was used last goes last
+            with contextlib.suppress(OSError):  # another process evicted it, or another user owns it: it is mapped
+                os.utime(path)  # what was used last goes last
         except OSError as error:
             raise PackedWeightsUnavailable(f"{self._folder.path}: {error.strerror or error}") from None
         if found is None:
@@ -101,15 +102,16 @@ class PackedWeightFiles:
         partial = path.with_suffix(PARTIAL_SUFFIX)
         with _locked(partial, self._clock) as file:
             if _map_if_whole(path) is not None:  # another process wrote it while we waited
-                partial.unlink()
+                partial.unlink(missing_ok=True)
                 return
             try:
                 self._write_whole(file, pack)
+                num_bytes = file.tell()
                 partial.rename(path)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-        _logger.info("packed weights written to %s (%d bytes)", path, path.stat().st_size)
+        _logger.info("packed weights written to %s (%d bytes)", path, num_bytes)
         self._folder.evict(path, self._limit_bytes)
 
     def _write_whole(self, file: BinaryIO, pack: Pack) -> None:
@@ -150,18 +152,11 @@ def _locked(path: Path, clock: Clock) -> Iterator[BinaryIO]:
                 if clock.now_s() > deadline_s:
                     raise PackedWeightsUnavailable(f"{path} is written by another process that does not end") from None
             else:
-                if _is_same_file(path, file):
+                if is_same_file(path, file):
                     yield file
                     return
                 continue  # it was renamed or removed before we had the lock
         pause.wait(_POLL_INTERVAL_S)
-
-
-def _is_same_file(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:

@@ -26,6 +26,7 @@ from eagleray.engine.execution.runner import ModelRunner
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.build import Target, build_proposer, build_token_rule, draft_identity
+from eagleray.kernels.cache_folder import CacheFolderUnknown
 from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.native.build import NativeUnavailable
 from eagleray.kernels.select import Kernels, select_kernels
@@ -217,13 +218,18 @@ def _check_weights_fit(model: ModelConfigSection, config: ModelConfig, dtype: st
 
 
 def _packed_weight_files(model: ModelConfigSection, identity: str) -> PackedWeightFiles | None:
-    """Below the user's cache folder; None if there shall be none."""
+    """Below the user's cache folder; None if there shall be none, or no such folder."""
     if not model.packed_weights_bytes:
+        return None
+    try:
+        folder = packed_weights_folder()
+    except CacheFolderUnknown as error:
+        _logger.warning("packed weights are not kept: %s", error)
         return None
     # The identity of a large checkpoint comes from samples: one that was changed in place tells by its files' times.
     stats = [path.stat() for path in weight_files(model.folder)]
     times = " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
-    return PackedWeightFiles(packed_weights_folder(), f"{identity} {times}", model.packed_weights_bytes, SystemClock())
+    return PackedWeightFiles(folder, f"{identity} {times}", model.packed_weights_bytes, SystemClock())
 
 
 def _select_kernels(model: ModelConfigSection, engine: EngineConfig, dtype: str, device: str) -> Kernels:

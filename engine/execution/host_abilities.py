@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from eagleray.core.config import EngineConfig
-from eagleray.kernels.cache_folder import kernel_folder
+from eagleray.kernels.cache_folder import CacheFolderUnknown, kernel_folder
 from eagleray.kernels.native.build import can_be_built
 from eagleray.models.packed_folder import PackedFolder, packed_weights_folder
 
@@ -43,5 +43,8 @@ ABLE_HOST: Final = HostAbilities()
 
 def read_host_abilities() -> HostAbilities:
     """Of this host, now."""
-    folder = PackedFolder(packed_weights_folder())
-    return HostAbilities(can_be_built(kernel_folder()), folder.disk_room_bytes(), folder.file_sizes_bytes())
+    try:
+        kernels, folder = kernel_folder(), PackedFolder(packed_weights_folder())
+    except CacheFolderUnknown:  # nothing is kept for the next start
+        return HostAbilities(has_native_kernels=False, packed_room_bytes=0)
+    return HostAbilities(can_be_built(kernels), folder.disk_room_bytes(), folder.file_sizes_bytes())

@@ -24,7 +24,8 @@ def available_host_bytes(proc: Path = _PROC, control_groups: Path = _CONTROL_GRO
 
 def keep_freed_memory() -> None:
     """Let what a step has freed stay with this process for the next one: given back, every page of it would be zeroed
-    again. By the C library's own means: nothing happens where it is not glibc."""
+    again. For the whole process, whoever else allocates in it. By the C library's own means: nothing happens where it
+    is not glibc."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD_BYTES)

@@ -9,7 +9,7 @@ the head's KV is never behind. Guesses that are verified are taken to be true; t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,11 @@ class _HeadInStep:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         return self.sources_T, self.keeps_T
+
+    @property
+    def identity(self) -> Hashable:
+        pools = (self.kv.group(FEATURE_GROUP).data_ptr(), self.kv.group(self.of.group).data_ptr())
+        return self.of.network.head, self.of.network.first_slot, pools
 
     def compute(self, streams: Tensor) -> Tensor:
         network, batch = self.of.network, self.batch

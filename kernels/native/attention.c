@@ -1,5 +1,5 @@
-/* Attention over paged KV for prefill, decode and the verification of drafts alike, by the online softmax of Milakov and
- * Gimelshein (arXiv 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that
+/* Attention over paged KV for prefill, decode and the verification of drafts alike, by the online softmax of Milakov
+ * and Gimelshein (arXiv 1805.02867) in tiles (Dao et al., arXiv 2205.14135), with the splits of long contexts that
  * Flash-Decoding computes in parallel.
  *
  * What a token gets depends on its own sequence alone, bit for bit: not on how the sequence was cut into steps, not on
@@ -196,10 +196,11 @@ static void attend_loaded(const struct batch *batch, const struct tile *tile, in
 }
 
 /* Add what the next split found to what those before it did. */
-void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split, struct partial *total) {
+void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split,
+                struct partial *total) {
     int64_t stride = row_stride(batch);
     for (int64_t row = 0; row < tile->num_rows; row++) {
-        if (split->maximum[row] == -INFINITY) continue;
+        if (split->maximum[row] == -INFINITY && split->weight[row] == 0.0f) continue; /* saw no key; not so if NaN */
         float highest = split->maximum[row] > total->maximum[row] ? split->maximum[row] : total->maximum[row];
         float keep = exp_float(total->maximum[row] - highest), take = exp_float(split->maximum[row] - highest);
         float *values = total->values + row * stride;
@@ -219,7 +220,7 @@ INLINE void store_rows(const struct batch *batch, const struct tile *tile, const
         locate_row(batch, tile, row, &token, &head);
         int64_t first = token * batch->out_stride + head * batch->head_dim;
         const float *values = total->values + row * row_stride(batch);
-        float weight = total->weight[row] > 0.0f ? total->weight[row] : 1.0f; /* zeros for a row that sees no key */
+        float weight = total->weight[row] == 0.0f ? 1.0f : total->weight[row]; /* zeros for a row that sees no key */
         for (int64_t i = 0; i < batch->head_dim; i += LANES)
             store_some((void *)element_at(batch->out, first + i, element),
                        load_vector(values + i, FLOAT32) / weight, batch->head_dim - i, element);

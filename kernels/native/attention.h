@@ -26,7 +26,7 @@ struct batch {
     int64_t first_key; /* keys before it are never seen */
     float scale;
     int element, kv_element;
-    int64_t tile_rows; /* of one tile of queries, at most: a row is one token and one of the heads that share a KV head */
+    int64_t tile_rows; /* of one tile of queries, at most: a row is one token and one of the heads that share KV */
 };
 
 /* A tile of queries: rows that read the same KV head, of consecutive tokens. */

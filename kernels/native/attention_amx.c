@@ -1,8 +1,8 @@
 /* Attention in bfloat16 by the matrix tiles of AMX (Intel's instruction set reference, TDPBF16PS).
  *
  * Scores and sums of values are kept in float32; weights are rounded to bfloat16, in which the tiles multiply. As in
- * attention.c what a token gets depends on its sequence alone: a row of a tile does not depend on the other rows, blocks
- * of keys begin at fixed positions, and keys that a row does not see add zeros.
+ * attention.c what a token gets depends on its sequence alone: a row of a tile does not depend on the other rows,
+ * blocks of keys begin at fixed positions, and keys that a row does not see add zeros.
  */
 #include "attention.h"
 
@@ -52,7 +52,8 @@ static void load_query_tiles(const struct batch *batch, const struct tile *tile,
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t token, head;
         locate_row(batch, tile, row, &token, &head);
-        const void *source = element_at(batch->query, token * batch->token_stride + head * batch->head_stride, BFLOAT16);
+        int64_t first = token * batch->token_stride + head * batch->head_stride;
+        const void *source = element_at(batch->query, first, BFLOAT16);
         uint16_t *target = query + row / SIDE * steps * AREA + row % SIDE * DEPTH;
         for (int64_t step = 0; step < steps; step++)
             _mm512_storeu_si512(target + step * AREA, load_row(batch, source, step * DEPTH));
@@ -156,7 +157,7 @@ static void configure_tiles(int64_t rows) {
     uint8_t first = (uint8_t)smaller(rows, SIDE), second = (uint8_t)(rows > SIDE ? rows - SIDE : SIDE);
     config.rows[SUMS_00] = config.rows[SUMS_01] = config.rows[LEFT_0] = first;
     config.rows[SUMS_10] = config.rows[SUMS_11] = config.rows[LEFT_1] = second;
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers take the intrinsic to read no more than 8 bytes */
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers take the intrinsic to read only 8 bytes */
     _tile_loadconfig(&config);
 }
 

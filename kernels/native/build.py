@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from eagleray.kernels.cache_folder import can_be_written
+from eagleray.kernels.cache_folder import can_be_written, is_there
 
 _SOURCE_FOLDER: Final = Path(__file__).resolve().parent
 _COMPILERS: Final = ("cc", "gcc", "clang")
@@ -44,6 +44,11 @@ _CPU_FEATURES: Final = {
     TILE_LEVEL: {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
     "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
 }
+# And what torch looks for.
+_BASE_FEATURES: Final = {
+    "AVX512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "AVX2": {"avx2", "fma"},
+}
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 _SYS_ARCH_PRCTL: Final = 158  # of Linux on x86-64, as are the next two
 _ARCH_REQ_XCOMP_PERM: Final = 0x1023
@@ -54,16 +59,28 @@ class NativeUnavailable(Exception):
     """There is no native library, for the reason that the message gives."""
 
 
+class FolderRefused(NativeUnavailable):
+    """Nor can there be one of another level: the system does not run what lies in the folder of libraries."""
+
+
 def supported_levels() -> tuple[str, ...]:
     """The levels that this machine can run, best first."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        return ("portable",)
     import torch  # takes seconds: not for those who only ask whether there is a compiler
 
-    capability = torch.backends.cpu.get_cpu_capability()
+    return _levels(torch.backends.cpu.get_cpu_capability(), _cpu_features())
+
+
+def _named_levels() -> tuple[str, ...]:
+    """``supported_levels``, as Linux names what the CPU has. No torch."""
+    features = _cpu_features()
+    return _levels(next((name for name, needed in _BASE_FEATURES.items() if needed <= features), ""), features)
+
+
+def _levels(capability: str, features: set[str]) -> tuple[str, ...]:
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return ("portable",)
     levels = tuple(LEVEL_FLAGS)
     levels = levels[{"AVX512": 0, "AVX2": levels.index("avx2")}.get(capability, -1) :]
-    features = _cpu_features()
     return tuple(
         level
         for level in levels
@@ -96,7 +113,7 @@ def build_library(level: str, cache_folder: Path) -> Path:
         NativeUnavailable: no compiler, it failed, or the folder cannot be written to.
     """
     sources, library = _sources(), library_path(level, cache_folder)
-    if library.exists():
+    if is_there(library):
         return library
     compiler = _find_compiler()
     if compiler is None:
@@ -115,13 +132,14 @@ def build_library(level: str, cache_folder: Path) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise NativeUnavailable(f"cannot write to {cache_folder}: {error.strerror}") from None
+        way_out = "set XDG_CACHE_HOME to a folder that can be written to"
+        raise NativeUnavailable(f"cannot write to {cache_folder}: {error.strerror}; {way_out}") from None
     return library
 
 
 def can_be_built(cache_folder: Path) -> bool:
-    """Whether there is a compiler and room for what it makes, or a library already. No torch."""
-    if any(library_path(level, cache_folder).exists() for level in LEVEL_FLAGS):
+    """Whether there is a compiler and room for what it makes, or a library that this CPU can run. No torch."""
+    if any(is_there(library_path(level, cache_folder)) for level in _named_levels()):
         return True
     return _find_compiler() is not None and can_be_written(cache_folder)
 

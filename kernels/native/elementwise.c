@@ -41,8 +41,9 @@ void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, vo
     }
 }
 
-/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size], with strides of their own. The gate is rounded before the product, as torch
- * does. */
+/* out[rows, size] = silu(gate) * up for gate_up [rows, 2 * size], with strides of their own. The gate is rounded before
+ * the product, as torch does.
+ */
 INLINE void gate_row(const void *gate, const void *up, void *out, int64_t size, const int element) {
     for (int64_t i = 0; i < size; i += LANES) {
         vector x = load_some(element_at(gate, i, element), size - i, element);
@@ -123,8 +124,8 @@ int gather_rows(const void *table, int element, int64_t table_rows, const int64_
 }
 
 /* For each of num_rows rows: previous[n] = rows[sources[n]], or where that is negative the pool's row ~sources[n].
- * Then rows[n] goes to the pool's row keeps[n], unless that is negative. All rows have `size` elements of `element`; the
- * pool's are of pool_element. Returns 0, or -1 without having written anything if there is no such row.
+ * Then rows[n] goes to the pool's row keeps[n], unless that is negative. All rows have `size` elements of `element`;
+ * the pool's are of pool_element. Returns 0, or -1 without having written anything if there is no such row.
  */
 int pass_features(const void *rows, const int64_t *sources, const int64_t *keeps, void *pool, int pool_element,
                   int64_t pool_rows, void *previous, int64_t num_rows, int64_t size, int element) {
@@ -144,8 +145,8 @@ int pass_features(const void *rows, const int64_t *sources, const int64_t *keeps
     return 0;
 }
 
-/* Cosine and sine of x = n pi / 2 + r with |r| <= pi / 4, by Taylor's series to r^12. In double, so that what is rounded
- * to float is right even a million turns from zero.
+/* Cosine and sine of x = n pi / 2 + r with |r| <= pi / 4, by Taylor's series to r^12. In double, so that what is
+ * rounded to float is right even a million turns from zero.
  */
 INLINE void turn(float angle, float *cosine, float *sine) {
     const double to_integer = 0x1.8p52; /* adding it rounds to a whole number in the low bits */

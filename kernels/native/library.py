@@ -13,11 +13,15 @@ from typing import Any, Final
 
 import torch
 
-from eagleray.kernels.native.build import TILE_LEVEL, NativeUnavailable, build_library, request_tiles
+from eagleray.kernels.native.build import TILE_LEVEL, FolderRefused, NativeUnavailable, build_library, request_tiles
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum element in vectors.h
 MAX_HEAD_DIM: Final = 256  # in attention.c
 MAX_ARGUMENTS: Final = 25  # in program.c
+
+# Of the dynamic loader, for files that are sound: a folder mounted noexec, rights, a security policy. Building the
+# library again would change nothing.
+_REFUSALS: Final = ("failed to map segment", "Permission denied", "Operation not permitted")
 
 _logger: Final = logging.getLogger(__name__)
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -106,7 +110,7 @@ class NativeLibrary:
     """The functions of the C files, by the same names. They release the interpreter's lock."""
 
     level: str
-    num_threads: int
+    num_threads: int  # 1 where its compiler had no OpenMP
     build: str  # names the sources and options that it was compiled from
     panel_columns: Callable[..., int]
     pack_weight: Callable[..., None]
@@ -139,6 +143,9 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
     try:
         return _load(level, path, num_threads)
     except OSError as error:
+        if any(reason in str(error) for reason in _REFUSALS):
+            way_out = "set XDG_CACHE_HOME to a folder whose programs may be executed"
+            raise FolderRefused(f"the system does not run libraries in {cache_folder}: {error}; {way_out}") from None
         _logger.warning("the library for %s is damaged and is built again: %s", level, error)
     try:
         path.unlink(missing_ok=True)
@@ -150,6 +157,8 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
 def _load(level: str, path: Path, num_threads: int) -> NativeLibrary:
     """Raises ``OSError`` for a file that is no library."""
     library = ctypes.CDLL(str(path))
+    if not library.computes_in_threads():
+        num_threads = 1
     tape = Tape()
     functions = {name: _bind(library, name, arguments, tape) for name, arguments in _ARGUMENTS.items()}
     return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape, lost=None)

@@ -11,6 +11,15 @@ enum { DEPTH_BLOCK = 256, ROW_BLOCK = 8 * TILE_ROWS, PANEL_GROUP = 8 };
 
 int64_t panel_columns(void) { return PANEL; }
 
+/* Or each operation in one thread, whatever it is told: a compiler may be without OpenMP. */
+int computes_in_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* packed[panel][k][column] = weight[panel * PANEL + column][k], zero beyond the last output feature. */
 void pack_weight(const float *weight, int64_t out_features, int64_t in_features, int element, void *packed) {
     int64_t num_panels = ceil_divide(out_features, PANEL);

@@ -1,6 +1,6 @@
 /* Linear layers with weights in panels: bfloat16, int8 with int8 activations (W8A8), and int8 or int4 weights that are
- * turned into bfloat16 on the way to the inner loop. Every integer up to 8 bits is exact in bfloat16; scales are applied
- * to sums, in float32.
+ * turned into bfloat16 on the way to the inner loop. Every integer up to 8 bits is exact in bfloat16; scales are
+ * applied to sums, in float32.
  *
  * What a row gets does not depend on the other rows or on the number of threads, bit for bit.
  */
@@ -143,8 +143,8 @@ static void widen_int8(const uint32_t *source, int64_t words, uint32_t *target) 
 #include <immintrin.h>
 #endif
 
-/* Words of eight int4 each to four times as many pairs. Pair i of a word is nibble i of its lower and of its upper half;
- * a nibble stands for itself less 8.
+/* Words of eight int4 each to four times as many pairs. Pair i of a word is nibble i of its lower and of its upper
+ * half; a nibble stands for itself less 8.
  */
 static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) {
 #if defined(__AVX512BW__)
@@ -224,7 +224,8 @@ INLINE void finish_any_row(const struct product *job, int64_t row, float row_sca
 INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int is_plain, const int numbers, const int element) {
     if (is_plain)
-        store_columns((void *)element_at(job->out, row * job->out_stride + first, element), sums, PAIR_COLUMNS, element);
+        store_columns((void *)element_at(job->out, row * job->out_stride + first, element), sums, PAIR_COLUMNS,
+                      element);
     else
         finish_any_row(job, row, row_scale, first, sums, numbers, element);
 }

@@ -85,7 +85,7 @@ INLINE void configure_tiles(const int rows[2]) {
         config.rows[tile] = (uint8_t)(tile_rows[tile] ? tile_rows[tile] : 1);
         config.row_bytes[tile] = 64;
     }
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers take the intrinsic to read no more than 8 bytes */
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers take the intrinsic to read only 8 bytes */
     _tile_loadconfig(&config);
 }
 

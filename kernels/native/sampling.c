@@ -201,8 +201,8 @@ static int64_t guess_row(const float *logits, int64_t size, const int64_t *token
     return token_ids ? draw(&row, top.token, key, token_ids, all) : draw(&row, top.token, key, NULL, all);
 }
 
-/* out[row]: what a target with the same logits would choose, which is the best token at temperature 0; token_ids [size]:
- * the target's for each column, or none: the same.
+/* out[row]: what a target with the same logits would choose, which is the best token at temperature 0; token_ids
+ * [size]: the target's for each column, or none: the same.
  */
 void guess_rows(const float *logits, int64_t stride, const int64_t *token_ids, const float *temperature,
                 const int64_t *seed, const int64_t *choice, const int64_t *position, int64_t *out, int64_t rows,

@@ -31,9 +31,7 @@ def paged_attention(
     out = new_rows(len(query), num_heads * head_dim, query.dtype).view(query.shape)
     tables = plan.tables
     status = library.paged_attention(
-        query.data_ptr(),
-        query.stride(0),
-        query.stride(1),
+        *(query.data_ptr(), query.stride(0), query.stride(1)),
         kv_layer.data_ptr(),
         num_blocks,
         kv_layer.stride(0),

@@ -128,20 +128,11 @@ def plan_attention(
             another number of tokens.
     """
     counts = [end - start for start, end in pairwise(query_starts)]
-    tables: list[Sequence[int]] = []
-    for index, (count, prefix, table) in enumerate(zip(counts, query_positions_start, block_tables, strict=True)):
-        needed_blocks = -(-(prefix + count) // block_size_tokens)
-        if count < 1:
-            raise ValueError(f"sequence {index} has {count} query tokens; leave it out of the step")
-        if len(table) < needed_blocks:
-            raise ValueError(f"sequence {index} needs {needed_blocks} blocks, its table has {len(table)}")
-        tables.append(table[:needed_blocks])
-
+    tables = _needed_tables(counts, query_positions_start, block_tables, block_size_tokens)
     trees = tuple(trees) if trees is not None else (None,) * len(counts)
     for index, (count, tree) in enumerate(zip(counts, trees, strict=True)):
         if tree is not None and len(tree.masks) != count:
             raise ValueError(f"sequence {index} has {count} query tokens, its tree has {len(tree.masks)}")
-
     of_trees = (_tree_masks(counts, trees), _tree_depths(counts, trees)) if any(trees) else ()
     slots_T, starts, prefixes, table_starts, block_ids, *masks_and_depths = _tensors(
         device,
@@ -160,6 +151,24 @@ def plan_attention(
         trees=trees,
         first_key=first_key,
     )
+
+
+def _needed_tables(
+    counts: Sequence[int],
+    query_positions_start: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size_tokens: int,
+) -> list[Sequence[int]]:
+    """Of each table the blocks that this step reads or writes. Raises ``ValueError``, see ``plan_attention``."""
+    tables: list[Sequence[int]] = []
+    for index, (count, prefix, table) in enumerate(zip(counts, query_positions_start, block_tables, strict=True)):
+        needed_blocks = -(-(prefix + count) // block_size_tokens)
+        if count < 1:
+            raise ValueError(f"sequence {index} has {count} query tokens; leave it out of the step")
+        if len(table) < needed_blocks:
+            raise ValueError(f"sequence {index} needs {needed_blocks} blocks, its table has {len(table)}")
+        tables.append(table[:needed_blocks])
+    return tables
 
 
 @dataclass(frozen=True, slots=True)

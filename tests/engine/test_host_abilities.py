@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,9 +17,10 @@ from eagleray.core.config import EngineConfig, ModelConfigSection
 from eagleray.core.errors import ConfigError
 from eagleray.engine.execution import executor
 from eagleray.engine.execution.executor import build_executor
-from eagleray.engine.execution.host_abilities import read_host_abilities
+from eagleray.engine.execution.host_abilities import HostAbilities, read_host_abilities
 from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes
-from eagleray.kernels.native.build import build_library, supported_levels
+from eagleray.kernels.native import build
+from eagleray.kernels.native.build import build_library, library_path, supported_levels
 from eagleray.kernels.select import select_kernels
 from eagleray.models.loader import load_model
 from eagleray.models.packed_weights import PackedWeightFiles
@@ -51,6 +55,47 @@ def test_a_folder_that_cannot_be_made_has_no_room(monkeypatch: pytest.MonkeyPatc
     abilities = read_host_abilities()
     assert abilities.packed_room_bytes == 0
     assert not abilities.has_native_kernels
+
+
+def test_a_cache_folder_that_cannot_be_looked_into_has_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hidden, stat = tmp_path / "hidden", Path.stat
+
+    def refuse(path: Path, **options: Any) -> Any:
+        if hidden in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    hidden.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hidden / "cache"))
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != hidden)
+    assert read_host_abilities() == HostAbilities(has_native_kernels=False, packed_room_bytes=0)
+
+
+def test_a_user_without_a_home_folder_has_no_cache_and_computes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert read_host_abilities() == HostAbilities(has_native_kernels=False, packed_room_bytes=0)
+    description = select_kernels("auto", torch.float32, "cpu", 1).description
+    assert description == "torch (this user has no home folder; set XDG_CACHE_HOME)"
+    assert executor._packed_weight_files(ModelConfigSection(), "model") is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a CPU of one level")
+def test_a_library_that_this_cpu_cannot_run_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = library_path("avx2", tmp_path / "eagleray" / "kernels")
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"")
+    (tmp_path / "cpuinfo").write_text("flags : sse2\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert not read_host_abilities().has_native_kernels
+    (tmp_path / "cpuinfo").write_text("flags : sse2 avx2 fma\n")
+    assert read_host_abilities().has_native_kernels
 
 
 @pytest.mark.parametrize("choice", ["auto", "torch"])

@@ -96,6 +96,23 @@ def test_equals_the_reference(library: NativeLibrary, shape: Shape) -> None:
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("chosen", "counts"), [([0, 1, 2], [3, 1, 40]), ([1], [1])], ids=["tiles", "splits"])
+def test_a_row_that_is_not_a_number_stays_so_and_leaves_the_others_as_they_were(
+    library: NativeLibrary, load: Load, dtype: torch.dtype, chosen: list[int], counts: list[int]
+) -> None:
+    sequences = Sequences(Shape(), [40, LONG, 700], dtype)
+    library = load(library.level, 2)
+    whole = torch.cat(sequences.ours(library, chosen, counts))
+    for queries in sequences.queries:
+        queries[-1, 1] = math.nan
+    ours = torch.cat(sequences.ours(library, chosen, counts))
+    exact = torch.cat(sequences.exact(chosen, counts))
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert ours.isnan().any()
+    assert torch.equal(ours[~ours.isnan()], whole[~ours.isnan()])
+
+
 @pytest.mark.parametrize("window", [None, 70, 300])
 @pytest.mark.parametrize("head_dim", [128, 80, 12, 3])
 def test_in_bfloat16_is_off_by_roundings_alone(library: NativeLibrary, head_dim: int, window: int | None) -> None:

@@ -50,7 +50,9 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_compiler_without_openmp_builds_for_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc")} "$@"'
     only_compiler(monkeypatch, write_compiler(tmp_path, script))
-    assert load_library(LEVEL, tmp_path / "cache", num_threads=2).panel_columns() > 0
+    loaded = load_library(LEVEL, tmp_path / "cache", num_threads=2)
+    assert loaded.panel_columns() > 0
+    assert loaded.num_threads == 1
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -87,6 +89,24 @@ def test_a_library_that_is_damaged_again_is_not_built_a_third_time(
     only_compiler(monkeypatch, write_compiler(tmp_path, script))
     with pytest.raises(NativeUnavailable, match="which was just built again"):
         load_library(LEVEL, tmp_path / "cache", num_threads=1)
+
+
+@pytest.mark.parametrize(
+    "reason", ["failed to map segment from shared object", "cannot open shared object file: Permission denied"]
+)
+def test_a_folder_whose_libraries_are_not_run_is_named_and_nothing_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str
+) -> None:
+    def refuse(level: str, path: Path, num_threads: int) -> None:
+        raise OSError(f"{path}: {reason}")
+
+    best = supported_levels()[0]
+    build.library_path(best, tmp_path).write_bytes(b"sound")
+    monkeypatch.setattr(library, "_load", refuse)
+    description = select_kernels("auto", torch.float32, "cpu", 1, tmp_path).description
+    assert description.startswith(f"torch (the system does not run libraries in {tmp_path}: ")
+    assert description.endswith("set XDG_CACHE_HOME to a folder whose programs may be executed)")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"sound"]
 
 
 @needs_compiler

@@ -7,13 +7,15 @@ import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from eagleray.core.clock import ManualClock, SystemClock
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.models import packed_weights
+from eagleray.models import packed_folder, packed_weights
+from eagleray.models.packed_folder import PackedFolder
 from eagleray.models.packed_weights import PackedWeightFiles, PackedWeightsUnavailable
 
 LIMIT_BYTES = 64 * 2**20
@@ -137,6 +139,47 @@ def test_who_waits_too_long_for_another_process_is_refused(tmp_path: Path) -> No
         return packed()
 
     assert values(files(tmp_path).get(LAYOUT, ask_meanwhile)) == values(packed())
+
+
+def test_a_file_that_is_evicted_while_the_folder_is_read_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, evicted, glob = tmp_path / "a.packed", tmp_path / "b.packed", Path.glob
+    kept.write_bytes(b"1234")
+
+    def glob_before_eviction(folder: Path, pattern: str) -> list[Path]:
+        return [*glob(folder, pattern), evicted]
+
+    monkeypatch.setattr(Path, "glob", glob_before_eviction)
+    folder = PackedFolder(tmp_path)
+    assert folder.file_sizes_bytes() == (4,)
+    folder.evict(evicted, 0)
+    assert not kept.exists()
+
+
+def test_a_name_that_passed_to_another_file_before_the_lock_was_had_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, flock = tmp_path / "a.partial", packed_folder.fcntl.flock
+    partial.write_bytes(b"")
+
+    def replaced_before(file: BinaryIO, operation: int) -> None:
+        assert file.writable()  # NFS locks no other
+        partial.rename(tmp_path / "whole")
+        partial.write_bytes(b"another")
+        flock(file, operation)
+
+    monkeypatch.setattr(packed_folder.fcntl, "flock", replaced_before)
+    PackedFolder(tmp_path).remove_abandoned()
+    assert partial.read_bytes() == b"another"
+
+
+def test_what_cannot_be_cleaned_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "folder.packed").mkdir()
+    found = files(tmp_path, limit_bytes=20_000).get(LAYOUT, packed)
+    assert values(found) == values(packed())
+    PackedFolder(tmp_path).evict(tmp_path / "none", 0)
 
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:

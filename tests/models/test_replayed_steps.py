@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eagleray.kernels.select import Kernels, select_kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.loader import load_model
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.norm import RMSNorm
 from eagleray.models.random_weights import random_model
 from eagleray.models.weight_names import checkpoint_views
 
@@ -94,3 +96,35 @@ def test_replayed_steps_have_the_bits_of_those_computed_anew(
         batch = random_batch(seed, trees)
         for replayed, computed in zip(replaying.step(batch), computing.step(batch), strict=True):
             assert torch.equal(replayed, computed)
+
+
+@dataclass(frozen=True)
+class NormsStreams:
+    """Implements ``Companion``: has weights of its own."""
+
+    norm: RMSNorm
+    capture_layers: tuple[int, ...] = (1,)
+    inputs: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def identity(self) -> Hashable:
+        return self.norm
+
+    def compute(self, streams: torch.Tensor) -> torch.Tensor:
+        return self.norm(streams)
+
+
+def test_companions_of_one_type_each_compute_with_their_own_weights(tmp_path: Path) -> None:
+    try:
+        kernels = select_kernels("native", torch.float32, "cpu", 1)
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    twin = Twin(decoder_with(tmp_path, kernels, torch.float32), torch.float32)
+    norms = [RMSNorm(CONFIG.hidden_size, 1e-6, kernels, dtype=torch.float32, device="cpu") for _ in range(2)]
+    for factor, norm in enumerate(norms, start=1):
+        norm.weight.fill_(factor)
+    for seed in range(4):
+        ids, positions, plan = random_batch(seed, trees=False)
+        steps = [twin.decoder.forward_with(ids, positions, twin.pool, plan, NormsStreams(norm)) for norm in norms]
+        (_, once), (_, twice) = steps
+        assert torch.equal(twice, 2 * once)
