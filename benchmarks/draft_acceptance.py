@@ -54,7 +54,10 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     lines = options.chats.read_text(encoding="utf-8").splitlines()[: options.num_chats]
-    prompts = [_question(msgspec.json.decode(line)["messages"]) for line in lines]
+    chats = [msgspec.json.decode(line).get("messages") for line in lines]
+    if not all(chats):
+        raise SystemExit(f"{options.chats}: line {chats.index(None) + 1} has no messages; give a file of chats")
+    prompts = [_question(chat) for chat in chats]
     origin = provenance()
     rows = [row for name in options.shapes for row in measure(options, name, prompts)]
     report = Report(origin, len(prompts), rows)

@@ -11,7 +11,7 @@ from eagleray.cli.options import add_model_arguments, given
 from eagleray.cli.terminal import Progress
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock, SystemClock
-from eagleray.core.config import ModelConfigSection
+from eagleray.core.config import DEMO_MODEL, ModelConfigSection
 from eagleray.core.errors import ConfigError
 from eagleray.core.sampling_params import SamplingParams
 
@@ -109,7 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
         if progress.held_out is not None or progress.step % _REPORTED_STEPS == 0:
             show(f"{speed.line(progress)}{_acceptance(progress.held_out)}")
     show(f"the head is in {settings.output}; serve it with")
-    print(f"  --set speculation.method={settings.method} --set speculation.model={settings.output}")
+    model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
+    method = f"--set speculation.method={settings.method}"
+    print(f"  eagleray serve{model} {method} --set speculation.model={settings.output}")
     return 0
 
 

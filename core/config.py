@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -125,8 +126,10 @@ class SpeculationConfig(_Frozen):
         if has_own_weights != (self.model is not None):
             verb = "needs" if has_own_weights else "takes no"
             raise ValueError(f"method {self.method} {verb} speculation.model, the folder of a draft")
-        if (self.method == "early_exit") != (self.early_exit_layers is not None):
-            raise ValueError("speculation.early_exit_layers belongs to method early_exit; set both or neither")
+        if self.method == "early_exit" and self.early_exit_layers is None:
+            raise ValueError("method early_exit needs speculation.early_exit_layers, about a quarter of the model's")
+        if self.method != "early_exit" and self.early_exit_layers is not None:
+            raise ValueError(f"method {self.method} takes no speculation.early_exit_layers; leave it out")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError("speculation.prompt_lookup_min is larger than prompt_lookup_max; lower it")
         has_tree = self.tree_branching > 1 or bool(self.tree_paths)
@@ -253,13 +256,32 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: what was written is named before what is lacking.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"]) or "config"
-        value = None if first["type"] == "extra_forbidden" and isinstance(first["input"], dict) else first["input"]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = "unknown key; see `eagleray serve --help` and docs/operations.md for the ones there are"
-        raise ConfigError(field, value, message) from None
+            message = f"unknown key{_alike(first['loc'])}; `eagleray serve --help` lists those that there are"
+        elif first["type"] == "model_type":
+            message = f"must be a mapping, such as {{{next(iter(_keys_below(first['loc'])), 'key')}: ...}}"
+        raise ConfigError(field, first["input"], message) from None
+
+
+def _alike(location: tuple[int | str, ...]) -> str:
+    """Which key was perhaps meant."""
+    alike = get_close_matches(str(location[-1]), _keys_below(location[:-1]), n=1)
+    return f", perhaps {alike[0]}" if alike else ""
+
+
+def _keys_below(location: tuple[int | str, ...]) -> list[str]:
+    """Of the section at that place."""
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -268,7 +290,9 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     if path is not None:
         try:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError("config", str(path), f"cannot be read: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError("config", str(path), "the top level must be a mapping such as 'model: {path: ...}'")

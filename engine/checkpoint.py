@@ -13,7 +13,8 @@ from eagleray.text.tokenizer import Tokenizer
 def check_checkpoint(folder: Path) -> ModelConfig:
     """Read what is cheap to read. Raises ``ConfigError`` naming the field that cannot be served."""
     if not folder.is_dir():
-        raise ConfigError("model.path", str(folder), "there is no such folder; give the folder of a checkpoint")
+        way_out = "there is no such folder; give the folder of a checkpoint: nothing is downloaded from a hub"
+        raise ConfigError("model.path", str(folder), way_out)
     config = load_model_config(folder)
     Tokenizer.from_folder(folder).check_fits(config.vocab_size)
     return config

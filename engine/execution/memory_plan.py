@@ -91,14 +91,18 @@ def _check(config: Config, least_bytes: int, weights_bytes: int, available_bytes
     budget_bytes = config.memory.budget_bytes
     parts = (
         f"weights {format_size(weights_bytes)}, {config.prefill.replicas + config.decode.replicas} workers, "
-        "and the smallest KV pools"
+        "and the smallest KV pools that the configuration allows"
     )
     if budget_bytes is not None and budget_bytes < least_bytes:
         way_out = f"the least that would do is {format_size(least_bytes)} ({parts}); raise it, or start fewer workers"
         raise ConfigError("memory.budget_bytes", format_size(budget_bytes), way_out)
     if available_bytes is not None and max(least_bytes, budget_bytes or 0) > available_bytes:
         way_out = f"only {format_size(available_bytes)} are free, and the least that would do is "
-        way_out += f"{format_size(least_bytes)} ({parts}); free some, start fewer workers, or take smaller pools"
+        way_out += f"{format_size(least_bytes)} ({parts}); "
+        if budget_bytes is not None and least_bytes <= available_bytes:
+            way_out += "lower it"
+        else:
+            way_out += "free some, start fewer workers, or lower engine.kv_memory_bytes where it is set"
         raise ConfigError("memory.budget_bytes", budget_bytes and format_size(budget_bytes), way_out)
 
 

@@ -146,7 +146,7 @@ def _prefilled_elsewhere(view: ClusterView, decode: _DecodeSide, prefill: _Prefi
         rank=(decode.lacks_room, prefill.lacks_room, cost_s, decode.missing_blocks),
         queue_s=prefill.queue_s,
         prefill_s=prefill.prefill_s,
-        note="transfer overlaps",
+        note="predicted; transfer overlaps",
     )
 
 

@@ -22,13 +22,15 @@ from eagleray.core.errors import ConfigError
 
 WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"http": {"api_key": "two words"}}, "http.api_key", "match pattern"),
-    ({"modell": {"path": "x"}}, "modell", "unknown key"),
+    ({"modell": {"path": "x"}}, "modell", "unknown key, perhaps model;"),
     ({"model": {"paht": "x"}}, "model.paht", "unknown key"),
     ({"decode": {"engine": {"num_blokcs": 3}}}, "decode.engine.num_blokcs", "unknown key"),
+    ({"speculation": {"metod": "ngram"}}, "speculation.metod", "perhaps method"),
+    ({"speculation": {"method": "early_exit"}}, "speculation", "needs speculation.early_exit_layers"),
     ({"http": {"port": 99999}}, "http.port", "65535"),
     ({"router": {"policy": "best"}}, "router.policy", "least_loaded"),
-    ({"router": 3}, "router", "dictionary"),
-    ({"model": None}, "model", "dictionary"),
+    ({"router": 3}, "router", "mapping"),
+    ({"model": None}, "model", "mapping"),
     ({"transfer": {"transports": []}}, "transfer.transports", "at least 1"),
     ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports.0", "shared_memory"),
     ({"decode": {"engine": {"watermark": 1.0}}}, "decode.engine.watermark", "less than 1"),
