@@ -514,9 +514,10 @@ def test_tokens_per_step_differ_by_less_than_one_percent_from_aggregated_serving
 
 
 def test_guesses_of_drafts_made_to_agree_come_true(checkpoints: Checkpoints) -> None:
-    """A check on the test above: it compares something."""
+    """A check on the tests above: they compare something. In long answers: the last guesses are cut to what is left."""
     for method in ("eagle", "draft_model", "early_exit"):
-        assert serve_offline(checkpoints, checkpoints.speculation[method]).records.mean_accepted > 1.5
+        served = serve_offline(checkpoints, checkpoints.speculation[method], num_new_tokens=100)
+        assert served.records.mean_accepted > 1.5
 
 
 @pytest.mark.parametrize("other", [None, "seed"], ids=["no draft", "another draft"])
