@@ -50,6 +50,11 @@ class Run:
     bounds: Sequence[float | None]  # of the figures
 
 
+def _named(option: object) -> str:
+    """As results tell it: of a file its name, not where one machine keeps it."""
+    return option.name if isinstance(option, Path) else str(option)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -82,7 +87,7 @@ def measure(options: argparse.Namespace) -> Run:
     return Run(
         origin=provenance(),
         model=options.model,
-        options={name: str(value) for name, value in vars(options).items()},
+        options={name: _named(value) for name, value in vars(options).items()},
         others_share=others.share(),
         figures=figures,
         bounds=[figure.bound for figure in figures],
