@@ -122,7 +122,7 @@ class _Product:
 
 def _product(name: str, arguments: Sequence[Any]) -> _Product | None:
     if name == "panel_linear":
-        return _Product(arguments[13], arguments[15], arguments[16], _PANEL_WEIGHT_BYTES[arguments[4]])
+        return _Product(arguments[14], arguments[16], arguments[17], _PANEL_WEIGHT_BYTES[arguments[4]])
     if name == "linear":
         return _Product(arguments[7], arguments[8], arguments[9], _ELEMENT_BYTES[arguments[3]])
     return None

@@ -20,7 +20,7 @@ PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
 _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
 _LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
-_COLUMNS: Final = 16  # output features of a panel; panels come in pairs
+_COLUMNS: Final = 32  # output features of a panel
 _NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
 
 
@@ -32,6 +32,7 @@ class PanelLinear:
     weights: PanelWeights
     panels: torch.Tensor  # int32 [panels, words of a column, columns]
     scales: torch.Tensor | None  # float32 [groups, panels * columns]
+    column_sums: torch.Tensor | None  # int32 [panels * columns], of weights that meet activations in 8 bits
     bias: torch.Tensor | None  # float32 [out_features]
     out_features: int
     in_features: int  # the panels may have more, which are zero
@@ -52,7 +53,8 @@ class PanelLinear:
         failed = self.library.panel_linear(
             *(rows.data_ptr(), rows.stride(0), ELEMENTS[rows.dtype]),
             *(self.panels.data_ptr(), _CODES[self.weights], address(self.scales), self._group()),
-            *(address(self.bias), address(residual), 0 if residual is None else residual.stride(0)),
+            *(address(self.column_sums), address(self.bias)),
+            *(address(residual), 0 if residual is None else residual.stride(0)),
             *(out.data_ptr(), out.stride(0), ELEMENTS[out.dtype]),
             *(len(rows), self.panels.shape[1], x.shape[-1], self.out_features, self.library.num_threads),
         )
@@ -71,7 +73,7 @@ class PanelLinear:
 
 @dataclass(frozen=True, slots=True)
 class PanelLinearFormat:
-    """Implements ``LinearFormat``: panels of 16 output features, words of consecutive input features beside each other
+    """Implements ``LinearFormat``: panels of 32 output features, words of consecutive input features beside each other
     (panels.h says how). The bytes are the same for every CPU.
 
     Scales are a tensor of their own, one row per group of input features, so that zero points and an order of the input
@@ -94,7 +96,7 @@ class PanelLinearFormat:
             quantized = quantize_weight(weight, self.weights)
             words, scales = _words(quantized, self.weights), quantized.scales
         out_features, num_words = words.shape
-        num_panels = -(-out_features // (2 * _COLUMNS)) * 2
+        num_panels = -(-out_features // _COLUMNS)
         panels = torch.empty(num_panels, num_words, _COLUMNS, dtype=torch.int32)
         self.library.pack_panels(
             words.data_ptr(), out_features, num_words, num_panels, panels.data_ptr(), self.library.num_threads
@@ -103,6 +105,9 @@ class PanelLinearFormat:
         if scales is not None:
             tensors["scales"] = torch.zeros(len(scales), num_panels * _COLUMNS)
             tensors["scales"][:, :out_features] = scales
+        if self.weights == "w8a8":
+            tensors["column_sums"] = torch.zeros(num_panels * _COLUMNS, dtype=torch.int32)
+            tensors["column_sums"][:out_features] = quantized.values.sum(1, dtype=torch.int32)
         if bias is not None:
             tensors["bias"] = bias.float().contiguous()
         return PackedLinear(tensors, out_features, weight.shape[1])
@@ -115,6 +120,7 @@ class PanelLinearFormat:
             self.weights,
             tensors["panels"],
             tensors.get("scales"),
+            tensors.get("column_sums"),
             tensors.get("bias"),
             packed.out_features,
             packed.in_features,

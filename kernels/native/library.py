@@ -31,7 +31,7 @@ _ARGUMENTS: Final = {
     "linear": (_ADDRESS, _LONG, _ADDRESS, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _INT),
     "pack_panels": (_ADDRESS, _LONG, _LONG, _LONG, _ADDRESS, _INT),
     "panel_linear": (
-        *(_ADDRESS, _LONG, _INT, _ADDRESS, _INT, _ADDRESS, _LONG),
+        *(_ADDRESS, _LONG, _INT, _ADDRESS, _INT, _ADDRESS, _LONG, _ADDRESS),
         *(_ADDRESS, _ADDRESS, _LONG, _ADDRESS, _LONG, _INT, _LONG, _LONG, _LONG, _LONG, _INT),
     ),
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG, _LONG, _INT, _INT),

@@ -8,9 +8,9 @@ void linear(const float *x, int64_t x_stride, const void *packed, int element, c
             float *out, int64_t rows, int64_t in_features, int64_t out_features, int num_threads);
 
 int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t *panels, int weights,
-                 const float *scales, int64_t group, const float *bias, const void *residual, int64_t residual_stride,
-                 void *out, int64_t out_stride, int out_element, int64_t rows, int64_t words, int64_t in_features,
-                 int64_t out_features, int num_threads);
+                 const float *scales, int64_t group, const int32_t *column_sums, const float *bias,
+                 const void *residual, int64_t residual_stride, void *out, int64_t out_stride, int out_element,
+                 int64_t rows, int64_t words, int64_t in_features, int64_t out_features, int num_threads);
 
 void rms_norm(const void *x, int64_t x_stride, const void *weight, float eps, void *out, int64_t out_stride,
               int64_t rows, int64_t size, int element, int num_threads);

@@ -11,12 +11,18 @@
 
 enum {
     TILE_PAIR = 2 * ROWS,       /* rows of one block of panels.h */
-    PAIR_COLUMNS = 2 * COLUMNS, /* and columns */
-    DEPTH_CHUNKS = 11,          /* two panels over these fit into the first-level cache, beside activations and sums */
+    /* A panel over these fits into half of the first-level cache, beside activations and sums: CPUs with tiles have 48
+     * KiB, others 32.
+     */
+#if defined(__AMX_TILE__)
+    DEPTH_CHUNKS = 11,
+#else
+    DEPTH_CHUNKS = 6,
+#endif
     MAX_GROUP_CHUNKS = 16,      /* with one scale */
-    BLOCK_ROWS = 512,           /* that pass by a pair of panels; a multiple of TILE_PAIR */
+    BLOCK_ROWS = 512,           /* that pass by a panel; a multiple of TILE_PAIR */
     BLOCK_BYTES = 1 << 20,      /* or fewer: half of a usual second-level cache */
-    TASK_PAIRS = 4,             /* that one thread takes at a time, so that it has use for what it prefetches */
+    TASK_PANELS = 4,            /* that one thread takes at a time, so that it has use for what it prefetches */
 };
 
 /* What panels hold. */
@@ -26,10 +32,12 @@ struct product {
     const void *x; /* [rows, in_features], rows x_stride elements apart */
     int64_t x_stride;
     int x_element;
-    const uint32_t *panels; /* [2 * pairs][words][COLUMNS] */
+    const uint32_t *panels; /* [num_panels][words][COLUMNS] */
     int weights;            /* enum weights */
-    const float *scales;    /* [groups][2 * pairs * COLUMNS]; none for bfloat16 */
+    int numbers;            /* enum numbers */
+    const float *scales;    /* [groups][num_panels * COLUMNS]; none for bfloat16 */
     int64_t group_chunks;   /* of one scale; 0: one scale for all of in_features */
+    const int32_t *column_sums; /* of the weights, [num_panels * COLUMNS]; W8A8 */
     const float *bias;      /* [out_features] or none */
     const void *residual;   /* [rows, out_features] or none, of out's element type */
     int64_t residual_stride;
@@ -38,7 +46,7 @@ struct product {
     int out_element;
     int64_t rows, in_features, out_features;
     /* Derived. */
-    int64_t words, chunks, pairs, row_bytes, block_rows; /* words of a panel's column; bytes of a packed row */
+    int64_t words, chunks, num_panels, row_bytes, block_rows; /* words of a panel's column; bytes of a packed row */
     int in_place; /* x is read as it is */
     char *packed;                            /* activations of a block of rows */
     float *row_scales;                       /* of these; W8A8 */
@@ -151,13 +159,14 @@ static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) 
     typedef uint16_t halves __attribute__((vector_size(64)));
     halves table;
     for (int i = 0; i < 32; i++) table[i] = to_bfloat16((float)(i % 16 - 8)); /* the fifth bit of an index is ignored */
-    for (int64_t word = 0; word < words; word++) {
-        halves nibbles = (halves)load_words(source + word * COLUMNS);
+    for (int64_t word = 0; word < words; word++)
+        for (int part = 0; part < COLUMNS; part += LANES) {
+            halves nibbles = (halves)load_words(source + word * COLUMNS + part);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            store_words(target + (4 * word + i) * COLUMNS,
-                        (bit_vector)_mm512_permutexvar_epi16((__m512i)(nibbles >> 4 * i), (__m512i)table));
-    }
+            for (int i = 0; i < 4; i++)
+                store_words(target + (4 * word + i) * COLUMNS + part,
+                            (bit_vector)_mm512_permutexvar_epi16((__m512i)(nibbles >> 4 * i), (__m512i)table));
+        }
 #else
     for (int64_t word = 0; word < words; word++)
         for (int part = 0; part < COLUMNS; part += LANES) {
@@ -191,11 +200,11 @@ INLINE const uint32_t *widen(const uint32_t *panel, int64_t chunks, uint32_t *ta
 
 /* ---- Products ---- */
 
-/* c = or += partial * scales, for rows [.][PAIR_COLUMNS]. */
+/* c = or += partial * scales, for rows [.][COLUMNS]. */
 INLINE void add_scaled(float *c, const float *partial, const float *scales, int rows, int accumulates) {
     for (int row = 0; row < rows; row++)
-        for (int column = 0; column < PAIR_COLUMNS; column += LANES) {
-            int at = row * PAIR_COLUMNS + column;
+        for (int column = 0; column < COLUMNS; column += LANES) {
+            int at = row * COLUMNS + column;
             vector sum = accumulates ? load_vector(c + at, FLOAT32) : (vector){0};
             sum += load_vector(partial + at, FLOAT32) * load_vector(scales + column, FLOAT32);
             store_vector(c + at, sum, FLOAT32);
@@ -205,11 +214,14 @@ INLINE void add_scaled(float *c, const float *partial, const float *scales, int 
 /* Scales, bias and residual, and the only rounding. */
 INLINE void finish_any_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int numbers, const int element) {
-    int64_t count = smaller(PAIR_COLUMNS, job->out_features - first);
-    float values[PAIR_COLUMNS];
-    for (int64_t i = 0; i < PAIR_COLUMNS; i += LANES) {
+    int64_t count = smaller(COLUMNS, job->out_features - first);
+    float values[COLUMNS];
+    for (int64_t i = 0; i < COLUMNS; i += LANES) {
         vector sum = load_vector(sums + i, FLOAT32);
-        if (numbers == QUADS) sum = __builtin_convertvector((mask_vector)sum, vector);
+        if (numbers == QUADS) {
+            mask_vector offset = (mask_vector)load_words(job->column_sums + first + i) * ACTIVATION_OFFSET;
+            sum = __builtin_convertvector((mask_vector)sum - offset, vector);
+        }
         if (job->scales && !job->group_chunks) sum *= load_vector(job->scales + first + i, FLOAT32) * row_scale;
         if (job->bias && i < count) sum += load_some(job->bias + first + i, count - i, FLOAT32);
         if (job->residual && i < count)
@@ -224,34 +236,33 @@ INLINE void finish_any_row(const struct product *job, int64_t row, float row_sca
 INLINE void finish_row(const struct product *job, int64_t row, float row_scale, int64_t first, const float *sums,
                        const int is_plain, const int numbers, const int element) {
     if (is_plain)
-        store_columns((void *)element_at(job->out, row * job->out_stride + first, element), sums, PAIR_COLUMNS,
+        store_columns((void *)element_at(job->out, row * job->out_stride + first, element), sums, COLUMNS,
                       element);
     else
         finish_any_row(job, row, row_scale, first, sums, numbers, element);
 }
 
-INLINE void finish_rows(const struct product *job, int64_t first_row, int64_t row, int64_t rows, int64_t pair,
+INLINE void finish_rows(const struct product *job, int64_t first_row, int64_t row, int64_t rows, int64_t panel,
                         const float *sums, const int numbers) {
     int is_plain = numbers != QUADS && (!job->scales || job->group_chunks) && !job->bias && !job->residual &&
-                   (pair + 1) * PAIR_COLUMNS <= job->out_features;
-    for (int64_t i = 0; i < rows; i++, row++, sums += PAIR_COLUMNS) {
+                   (panel + 1) * COLUMNS <= job->out_features;
+    for (int64_t i = 0; i < rows; i++, row++, sums += COLUMNS) {
         float row_scale = numbers == QUADS ? job->row_scales[row] : 1.0f;
         if (job->out_element == BFLOAT16)
-            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, is_plain, numbers, BFLOAT16);
+            finish_row(job, first_row + row, row_scale, panel * COLUMNS, sums, is_plain, numbers, BFLOAT16);
         else
-            finish_row(job, first_row + row, row_scale, pair * PAIR_COLUMNS, sums, is_plain, numbers, FLOAT32);
+            finish_row(job, first_row + row, row_scale, panel * COLUMNS, sums, is_plain, numbers, FLOAT32);
     }
 }
 
-/* Part `part` of `parts` of what a pair of panels has at some chunks, into the second-level cache. */
-INLINE void prefetch_panels(const struct product *job, int64_t pair, int64_t chunk, int64_t chunks, int64_t part,
-                            int64_t parts, const int weights) {
-    int64_t lines = smaller(chunks, job->chunks - chunk) * chunk_words(weights);
-    const uint32_t *panel = panel_at(job, 2 * pair, chunk, weights);
-    for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++) {
-        __builtin_prefetch(panel + line * COLUMNS, 0, 2);
-        __builtin_prefetch(panel + (job->words + line) * COLUMNS, 0, 2);
-    }
+/* Part `part` of `parts` of what a panel has at some chunks, into the second-level cache. */
+INLINE void prefetch_panel(const struct product *job, int64_t panel, int64_t chunk, int64_t chunks, int64_t part,
+                           int64_t parts, const int weights) {
+    int64_t words = smaller(chunks, job->chunks - chunk) * chunk_words(weights);
+    const uint32_t *first = panel_at(job, panel, chunk, weights);
+    for (int64_t word = words * part / parts; word < words * (part + 1) / parts; word++)
+        for (int column = 0; column < COLUMNS; column += TILE_COLUMNS)
+            __builtin_prefetch(first + word * COLUMNS + column, 0, 2);
 }
 
 INLINE struct block block_of(const struct product *job, int64_t first_row, int64_t row, int64_t num_rows, int64_t chunk,
@@ -274,93 +285,106 @@ INLINE struct block block_of(const struct product *job, int64_t first_row, int64
     return block;
 }
 
-/* All rows of a block by one pair of panels, over some chunks. */
-INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t num_rows, int64_t pair, int64_t chunk,
-                          int64_t chunks, const uint32_t *const panels[2], float *sums, const int weights,
-                          const int numbers) {
-    float partial[TILE_PAIR * PAIR_COLUMNS] __attribute__((aligned(64)));
+/* All rows of a block by one panel, over some chunks, whose weights are at b. */
+INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t num_rows, int64_t panel, int64_t chunk,
+                          int64_t chunks, const uint32_t *b, float *sums, const int weights, const int numbers) {
+    float partial[TILE_PAIR * COLUMNS] __attribute__((aligned(64)));
     const float *scales = NULL;
-    if (job->group_chunks) scales = job->scales + (chunk / job->group_chunks * job->pairs + pair) * PAIR_COLUMNS;
-    int64_t next_pair = chunk + chunks < job->chunks ? pair : pair + 1;
-    int64_t next_chunk = next_pair > pair ? 0 : chunk + chunks, parts = ceil_divide(num_rows, TILE_PAIR);
+    if (job->group_chunks) scales = job->scales + (chunk / job->group_chunks * job->num_panels + panel) * COLUMNS;
+    int64_t next_panel = chunk + chunks < job->chunks ? panel : panel + 1;
+    int64_t next_chunk = next_panel > panel ? 0 : chunk + chunks, parts = ceil_divide(num_rows, TILE_PAIR);
     int configured_rows = 0;
-    for (int64_t row = 0; row < num_rows; row += TILE_PAIR, sums += TILE_PAIR * PAIR_COLUMNS) {
+    for (int64_t row = 0; row < num_rows; row += TILE_PAIR, sums += TILE_PAIR * COLUMNS) {
         struct block block = block_of(job, first_row, row, num_rows, chunk, numbers);
         int rows = block.rows[0] + block.rows[1];
-        for (int i = 0; i < 2; i++) block.b[i] = panels[i];
+        block.b = b;
         block.chunks = chunks;
         block.c = (uint32_t *)(scales ? partial : sums);
         block.accumulates = !scales && chunk > 0;
         if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
         configured_rows = rows;
-        if (num_rows > TILE_PAIR && next_pair < job->pairs)
-            prefetch_panels(job, next_pair, next_chunk, chunks, row / TILE_PAIR, parts, weights);
+        if (num_rows > TILE_PAIR && next_panel < job->num_panels)
+            prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights);
         multiply_block(&block, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
         if (chunk + chunks < job->chunks) continue;
         /* A block later: sums that tiles have just stored cannot be read before they have reached the cache. */
         if (row > 0)
-            finish_rows(job, first_row, row - TILE_PAIR, TILE_PAIR, pair, sums - TILE_PAIR * PAIR_COLUMNS, numbers);
-        if (row + TILE_PAIR >= num_rows) finish_rows(job, first_row, row, rows, pair, sums, numbers);
+            finish_rows(job, first_row, row - TILE_PAIR, TILE_PAIR, panel, sums - TILE_PAIR * COLUMNS, numbers);
+        if (row + TILE_PAIR >= num_rows) finish_rows(job, first_row, row, rows, panel, sums, numbers);
     }
 }
 
-/* One block of rows by one pair of panels. */
-INLINE void compute_pair(const struct product *job, int64_t first_row, int64_t num_rows, int64_t pair,
-                         const int weights, const int numbers) {
-    float sums[BLOCK_ROWS * PAIR_COLUMNS] __attribute__((aligned(64)));
-    uint32_t widened[2][MAX_GROUP_CHUNKS * PANEL_CHUNK] __attribute__((aligned(64)));
-    const uint32_t *panels[2];
+/* One block of rows by one panel. */
+INLINE void compute_panel_as(const struct product *job, int64_t first_row, int64_t num_rows, int64_t panel,
+                             const int weights, const int numbers) {
+    float sums[BLOCK_ROWS * COLUMNS] __attribute__((aligned(64)));
+    uint32_t widened[MAX_GROUP_CHUNKS * PANEL_CHUNK] __attribute__((aligned(64)));
     /* A few rows read the weights once in any case, best front to back. */
     int64_t depth = widens(weights) || num_rows > TILE_PAIR ? DEPTH_CHUNKS : job->chunks;
     if (job->group_chunks) depth = job->group_chunks;
     for (int64_t chunk = 0; chunk < job->chunks; chunk += depth) {
         int64_t chunks = smaller(depth, job->chunks - chunk);
-        for (int i = 0; i < 2; i++) {
-            panels[i] = panel_at(job, 2 * pair + i, chunk, weights);
-            if (widens(weights)) panels[i] = widen(panels[i], chunks, widened[i], weights);
-        }
-        multiply_rows(job, first_row, num_rows, pair, chunk, chunks, panels, sums, weights, numbers);
+        const uint32_t *b = panel_at(job, panel, chunk, weights);
+        if (widens(weights)) b = widen(b, chunks, widened, weights);
+        multiply_rows(job, first_row, num_rows, panel, chunk, chunks, b, sums, weights, numbers);
     }
 }
 
-INLINE void compute_product(const struct product *job, const int weights, const int numbers, int num_threads) {
+/* Code of its own for each format and kind of numbers. What is constant here would be a variable in the bodies of
+ * OpenMP's loops, which the compiler makes functions of.
+ */
+static void compute_panel(const struct product *job, int64_t first_row, int64_t num_rows, int64_t panel) {
+#define CASE(format, kind) \
+    if (job->weights == format && job->numbers == kind) \
+        compute_panel_as(job, first_row, num_rows, panel, format, kind);
+#if defined(__AVX512BF16__)
+    CASE(WEIGHTS_BFLOAT16, PAIRS)
+    CASE(WEIGHTS_INT8, PAIRS)
+    CASE(WEIGHTS_INT4, PAIRS)
+#endif
+    CASE(WEIGHTS_BFLOAT16, FLOATS)
+    CASE(WEIGHTS_INT8, FLOATS)
+    CASE(WEIGHTS_INT4, FLOATS)
+    CASE(WEIGHTS_W8A8, QUADS)
+#undef CASE
+}
+
+static void pack_rows(const struct product *job, int64_t first_row, int64_t row, int64_t num_rows) {
+#define CASE(element, kind) \
+    if (job->x_element == element && job->numbers == kind) \
+        pack_tile(job, first_row, row, num_rows, element, kind);
+    CASE(BFLOAT16, FLOATS)
+    CASE(BFLOAT16, PAIRS)
+    CASE(BFLOAT16, QUADS)
+    CASE(FLOAT32, FLOATS)
+    CASE(FLOAT32, QUADS)
+#undef CASE
+}
+
+static void compute_product(const struct product *job, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         for (int64_t first_row = 0; first_row < job->rows; first_row += job->block_rows) {
             int64_t num_rows = smaller(job->block_rows, job->rows - first_row);
             if (!job->in_place) {
 #pragma omp for schedule(static)
-                for (int64_t row = 0; row < num_rows; row += ROWS)
-                    if (job->x_element == BFLOAT16)
-                        pack_tile(job, first_row, row, num_rows, BFLOAT16, numbers);
-                    else
-                        pack_tile(job, first_row, row, num_rows, FLOAT32, numbers);
+                for (int64_t row = 0; row < num_rows; row += ROWS) pack_rows(job, first_row, row, num_rows);
             }
-#pragma omp for schedule(dynamic, TASK_PAIRS)
-            for (int64_t pair = 0; pair < job->pairs; pair++)
-                compute_pair(job, first_row, num_rows, pair, weights, numbers);
+#pragma omp for schedule(dynamic, TASK_PANELS)
+            for (int64_t panel = 0; panel < job->num_panels; panel++) compute_panel(job, first_row, num_rows, panel);
         }
-        if (numbers != FLOATS) release_tiles();
+        if (job->numbers != FLOATS) release_tiles();
     }
-}
-
-INLINE void compute_numbers(const struct product *job, const int numbers, int num_threads) {
-    if (job->weights == WEIGHTS_BFLOAT16)
-        compute_product(job, WEIGHTS_BFLOAT16, numbers, num_threads);
-    else if (job->weights == WEIGHTS_INT8)
-        compute_product(job, WEIGHTS_INT8, numbers, num_threads);
-    else
-        compute_product(job, WEIGHTS_INT4, numbers, num_threads);
 }
 
 /* out = x * weight' * scale + bias + residual; see struct product. `group` is the number of input features with one
  * scale, a multiple of 32 up to 512, or 0. Returns 0, or -1 for want of memory.
  */
 int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t *panels, int weights,
-                 const float *scales, int64_t group, const float *bias, const void *residual, int64_t residual_stride,
-                 void *out, int64_t out_stride, int out_element, int64_t rows, int64_t words, int64_t in_features,
-                 int64_t out_features, int num_threads) {
+                 const float *scales, int64_t group, const int32_t *column_sums, const float *bias,
+                 const void *residual, int64_t residual_stride, void *out, int64_t out_stride, int out_element,
+                 int64_t rows, int64_t words, int64_t in_features, int64_t out_features, int num_threads) {
     int numbers = weights == WEIGHTS_W8A8 ? QUADS : x_element == BFLOAT16 ? BFLOAT16_ACTIVATIONS : FLOATS;
     struct product job = {
         .x = x,
@@ -368,8 +392,10 @@ int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t 
         .x_element = x_element,
         .panels = panels,
         .weights = weights,
+        .numbers = numbers,
         .scales = scales,
         .group_chunks = group / 32,
+        .column_sums = column_sums,
         .bias = bias,
         .residual = residual,
         .residual_stride = residual_stride,
@@ -381,7 +407,7 @@ int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t 
         .out_features = out_features,
         .words = words,
         .chunks = ceil_divide(in_features, chunk_features(numbers)),
-        .pairs = ceil_divide(out_features, PAIR_COLUMNS),
+        .num_panels = ceil_divide(out_features, COLUMNS),
     };
     job.in_place = numbers == PAIRS && in_features % 32 == 0;
     job.row_bytes = job.chunks * chunk_bytes(numbers);
@@ -389,12 +415,7 @@ int panel_linear(const void *x, int64_t x_stride, int x_element, const uint32_t 
     int64_t packed_rows = ceil_divide(smaller(job.block_rows, rows), TILE_PAIR) * TILE_PAIR;
     if (!job.in_place && !(job.packed = aligned_alloc(64, packed_rows * (job.row_bytes + 64)))) return -1;
     if (numbers == QUADS) job.row_scales = (float *)(job.packed + packed_rows * job.row_bytes);
-    if (numbers == QUADS)
-        compute_product(&job, WEIGHTS_W8A8, QUADS, num_threads);
-    else if (numbers == PAIRS)
-        compute_numbers(&job, PAIRS, num_threads);
-    else
-        compute_numbers(&job, FLOATS, num_threads);
+    compute_product(&job, num_threads);
     free(job.packed);
     return 0;
 }

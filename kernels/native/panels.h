@@ -2,8 +2,9 @@
  * ones, for AMX tiles, for dot products of AVX-512, and for any CPU.
  *
  * A word, 32 bits, holds two bfloat16 or four int8 that follow one another along in_features. Weights are panels of
- * COLUMNS output features, each [words][COLUMNS]; CHUNK_WORDS of these rows are one AMX tile, 1 KiB. Activations are
- * packed in tiles of up to ROWS rows, each [chunks][rows][CHUNK_WORDS]. All three loops read the same weights.
+ * COLUMNS output features, each [words][COLUMNS], so that they are one stream from memory; CHUNK_WORDS of these rows are
+ * two AMX tiles beside each other. Activations are packed in tiles of up to ROWS rows, each [chunks][rows][CHUNK_WORDS].
+ * All three loops read the same weights.
  *
  * Each output is one sum over in_features in a fixed order, whatever the other rows, and wherever a sum was cut into
  * several calls.
@@ -16,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-enum { COLUMNS = 16, ROWS = 16, CHUNK_WORDS = 16, PANEL_CHUNK = CHUNK_WORDS * COLUMNS };
+enum { TILE_COLUMNS = 16, COLUMNS = 2 * TILE_COLUMNS, ROWS = 16, CHUNK_WORDS = 16, PANEL_CHUNK = CHUNK_WORDS * COLUMNS };
 
 /* What the numbers of a product are: activations, and in a word of the weights. */
 enum numbers {
@@ -43,11 +44,11 @@ typedef uint32_t loose_words __attribute__((vector_size(VECTOR_BYTES), aligned(4
 INLINE bit_vector load_words(const void *source) { return *(const loose_words *)source; }
 INLINE void store_words(void *target, bit_vector value) { *(loose_words *)target = value; }
 
-/* PAIR_COLUMNS numbers, or the first `count` of them, rounded to the element type. */
+/* COLUMNS numbers, or the first `count` of them, rounded to the element type. */
 INLINE void store_columns(void *target, const float *values, int64_t count, const int element) {
 #if defined(__AVX512BF16__)
-    if (element == BFLOAT16 && count >= 2 * COLUMNS) {
-        __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + COLUMNS), _mm512_loadu_ps(values));
+    if (element == BFLOAT16 && count >= COLUMNS) {
+        __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + TILE_COLUMNS), _mm512_loadu_ps(values));
         memcpy(target, &pair, sizeof pair);
         return;
     }
@@ -59,13 +60,13 @@ INLINE void store_columns(void *target, const float *values, int64_t count, cons
 INLINE int64_t chunk_features(const int numbers) { return numbers == QUADS ? 64 : 32; }
 INLINE int64_t chunk_bytes(const int numbers) { return numbers == FLOATS ? 128 : 64; } /* of one row */
 
-/* Up to 2 * ROWS rows by two panels over some chunks: c[rows][2 * COLUMNS] of float32 or int32. */
+/* Up to 2 * ROWS rows by a panel over some chunks: c[rows][COLUMNS] of float32 or int32. */
 struct block {
     const char *a[2];    /* tiles of activations, at the first chunk */
     int64_t a_row;       /* bytes from a row of a tile to the next */
     int64_t a_chunk[2];  /* bytes from a chunk of a tile to the next */
     int rows[2];         /* of each tile; the second may have none */
-    const uint32_t *b[2];
+    const uint32_t *b;
     int64_t chunks;
     uint32_t *c;
     int accumulates;
@@ -100,13 +101,13 @@ INLINE void release_tiles(void) { _tile_release(); }
     } while (0)
 
 INLINE void multiply_tiles(const struct block *block, const int numbers, const int has_second) {
-    enum { STRIDE = 64, C_STRIDE = 2 * COLUMNS * 4 };
-    uint32_t *c0 = block->c, *c1 = block->c + ROWS * 2 * COLUMNS;
+    enum { STRIDE = COLUMNS * 4 };
+    uint32_t *c0 = block->c, *c1 = block->c + ROWS * COLUMNS;
     if (block->accumulates) {
-        _tile_loadd(0, c0, C_STRIDE);
-        _tile_loadd(1, c0 + COLUMNS, C_STRIDE);
-        if (has_second) _tile_loadd(2, c1, C_STRIDE);
-        if (has_second) _tile_loadd(3, c1 + COLUMNS, C_STRIDE);
+        _tile_loadd(0, c0, STRIDE);
+        _tile_loadd(1, c0 + TILE_COLUMNS, STRIDE);
+        if (has_second) _tile_loadd(2, c1, STRIDE);
+        if (has_second) _tile_loadd(3, c1 + TILE_COLUMNS, STRIDE);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -114,12 +115,12 @@ INLINE void multiply_tiles(const struct block *block, const int numbers, const i
         _tile_zero(3);
     }
     const char *a0 = block->a[0], *a1 = block->a[1];
-    const uint32_t *b0 = block->b[0], *b1 = block->b[1];
+    const uint32_t *b = block->b;
     for (int64_t chunk = 0; chunk < block->chunks; chunk++) {
         _tile_loadd(4, a0, block->a_row);
-        _tile_loadd(6, b0, STRIDE);
+        _tile_loadd(6, b, STRIDE);
         ADD_PRODUCT(0, 4, 6);
-        _tile_loadd(7, b1, STRIDE);
+        _tile_loadd(7, b + TILE_COLUMNS, STRIDE);
         ADD_PRODUCT(1, 4, 7);
         if (has_second) {
             _tile_loadd(5, a1, block->a_row);
@@ -127,12 +128,12 @@ INLINE void multiply_tiles(const struct block *block, const int numbers, const i
             ADD_PRODUCT(3, 5, 7);
         }
         a0 += block->a_chunk[0], a1 += block->a_chunk[1];
-        b0 += PANEL_CHUNK, b1 += PANEL_CHUNK;
+        b += PANEL_CHUNK;
     }
-    _tile_stored(0, c0, C_STRIDE);
-    _tile_stored(1, c0 + COLUMNS, C_STRIDE);
-    if (has_second) _tile_stored(2, c1, C_STRIDE);
-    if (has_second) _tile_stored(3, c1 + COLUMNS, C_STRIDE);
+    _tile_stored(0, c0, STRIDE);
+    _tile_stored(1, c0 + TILE_COLUMNS, STRIDE);
+    if (has_second) _tile_stored(2, c1, STRIDE);
+    if (has_second) _tile_stored(3, c1 + TILE_COLUMNS, STRIDE);
 }
 #undef ADD_PRODUCT
 
@@ -165,48 +166,54 @@ INLINE bit_vector add_products(bit_vector sums, const char *activations, int wor
 #endif
 }
 
-enum { SUM_ROWS = LANES / 2, PARTS = COLUMNS / LANES };
-
-/* `rows` of a tile, from address a on, by one panel. */
-INLINE void multiply_panel_rows(const int rows, const struct block *block, const char *a, int64_t a_chunk,
-                                const uint32_t *b, uint32_t *c, const int numbers) {
-    bit_vector sums[SUM_ROWS][PARTS], offsets[PARTS] = {0};
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++)
-            sums[row][part] = block->accumulates ? load_words(c + row * 2 * COLUMNS + part * LANES) : (bit_vector){0};
-    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk)
-        for (int word = 0; word < CHUNK_WORDS; word++, b += COLUMNS)
-#pragma GCC unroll 4
-            for (int part = 0; part < PARTS; part++) {
-                bit_vector weights = load_words(b + part * LANES);
-#pragma GCC unroll 8
-                for (int row = 0; row < rows; row++)
-                    sums[row][part] =
-                        add_products(sums[row][part], a + row * block->a_row, word, weights, numbers);
-#if ACTIVATION_OFFSET
-                if (numbers == QUADS)
-                    offsets[part] = (bit_vector)_mm512_dpbusd_epi32(
-                        (__m512i)offsets[part], _mm512_set1_epi8((char)ACTIVATION_OFFSET), (__m512i)weights);
+/* Words that several products share. Without a word from us compilers read them from memory for each of them, and a CPU
+ * of today reads 64 bytes no more often than it multiplies them.
+ */
+INLINE bit_vector load_shared_words(const uint32_t *source) {
+    bit_vector words = load_words(source);
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(words));
 #endif
-            }
+    return words;
+}
+
+/* Sums of a few rows by as many columns as leave registers for weights. */
+enum { SUM_ROWS = LANES / 2, SUM_COLUMNS = 2 * LANES < COLUMNS ? TILE_COLUMNS : COLUMNS, PARTS = SUM_COLUMNS / LANES };
+
+/* `rows` of a tile, from address a on, by SUM_COLUMNS of a panel. */
+INLINE void multiply_some_rows(const int rows, const struct block *block, const char *a, int64_t a_chunk,
+                               const uint32_t *b, uint32_t *c, const int numbers) {
+    bit_vector sums[SUM_ROWS][PARTS], weights[PARTS];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++)
-            store_words(c + row * 2 * COLUMNS + part * LANES,
-                        numbers == QUADS ? sums[row][part] - offsets[part] : sums[row][part]);
+            sums[row][part] = block->accumulates ? load_words(c + row * COLUMNS + part * LANES) : (bit_vector){0};
+    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk)
+        for (int word = 0; word < CHUNK_WORDS; word++, b += COLUMNS) {
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++) weights[part] = load_shared_words(b + part * LANES);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++)
+                    sums[row][part] =
+                        add_products(sums[row][part], a + row * block->a_row, word, weights[part], numbers);
+        }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) store_words(c + row * COLUMNS + part * LANES, sums[row][part]);
 }
 
 /* Any number of rows of a tile, SUM_ROWS at a time, with code of its own for each remainder. */
-INLINE void multiply_panel(const struct block *block, int tile, int panel, const int numbers) {
-    const uint32_t *b = block->b[panel];
+INLINE void multiply_tile_rows(const struct block *block, int tile, int column, const int numbers) {
+    const uint32_t *b = block->b + column;
     for (int row = 0; row < block->rows[tile]; row += SUM_ROWS) {
         const char *a = block->a[tile] + row * block->a_row;
-        uint32_t *c = block->c + (tile * ROWS + row) * 2 * COLUMNS + panel * COLUMNS;
+        uint32_t *c = block->c + (tile * ROWS + row) * COLUMNS + column;
 #define CASE(n) \
-    case n: multiply_panel_rows(n, block, a, block->a_chunk[tile], b, c, numbers); break;
+    case n: multiply_some_rows(n, block, a, block->a_chunk[tile], b, c, numbers); break;
         switch (smaller(SUM_ROWS, block->rows[tile] - row)) {
             CASE(1)
             CASE(2)
@@ -233,5 +240,5 @@ INLINE void multiply_block(const struct block *block, const int numbers) {
     }
 #endif
     for (int tile = 0; tile < 2; tile++)
-        for (int panel = 0; panel < 2; panel++) multiply_panel(block, tile, panel, numbers);
+        for (int column = 0; column < COLUMNS; column += SUM_COLUMNS) multiply_tile_rows(block, tile, column, numbers);
 }

@@ -31,9 +31,9 @@ int replay_linear(const union argument *a) {
 
 int replay_panel_linear(const union argument *a) {
     return panel_linear(a[0].address, a[1].integer, (int)a[2].integer, a[3].address, (int)a[4].integer, a[5].address,
-                        a[6].integer, a[7].address, a[8].address, a[9].integer, a[10].address, a[11].integer,
-                        (int)a[12].integer, a[13].integer, a[14].integer, a[15].integer, a[16].integer,
-                        (int)a[17].integer);
+                        a[6].integer, a[7].address, a[8].address, a[9].address, a[10].integer, a[11].address,
+                        a[12].integer, (int)a[13].integer, a[14].integer, a[15].integer, a[16].integer,
+                        a[17].integer, (int)a[18].integer);
 }
 
 int replay_rms_norm(const union argument *a) {

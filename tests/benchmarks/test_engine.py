@@ -79,7 +79,7 @@ def test_products_are_told_apart_by_their_size_and_their_operations_counted() ->
     panel_linear = clock.timed(lambda *arguments: None, "panel_linear")
     for rows in (3, 5):
         linear(*[0] * 7, rows, 8, 16, 1)
-    panel_linear(*[0] * 4, 3, *[0] * 8, 1, 2, 8, 16, 1)
+    panel_linear(*[0] * 4, 3, *[0] * 9, 1, 2, 8, 16, 1)
     taken = clock.taken()
     assert taken["linear 8 x 16"].flop == 2 * (3 + 5) * 8 * 16
     assert taken["linear 8 x 16"].weight_bytes == 2 * 4 * 8 * 16  # two calls, in float32

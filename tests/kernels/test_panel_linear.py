@@ -26,10 +26,10 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 WEIGHTS: tuple[PanelWeights, ...] = get_args(PanelWeights)
 DTYPES = (torch.float32, torch.bfloat16)
 BYTES = {
-    "bfloat16-panels-16, version 1": "84811869cf0e4bcf",
-    "int8-panels-16, version 1, rounding 1": "f3cdd87dac365e27",
-    "int4-panels-16, version 1, rounding 1": "58e7b2074d9a573b",
-    "w8a8-panels-16, version 1, rounding 1": "f3cdd87dac365e27",
+    "bfloat16-panels-32, version 1": "fba37af78808653b",
+    "int8-panels-32, version 1, rounding 1": "acb389131f2d7690",
+    "int4-panels-32, version 1, rounding 1": "801e1115a3ac68a8",
+    "w8a8-panels-32, version 1, rounding 1": "5654f26d348d5208",
     "int8-rows, rounding 1": "a3bc0236693a3c7a",
     "int4-rows, rounding 1": "7a6a71c0aee1328b",
     "w8a8-rows, rounding 1": "a3bc0236693a3c7a",
