@@ -78,7 +78,13 @@ def _config(options: argparse.Namespace) -> Config:
     model = {"path": path, "dtype": options.dtype}
     if options.quantization != "none":
         model["quantization"] = options.quantization
-    pool = {"num_threads": options.threads, "engine": {"kv_memory_bytes": _KV_MEMORY_BYTES}}
+    pool = {
+        "num_threads": options.threads,
+        "engine": {
+            "kv_memory_bytes": _KV_MEMORY_BYTES,
+            "enable_prefix_caching": False,
+        },  # blocks are used again at once
+    }
     return parse_config({"model": model, "prefill": {"replicas": 0}, "decode": pool})
 
 

@@ -39,6 +39,7 @@ class KVMemory:
         self._fd = _create_memory_file(num_bytes) if shared else -1
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._mapping = mmap.mmap(self._fd, num_bytes, flags=flags)
+        _ask_for_huge_pages(self._mapping)
         if shared:
             _populate(self._mapping)
         self._view = memoryview(self._mapping)
@@ -109,6 +110,14 @@ def _create_memory_file(num_bytes: int) -> int:
     fd = os.memfd_create("eagleray-kv", os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
+
+
+def _ask_for_huge_pages(mapping: mmap.mmap) -> None:
+    """A first touch then provides 512 pages at once, and attention, which reads a page here and one there, translates
+    few addresses. Systems may refuse, as most do for shared memory."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _populate(mapping: mmap.mmap) -> None:
