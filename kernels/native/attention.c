@@ -262,10 +262,14 @@ static const struct method vector_method = {
 };
 
 static const struct method *choose_method(const struct batch *batch) {
+    /* Of the model alone: what a token gets does not depend on the step that computes it. */
+    int in_pairs = batch->element == BFLOAT16 && batch->kv_element == BFLOAT16 && batch->scale > 0;
 #if defined(__AMX_BF16__)
-    if (batch->element == BFLOAT16 && batch->kv_element == BFLOAT16 && batch->scale > 0) return &amx_method;
+    if (in_pairs) return &amx_method;
+#elif defined(__AVX512BF16__)
+    if (in_pairs) return &dot_method;
 #endif
-    (void)batch;
+    (void)in_pairs;
     return &vector_method;
 }
 

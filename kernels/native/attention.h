@@ -129,6 +129,8 @@ struct method {
 
 #if defined(__AMX_BF16__)
 extern const struct method amx_method;
+#elif defined(__AVX512BF16__)
+extern const struct method dot_method;
 #endif
 
 /* For all methods alike; in attention.c. */
