@@ -32,7 +32,7 @@ static void load_query_tiles(const struct batch *batch, const struct tile *tile,
         const void *source = element_at(batch->query, first, BFLOAT16);
         uint16_t *target = query + row / SIDE * steps * AREA + row % SIDE * DEPTH;
         for (int64_t step = 0; step < steps; step++)
-            _mm512_storeu_si512(target + step * AREA, load_row(batch, source, step * DEPTH));
+            _mm512_storeu_si512(target + step * AREA, load_row(source, dimensions_of(batch, step)));
     }
 }
 

@@ -3,9 +3,9 @@
  * A tile of keys or values is SIDE rows of 64 bytes, each SIDE pairs that one instruction multiplies: of two dimensions
  * of SIDE keys, or of two keys in SIDE dimensions.
  *
- * Scores and sums of values are kept in float32; weights are rounded to bfloat16, in which pairs are multiplied. A block
- * has one maximum and one sum of weights for each row. As in attention.c what a token gets depends on its sequence alone:
- * blocks of keys begin at fixed positions, and keys that a row does not see add zeros.
+ * Scores and sums of values are kept in float32; weights are rounded to bfloat16, in which pairs are multiplied. A
+ * block has one maximum and one sum of weights for each row. As in attention.c what a token gets depends on its
+ * sequence alone: blocks of keys begin at fixed positions, and keys that a row does not see add zeros.
  */
 #pragma once
 
@@ -15,8 +15,8 @@
 #include "transpose.h"
 
 enum {
-    BLOCK_KEYS = 256, /* that have one maximum and one sum */
-    AHEAD = 64,       /* keys between what is fetched from memory and what is computed */
+    BLOCK_KEYS = 256,    /* that have one maximum and one sum */
+    AHEAD = 64,          /* keys between what is fetched from memory and what is computed */
     SIDE = 16,           /* rows of one tile, and its columns in float32 */
     DEPTH = 32,          /* bfloat16 elements of a row of one tile: what one instruction of AMX sums over */
     AREA = SIDE * DEPTH, /* bfloat16 elements of a tile */
@@ -30,10 +30,19 @@ struct range {
 
 INLINE int64_t depth_steps(const struct batch *batch) { return ceil_divide(batch->head_dim, DEPTH); }
 
-/* The elements of a row from `first` on, zero beyond the last. */
-INLINE __m512i load_row(const struct batch *batch, const void *row, int64_t first) {
-    int64_t count = smaller(DEPTH, batch->head_dim - first);
-    return _mm512_maskz_loadu_epi16((__mmask32)bits_between(0, count), (const uint16_t *)row + first);
+/* DEPTH dimensions of a row, or as many as there are. */
+struct dimensions {
+    int64_t first;
+    __mmask32 mask;
+};
+
+INLINE struct dimensions dimensions_of(const struct batch *batch, int64_t step) {
+    return (struct dimensions){step * DEPTH, (__mmask32)bits_between(0, batch->head_dim - step * DEPTH)};
+}
+
+/* Zero beyond the last. */
+INLINE __m512i load_row(const void *row, struct dimensions dimensions) {
+    return _mm512_maskz_loadu_epi16(dimensions.mask, (const uint16_t *)row + dimensions.first);
 }
 
 /* The share of SIDE rows that is fetched at one of `steps` steps, in the order of memory. */
@@ -43,43 +52,57 @@ INLINE void prefetch_rows(const struct batch *batch, const void *const *rows, in
             _mm_prefetch((const char *)rows[row] + byte, _MM_HINT_T1);
 }
 
-/* SIDE keys: row i of each tile holds dimensions 2 i and 2 i + 1 of all of them. Meanwhile the rows `ahead` are fetched,
- * as many.
+/* SIDE keys: row i of each tile holds dimensions 2 i and 2 i + 1 of all of them. Meanwhile the rows `ahead` are
+ * fetched, as many.
  */
 static void load_key_tiles(const struct batch *batch, const void *const *rows, const void *const *ahead,
                            uint16_t *keys) {
     int64_t steps = depth_steps(batch);
     for (int64_t step = 0; step < steps; step++) {
+        struct dimensions dimensions = dimensions_of(batch, step);
         vector square[SIDE];
         prefetch_rows(batch, ahead, step, steps);
 #pragma GCC unroll 16
-        for (int row = 0; row < SIDE; row++) square[row] = (vector)load_row(batch, rows[row], step * DEPTH);
+        for (int row = 0; row < SIDE; row++) square[row] = (vector)load_row(rows[row], dimensions);
         transpose_square(square);
 #pragma GCC unroll 16
         for (int row = 0; row < SIDE; row++) store_vector(keys + step * AREA + row * DEPTH, square[row], FLOAT32);
     }
 }
 
-/* DEPTH keys: row i of each tile holds SIDE dimensions of keys 2 i and 2 i + 1. */
-static void load_value_tiles(const struct batch *batch, const void *const *rows, const void *const *ahead,
-                             uint16_t *values) {
+/* Pairs of two rows' elements: of the first SIDE, and of the others. */
+struct pairing {
+    __m512i low, high;
+};
+
+INLINE struct pairing find_pairing(void) {
     uint16_t order[2][DEPTH];
     for (int i = 0; i < DEPTH; i++)
         for (int half = 0; half < 2; half++) order[half][i] = (uint16_t)(half * SIDE + i / 2 + i % 2 * DEPTH);
-    __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+    return (struct pairing){_mm512_loadu_si512(order[0]), _mm512_loadu_si512(order[1])};
+}
+
+/* DEPTH keys: row i of each tile holds SIDE dimensions of keys 2 i and 2 i + 1. */
+static void load_value_tiles(const struct batch *batch, const void *const *rows, const void *const *ahead,
+                             uint16_t *values) {
+    struct pairing pairing = find_pairing();
     int64_t steps = depth_steps(batch);
     for (int64_t step = 0; step < steps; step++) {
+        struct dimensions dimensions = dimensions_of(batch, step);
         uint16_t *target = values + step * (BLOCK_KEYS / DEPTH) * 2 * AREA;
         prefetch_rows(batch, ahead, step, steps);
         prefetch_rows(batch, ahead + SIDE, step, steps);
         for (int row = 0; row < SIDE; row++) {
-            __m512i first = load_row(batch, rows[2 * row], step * DEPTH);
-            __m512i second = load_row(batch, rows[2 * row + 1], step * DEPTH);
-            _mm512_storeu_si512(target + row * DEPTH, _mm512_permutex2var_epi16(first, low, second));
-            _mm512_storeu_si512(target + AREA + row * DEPTH, _mm512_permutex2var_epi16(first, high, second));
+            __m512i first = load_row(rows[2 * row], dimensions);
+            __m512i second = load_row(rows[2 * row + 1], dimensions);
+            _mm512_storeu_si512(target + row * DEPTH, _mm512_permutex2var_epi16(first, pairing.low, second));
+            _mm512_storeu_si512(target + AREA + row * DEPTH, _mm512_permutex2var_epi16(first, pairing.high, second));
         }
     }
 }
+
+/* What is read in place of keys and values after the sequence's end. */
+static const uint16_t no_row[MAX_HEAD_DIM];
 
 /* Where keys and values of a block lie, and those of AHEAD keys that are computed next. */
 struct rows {
@@ -89,31 +112,37 @@ struct rows {
 /* Keys [begin, end) of the block from `first` on go to rows from `target` on; zeros where the sequence has ended. */
 static void find_rows(const struct batch *batch, const struct tile *tile, int64_t first, int64_t begin, int64_t end,
                       struct rows *rows, int64_t target) {
-    static const uint16_t zeros[MAX_HEAD_DIM];
     int64_t to_value = batch->num_kv_heads * batch->block_size * batch->head_dim;
     int64_t count = larger(0, smaller(end, tile->end_key - first) - begin);
     find_keys(batch, tile, first + begin, count, rows->keys + target);
     for (int64_t j = 0; j < end - begin; j++) {
-        if (j >= count) rows->keys[target + j] = zeros;
-        rows->values[target + j] = j < count ? element_at(rows->keys[target + j], to_value, BFLOAT16) : zeros;
+        if (j >= count) rows->keys[target + j] = no_row;
+        rows->values[target + j] = j < count ? element_at(rows->keys[target + j], to_value, BFLOAT16) : no_row;
     }
 }
 
-/* Keys and values of the groups in range of the block from `first` on: keys become [keys / SIDE][head_dim / DEPTH] tiles,
- * values [head_dim / DEPTH][keys / DEPTH][2].
+/* The rows of the groups in range of the block from `first` on, and of what is computed next. */
+static void find_block(const struct batch *batch, const struct tile *tile, int64_t first, struct range range,
+                       const struct tile *next, struct rows *rows) {
+    int64_t begin = range.first * SIDE, end = range.end * SIDE;
+    find_rows(batch, tile, first, begin, end, rows, begin);
+    if (first + BLOCK_KEYS < tile->end_key)
+        find_rows(batch, tile, first + BLOCK_KEYS, 0, AHEAD, rows, end);
+    else
+        find_rows(batch, next, next->first_key / DEPTH * DEPTH, 0, AHEAD, rows, end);
+}
+
+/* Keys and values of the groups in range of the block from `first` on: keys become [keys / SIDE][head_dim / DEPTH]
+ * tiles, values [head_dim / DEPTH][keys / DEPTH][2].
  */
 static void load_block(const struct batch *batch, const struct tile *tile, int64_t first, struct range range,
                        const struct tile *next, uint16_t *keys, uint16_t *values) {
     struct rows rows;
-    int64_t begin = range.first * SIDE, end = range.end * SIDE;
-    find_rows(batch, tile, first, begin, end, &rows, begin);
-    if (first + BLOCK_KEYS < tile->end_key)
-        find_rows(batch, tile, first + BLOCK_KEYS, 0, AHEAD, &rows, end);
-    else
-        find_rows(batch, next, next->first_key / DEPTH * DEPTH, 0, AHEAD, &rows, end);
-    for (int64_t j = begin; j < end; j += DEPTH) {
+    find_block(batch, tile, first, range, next, &rows);
+    for (int64_t j = range.first * SIDE; j < range.end * SIDE; j += DEPTH) {
         for (int64_t key = j; key < j + DEPTH; key += SIDE)
-            load_key_tiles(batch, rows.keys + key, rows.keys + key + AHEAD, keys + key / SIDE * depth_steps(batch) * AREA);
+            load_key_tiles(batch, rows.keys + key, rows.keys + key + AHEAD,
+                           keys + key / SIDE * depth_steps(batch) * AREA);
         load_value_tiles(batch, rows.values + j, rows.values + j + AHEAD, values + j / DEPTH * 2 * AREA);
     }
 }
@@ -133,7 +162,8 @@ INLINE __m512 weight_of(__m512 x) {
     return _mm512_scalef_ps(sum, _mm512_sub_ps(x, r));
 }
 
-/* Scores of one row, SIDE keys in one piece, and its weights, DEPTH keys in one piece: elements from one to the next. */
+/* Scores of one row, SIDE keys in one piece, and its weights, DEPTH keys in one piece: elements from one to the next.
+ */
 struct spacing {
     int64_t scores, weights;
 };

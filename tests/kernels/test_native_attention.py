@@ -148,7 +148,18 @@ def test_takes_queries_as_a_view_of_a_wider_row(load: Load) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [Shape(), Shape(num_heads=6, head_dim=80), Shape(window=100)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(num_heads=6, head_dim=80),
+        Shape(window=100),
+        Shape(num_heads=16, num_kv_heads=8, head_dim=128),
+        Shape(num_heads=7, num_kv_heads=7, head_dim=12, block_size_tokens=5, window=300),
+        Shape(num_heads=50, num_kv_heads=2, head_dim=32, block_size_tokens=24),
+    ],
+    ids=str,
+)
 def test_a_token_gets_the_same_bits_alone_in_a_batch_and_in_any_chunk(
     library: NativeLibrary, shape: Shape, dtype: torch.dtype
 ) -> None:
@@ -160,9 +171,10 @@ def test_a_token_gets_the_same_bits_alone_in_a_batch_and_in_any_chunk(
             assert torch.equal(output, whole[b][-counts[b] :]), (b, counts)
 
 
-def test_the_number_of_threads_changes_nothing(load: Load) -> None:
-    sequences = Sequences(Shape(), [LONG, 3000, 40])
-    for chosen, counts in (([0], [1]), ([1], [20]), ([0, 1, 2], [1, 700, 40])):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(load: Load, dtype: torch.dtype) -> None:
+    sequences = Sequences(Shape(), [LONG, 3000, 40], dtype)
+    for chosen, counts in (([0], [1]), ([1], [20]), ([0, 1, 2], [1, 1, 1]), ([0, 1, 2], [1, 700, 40])):
         one, two, many = (sequences.ours(load(num_threads=count), chosen, counts) for count in (1, 2, 5))
         for b in range(len(chosen)):
             assert torch.equal(one[b], two[b])
