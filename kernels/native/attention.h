@@ -113,8 +113,8 @@ INLINE int64_t rows_of_heads(const struct tile *tile) { return tile->num_heads *
 
 /* Index in the query and in the output of the token and the head of a row among those of all heads. */
 INLINE void locate_row(const struct batch *batch, const struct tile *tile, int64_t row, int64_t *token, int64_t *head) {
-    int64_t kv_head = tile->kv_head + row / tile->num_rows;
-    row %= tile->num_rows;
+    int64_t kv_head = tile->kv_head;
+    if (tile->num_heads > 1) kv_head += row / tile->num_rows, row %= tile->num_rows;
     *token = token_of(batch, tile, row);
     *head = kv_head * group_size(batch) + (tile->first_row + row) % group_size(batch);
 }

@@ -123,8 +123,7 @@ def test_in_bfloat16_is_off_by_roundings_alone(library: NativeLibrary, head_dim:
     sequences.kv_layer[:, 1] = sequences.kv_layer[:, 1].abs()
     for found, expected, weighted in zip(ours, exact, sequences.exact(chosen, counts), strict=True):
         assert found.dtype is torch.bfloat16
-        # The output is rounded, and where pairs are multiplied so is each weight, by up to 2^-8 of it; exp is off by far
-        # less.
+        # The output is rounded, and where pairs are multiplied so is each weight, by up to 2^-8; exp is off by less.
         rounding = 2**-8 * expected.abs() + (1.05 * 2**-8 * weighted if library.level in PAIR_LEVELS else 1e-5)
         assert bool(((found.double() - expected).abs() <= rounding).all())
 
