@@ -178,9 +178,9 @@ INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int6
 }
 
 void clear_partial(const struct batch *batch, const struct tile *tile, struct partial *partial) {
-    memset(partial->values, 0, tile->num_rows * row_stride(batch) * sizeof(float));
+    memset(partial->values, 0, rows_of_heads(tile) * row_stride(batch) * sizeof(float));
     memset(partial->weight, 0, sizeof partial->weight);
-    for (int64_t row = 0; row < tile->num_rows; row++) partial->maximum[row] = -INFINITY;
+    for (int64_t row = 0; row < rows_of_heads(tile); row++) partial->maximum[row] = -INFINITY;
 }
 
 static void attend_loaded(const struct batch *batch, const struct tile *tile, int64_t split, struct scratch *scratch,
@@ -199,7 +199,7 @@ static void attend_loaded(const struct batch *batch, const struct tile *tile, in
 void join_split(const struct batch *batch, const struct tile *tile, const struct partial *split,
                 struct partial *total) {
     int64_t stride = row_stride(batch);
-    for (int64_t row = 0; row < tile->num_rows; row++) {
+    for (int64_t row = 0; row < rows_of_heads(tile); row++) {
         if (split->maximum[row] == -INFINITY && split->weight[row] == 0.0f) continue; /* saw no key; not so if NaN */
         float highest = split->maximum[row] > total->maximum[row] ? split->maximum[row] : total->maximum[row];
         float keep = exp_float(total->maximum[row] - highest), take = exp_float(split->maximum[row] - highest);
@@ -215,7 +215,7 @@ void join_split(const struct batch *batch, const struct tile *tile, const struct
 
 INLINE void store_rows(const struct batch *batch, const struct tile *tile, const struct partial *total,
                        const int element) {
-    for (int64_t row = 0; row < tile->num_rows; row++) {
+    for (int64_t row = 0; row < rows_of_heads(tile); row++) {
         int64_t token, head;
         locate_row(batch, tile, row, &token, &head);
         int64_t first = token * batch->out_stride + head * batch->head_dim;
@@ -262,10 +262,14 @@ static const struct method vector_method = {
 };
 
 static const struct method *choose_method(const struct batch *batch) {
+    /* Of the model alone: what a token gets does not depend on the step that computes it. */
+    int in_pairs = batch->element == BFLOAT16 && batch->kv_element == BFLOAT16 && batch->scale > 0;
 #if defined(__AMX_BF16__)
-    if (batch->element == BFLOAT16 && batch->kv_element == BFLOAT16 && batch->scale > 0) return &amx_method;
+    if (in_pairs) return &amx_method;
+#elif defined(__AVX512BF16__)
+    if (in_pairs) return &dot_method;
 #endif
-    (void)batch;
+    (void)in_pairs;
     return &vector_method;
 }
 
@@ -305,8 +309,14 @@ static int attend_in_splits(const struct batch *batch, const struct method *meth
 static void attend_tiles(const struct batch *batch, const struct method *method, int64_t index, int64_t end) {
     struct tile tile = find_tile(batch, index);
     while (index < end) {
+        int64_t heads = smaller(end - index, batch->num_kv_heads - tile.kv_head);
+        tile.num_heads = smaller(heads, larger(1, method->rows_together / tile.num_rows));
         struct tile next = tile;
-        if (++index < end && ++next.kv_head == batch->num_kv_heads) next = find_tile(batch, index);
+        index += tile.num_heads, next.kv_head += tile.num_heads;
+        if (index == end)
+            next = tile;
+        else if (next.kv_head == batch->num_kv_heads)
+            next = find_tile(batch, index);
         method->attend_tile(batch, &tile, &next);
         tile = next;
     }
@@ -325,8 +335,11 @@ static void attend(struct batch *batch, int num_threads) {
         return;
     batch->tile_rows = method->tile_rows;
     tiles = count_tiles(batch);
-    /* A thread takes several heads of a sequence that is one tile per head: their pages are neighbours. */
-    int64_t together = tiles == batch->num_sequences * batch->num_kv_heads ? batch->num_kv_heads / num_threads : 1;
+    /* A thread takes several heads of a sequence that is one tile per head: their pages are neighbours. All of them, if
+     * the method reads them together and there are sequences enough for every thread.
+     */
+    int64_t shares = method->rows_together && batch->num_sequences >= 2 * num_threads ? 1 : num_threads;
+    int64_t together = tiles == batch->num_sequences * batch->num_kv_heads ? batch->num_kv_heads / shares : 1;
     int64_t step = larger(1, together);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && tiles > step)
     for (int64_t index = 0; index < tiles; index += step)

@@ -29,9 +29,12 @@ struct batch {
     int64_t tile_rows; /* of one tile of queries, at most: a row is one token and one of the heads that share KV */
 };
 
-/* A tile of queries: rows that read the same KV head, of consecutive tokens. */
+/* A tile of queries: rows that read the same KV head, of consecutive tokens. Or tiles of several KV heads, of the same
+ * tokens: whoever numbers their rows together numbers head by head.
+ */
 struct tile {
     int64_t sequence, kv_head, first_row, num_rows;
+    int64_t num_heads; /* from kv_head on, each with num_rows rows */
     int64_t first_key, end_key; /* that any of its rows sees */
     int is_tree;
 };
@@ -95,7 +98,7 @@ static inline void bound_tile(const struct batch *batch, struct tile *tile) {
 
 /* Number `index` of the tiles of all sequences, counted sequence by sequence. */
 static inline struct tile find_tile(const struct batch *batch, int64_t index) {
-    struct tile tile = {0};
+    struct tile tile = {.num_heads = 1};
     while (index >= num_tiles(batch, tile.sequence)) index -= num_tiles(batch, tile.sequence++);
     int64_t num_tokens = batch->query_starts[tile.sequence + 1] - batch->query_starts[tile.sequence];
     int64_t num_rows = num_tokens * group_size(batch);
@@ -106,10 +109,14 @@ static inline struct tile find_tile(const struct batch *batch, int64_t index) {
     return tile;
 }
 
-/* Index in the query and in the output of a row's token and head. */
+INLINE int64_t rows_of_heads(const struct tile *tile) { return tile->num_heads * tile->num_rows; }
+
+/* Index in the query and in the output of the token and the head of a row among those of all heads. */
 INLINE void locate_row(const struct batch *batch, const struct tile *tile, int64_t row, int64_t *token, int64_t *head) {
+    int64_t kv_head = tile->kv_head;
+    if (tile->num_heads > 1) kv_head += row / tile->num_rows, row %= tile->num_rows;
     *token = token_of(batch, tile, row);
-    *head = tile->kv_head * group_size(batch) + (tile->first_row + row) % group_size(batch);
+    *head = kv_head * group_size(batch) + (tile->first_row + row) % group_size(batch);
 }
 
 /* The softmax of every row of a tile so far: values weighted by exp(score - maximum), and the sum of the weights. */
@@ -122,6 +129,7 @@ struct partial {
 struct method {
     int64_t tile_rows, split_rows; /* of a tile of queries, and of one whose splits are computed apart */
     int64_t split_keys;            /* splits begin at multiples of it */
+    int64_t rows_together;         /* of several KV heads in one tile, at most; 0: a tile has one head */
     /* `next`: the tile that the thread is to compute afterwards, or the same once more. */
     void (*attend_tile)(const struct batch *batch, const struct tile *tile, const struct tile *next);
     void (*attend_split)(const struct batch *batch, const struct tile *tile, int64_t split, struct partial *found);
@@ -129,6 +137,8 @@ struct method {
 
 #if defined(__AMX_BF16__)
 extern const struct method amx_method;
+#elif defined(__AVX512BF16__)
+extern const struct method dot_method;
 #endif
 
 /* For all methods alike; in attention.c. */

@@ -110,13 +110,15 @@ def test_trees_among_decodes_and_prefills_equal_dense_attention(
     torch.testing.assert_close(batch.attend(attend, window).double(), batch.dense(window), rtol=0, atol=3e-6)
 
 
-@pytest.mark.skipif("amx" not in supported_levels(), reason="this CPU has no AMX")
+@pytest.mark.parametrize("level", ["amx", "avx512_bf16"])
 @pytest.mark.parametrize("window", [None, 3, 40])
 @pytest.mark.parametrize("first_key", [0, 1])
-def test_trees_in_bfloat16_on_amx_equal_the_reference(
-    load: Callable[..., NativeLibrary], window: int | None, first_key: int
+def test_trees_in_bfloat16_equal_the_reference(
+    load: Callable[..., NativeLibrary], window: int | None, first_key: int, level: str
 ) -> None:
-    """The tiles that it multiplies with are used for bfloat16 alone. Compared: the same numbers in float32."""
+    """Pairs are multiplied in bfloat16 alone. Compared: the same numbers in float32."""
+    if level not in supported_levels():
+        pytest.skip(f"this CPU has no {level}")
     sequences: list[tuple[int, list[int] | int]] = [(90, 1), (33, 40)]
     sequences += [
         (prefix, random_parents(count, prefix)) for prefix, count in [(1, 64), (60, 64), (130, 16), (700, 50)]
@@ -124,7 +126,7 @@ def test_trees_in_bfloat16_on_amx_equal_the_reference(
     batch = Batch(sequences, num_heads=4, num_kv_heads=2)
     plan = batch.plan([None if isinstance(run, int) else tree_run(run) for run in batch.runs], first_key)
     query, kv_layer = batch.query.bfloat16(), batch.kv_layer.bfloat16()
-    found = native.paged_attention(load("amx"), query, kv_layer, plan, SCALE, window)
+    found = native.paged_attention(load(level), query, kv_layer, plan, SCALE, window)
     expected = reference.paged_attention(query.float(), kv_layer.float(), plan, SCALE, window)
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
 
