@@ -23,7 +23,7 @@ from eagleray.models.registry import load_model_config
 
 AgreeingDraft = Literal["eagle", "eagle3", "medusa", "draft_model"]
 
-STRIDE: Final = 7
+STRIDE: Final = 5
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _FINAL_NORM: Final = "model.norm.weight"
 _CERTAINTY: Final = 1.1  # other words than the likeliest come now and then
