@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from eagleray.core.block_hash import HashNamespace
-from eagleray.core.config import EngineConfig
-from eagleray.core.request import Request, RequestSpec
-from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.scheduling.kv_manager import KVManager
-from eagleray.engine.scheduling.plan import StepPlan
-from eagleray.engine.scheduling.scheduler import Scheduler
 from eagleray.engine.scheduling.shares import even_shares
 from eagleray.engine.speculation.controller import FixedDrafts
 from eagleray.engine.speculation.tree import DraftShape, DraftTree, chain
 
-BLOCK_SIZE_TOKENS, BUDGET, NUM_GUESSES = 16, 512, 48
+BUDGET, NUM_GUESSES = 512, 48
 TREE = DraftTree((1,) * NUM_GUESSES, (-1, -1, *(node // 2 for node in range(NUM_GUESSES - 2))))
 
 
-class Bench:
-    """A scheduler whose steps each sample one token and guess ``draft`` for whoever may be guessed for."""
+@pytest.fixture
+def guessing_bench(new_bench: Callable[..., Any]) -> Callable[..., Any]:
+    """Guesses ``draft`` at every step."""
 
-    def __init__(self, draft: DraftTree = TREE, max_num_seqs: int = 32, max_model_tokens: int | None = None) -> None:
-        config = EngineConfig(
-            block_size_tokens=BLOCK_SIZE_TOKENS, max_num_seqs=max_num_seqs, max_num_batched_tokens=BUDGET
-        )
-        kv = KVManager(4096, BLOCK_SIZE_TOKENS, HashNamespace("model", BLOCK_SIZE_TOKENS, "layout").root)
-        shape = DraftShape(max(draft.depths), 2, len(draft))
-        self.scheduler, self.draft = Scheduler(config, kv, FixedDrafts(shape), max_model_tokens), draft
+    def guessing(draft: DraftTree = TREE, **settings: Any) -> Any:
+        policy = FixedDrafts(DraftShape(max(draft.depths), 2, len(draft)))
+        return new_bench(policy, draft, max_num_batched_tokens=BUDGET, **settings)
 
-    def add(self, request_id: str, num_tokens: int, max_tokens: int | None = 500) -> Request:
-        spec = RequestSpec(
-            request_id=request_id,
-            token_ids=tuple(num_tokens + place for place in range(num_tokens)),
-            num_prompt_tokens=num_tokens,
-            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
-        )
-        self.scheduler.add(request := Request(spec, 0.0))
-        return request
-
-    def step(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        for run, request in self.scheduler.runs_that_count(plan):
-            if run.samples:
-                request.token_ids.append(7)
-            self.scheduler.note_computed(run, request, 0, self.draft if run.may_draft else None)
-        return plan
+    return guessing
 
 
-def test_everybody_gets_a_token_each_step_and_a_like_share_of_guesses() -> None:
-    bench = Bench()
+def test_everybody_gets_a_token_each_step_and_a_like_share_of_guesses(guessing_bench: Callable[..., Any]) -> None:
+    bench = guessing_bench()
     requests = [bench.add(str(index), 8) for index in range(16)]
     bench.step()
     for _ in range(60):
@@ -61,8 +38,8 @@ def test_everybody_gets_a_token_each_step_and_a_like_share_of_guesses() -> None:
     assert [request.num_output_tokens for request in requests] == [61] * 16
 
 
-def test_a_prompt_that_comes_to_many_guesses_is_computed_all_the_same() -> None:
-    bench = Bench()
+def test_a_prompt_that_comes_to_many_guesses_is_computed_all_the_same(guessing_bench: Callable[..., Any]) -> None:
+    bench = guessing_bench()
     for index in range(16):
         bench.add(str(index), 8)
     bench.step()
@@ -73,8 +50,8 @@ def test_a_prompt_that_comes_to_many_guesses_is_computed_all_the_same() -> None:
     assert late.num_output_tokens > 0 and later.num_output_tokens > 0
 
 
-def test_prompts_that_have_no_seat_take_nothing_from_guesses() -> None:
-    bench = Bench(max_num_seqs=16)
+def test_prompts_that_have_no_seat_take_nothing_from_guesses(guessing_bench: Callable[..., Any]) -> None:
+    bench = guessing_bench(max_num_seqs=16)
     for index in range(20):
         bench.add(str(index), 8)
     bench.step()
@@ -82,9 +59,11 @@ def test_prompts_that_have_no_seat_take_nothing_from_guesses() -> None:
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_model_tokens"])
-def test_nothing_is_guessed_beyond_the_last_token_that_a_request_may_get(limit: str) -> None:
+def test_nothing_is_guessed_beyond_the_last_token_that_a_request_may_get(
+    guessing_bench: Callable[..., Any], limit: str
+) -> None:
     num_new = 6
-    bench = Bench(chain([1] * 4), max_model_tokens=8 + num_new if limit == "max_model_tokens" else None)
+    bench = guessing_bench(chain([1] * 4), max_model_tokens=8 + num_new if limit == "max_model_tokens" else None)
     request = bench.add("a", 8, num_new if limit == "max_tokens" else None)
     depths, may_draft = [], []
     while request.num_output_tokens < num_new:
