@@ -95,14 +95,19 @@ class NoDrafts:
 
 @dataclass(frozen=True, slots=True)
 class FixedDrafts:
-    """Implements ``DraftPolicy``: always the same."""
+    """Implements ``DraftPolicy``: always the same, but no more tokens ahead than a step has room to verify."""
 
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
-        return self.shape
+        if num_decoding == 0:
+            return self.shape
+        most_guesses = -(-max_rows // num_decoding) - 1  # of a request: some may get one more than others
+        if most_guesses <= 0:
+            return None
+        return DraftShape(most_guesses) if self.shape.is_chain and self.shape.depth > most_guesses else self.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self.has_network else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.shares import even_shares
 from eagleray.engine.speculation.controller import FixedDrafts
 from eagleray.engine.speculation.tree import DraftShape, DraftTree, chain
@@ -56,6 +57,65 @@ def test_prompts_that_have_no_seat_take_nothing_from_guesses(guessing_bench: Cal
         bench.add(str(index), 8)
     bench.step()
     assert sum(len(run.draft or ()) for run in bench.step().runs) == BUDGET - 16
+
+
+def test_prompts_that_have_no_blocks_take_nothing_from_guesses(guessing_bench: Callable[..., Any]) -> None:
+    bench = guessing_bench(num_blocks=16 * 20)
+    for index in range(16):
+        bench.add(str(index), 8)
+    bench.step()
+    waiting = bench.add("waiting", 16 * 310)
+    bench.add("would fit, but does not overtake", 32)
+    assert [sum(len(run.draft or ()) for run in bench.step().runs) for _ in range(3)] == [BUDGET - 16] * 3
+    assert waiting.state is RequestState.QUEUED
+    bench.scheduler.end(waiting, RequestState.ABORTED)
+    assert [run.num_tokens for run in bench.step().runs if run.spec.request_id.startswith("would")] == [32]
+
+
+def test_of_a_prompt_that_is_cached_only_the_rest_is_left_room_for(guessing_bench: Callable[..., Any]) -> None:
+    bench = guessing_bench()
+    bench.scheduler.end(cached_after(bench, bench.add("first", 200)), RequestState.FINISHED)
+    for index in range(16):
+        bench.add(str(index), 8)
+    bench.step()
+    bench.add("again", 200)
+    runs = bench.step().runs
+    assert [run.num_tokens for run in runs][-1] == 200 - 192
+    assert sum(len(run.draft or ()) for run in runs) == BUDGET - 16 - 8
+
+
+def cached_after(bench: Any, request: Request) -> Request:
+    bench.step()
+    return request
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "max_rows", "expected"),
+    [
+        (0, 0, 5),
+        (1, 64, 5),
+        (4, 24, 5),
+        (4, 23, 5),
+        (4, 20, 4),
+        (4, 17, 4),
+        (4, 16, 3),
+        (4, 5, 1),
+        (4, 4, 0),
+        (4, 2, 0),
+    ],
+)
+def test_a_chain_that_is_always_the_same_gets_no_longer_than_can_be_verified(
+    num_decoding: int, max_rows: int, expected: int
+) -> None:
+    shape = FixedDrafts(DraftShape(5)).choose(num_decoding, max_rows)
+    assert (shape.depth if shape is not None else 0) == expected
+
+
+def test_a_tree_that_is_always_the_same_is_cut_by_who_verifies_it() -> None:
+    """Of a smaller one other guesses would be the best."""
+    tree = DraftShape(4, branching=3, num_nodes=9)
+    assert FixedDrafts(tree).choose(4, 20) is tree
+    assert FixedDrafts(tree).choose(4, 4) is None
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_model_tokens"])

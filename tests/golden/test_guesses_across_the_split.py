@@ -114,7 +114,7 @@ class Records:
 
     guesses: dict[tuple[str, int], set[DraftTree]] = field(default_factory=dict)
     accepted: dict[tuple[str, int], list[tuple[DraftTree, int]]] = field(default_factory=dict)
-    decode_steps: list[int] = field(default_factory=list)  # tokens that each brought a request
+    decode_steps: list[int] = field(default_factory=list)  # tokens that each brought a request; but see ``note``
     num_first_steps: int = 0  # without guesses, as a hand-over leaves them
     num_moved: int = 0  # guesses two deep or deeper that came true and lay elsewhere than their KV belongs
 
@@ -137,9 +137,10 @@ class Records:
                 self.accepted.setdefault((index, run.end), []).append((run.draft, num_sampled - 1))
                 self.num_moved += num_moved(run.draft, [token.token_id for token in result.sampled[request_id]])
             num_got_here = run.end - len(run.spec.token_ids)
+            num_left = run.spec.num_prompt_tokens + (run.spec.sampling.max_tokens or 0) - run.end
             if num_got_here == 1 and run.draft is None:
                 self.num_first_steps += 1
-            elif num_got_here > 0:
+            elif num_got_here > 0 and num_left > MAX_DEPTH:  # the last guesses are cut to what is left
                 self.decode_steps.append(num_sampled)
 
     @property
