@@ -187,7 +187,7 @@ class Scheduler:
         return left - min(begun + self._tokens_to_admit(half - begun), half)
 
     def _tokens_to_admit(self, enough: int) -> int:
-        """Tokens to compute of those waiting who have seats and blocks to come to; counted until there are ``enough``."""
+        """Tokens to compute of those waiting whom seats and blocks allow; counted until there are ``enough``."""
         if self._swapped:
             return 0
         num_tokens = num_blocks = 0
