@@ -129,7 +129,8 @@ class Scheduler:
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
         rows_for_guesses = self._rows_for_guesses(lacking_one, lacking_many)
-        shape = self._draft_policy.choose(len(lacking_one), len(lacking_one) + rows_for_guesses)
+        num_decoding = len(lacking_one) or self._num_that_begin(lacking_many)
+        shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
@@ -185,6 +186,16 @@ class Scheduler:
         half = -(-left // 2)
         begun = sum(request.num_uncomputed_tokens for request in lacking_many)
         return left - min(begun + self._tokens_to_admit(half - begun), half)
+
+    def _num_that_begin(self, lacking_many: list[Request]) -> int:
+        """Requests that will decode after this step, if none does yet: their first guesses are made in it."""
+        budget, count = self._config.max_num_batched_tokens, 0
+        for request in (*lacking_many, *self._waiting)[: self._config.max_num_seqs]:
+            budget -= request.num_uncomputed_tokens
+            if budget < 0:
+                break
+            count += request.output_limit is None
+        return count
 
     def _tokens_to_admit(self, enough: int) -> int:
         """Tokens to compute of those waiting whom seats and blocks allow; counted until there are ``enough``."""

@@ -9,7 +9,7 @@ import pytest
 
 from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.shares import even_shares
-from eagleray.engine.speculation.controller import FixedDrafts
+from eagleray.engine.speculation.controller import FixedDrafts, NoDrafts
 from eagleray.engine.speculation.tree import DraftShape, DraftTree, chain
 
 BUDGET, NUM_GUESSES = 512, 48
@@ -82,6 +82,33 @@ def test_of_a_prompt_that_is_cached_only_the_rest_is_left_room_for(guessing_benc
     runs = bench.step().runs
     assert [run.num_tokens for run in runs][-1] == 200 - 192
     assert sum(len(run.draft or ()) for run in runs) == BUDGET - 16 - 8
+
+
+class Asked:
+    """Implements ``DraftPolicy``: never guesses, and keeps what it is asked."""
+
+    may_defer = False
+
+    def __init__(self) -> None:
+        never = NoDrafts()
+        self.slots_needed = never.slots_needed
+        self.note_acceptance, self.note_times = never.note_acceptance, never.note_times
+        self.num_decoding: list[int] = []
+
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
+        self.num_decoding.append(num_decoding)
+        return None
+
+
+def test_the_step_that_ends_prompts_guesses_for_their_requests(new_bench: Callable[..., Any]) -> None:
+    """Nobody decodes yet: a policy that is asked for nobody would leave the first tokens without guesses."""
+    policy = Asked()
+    bench = new_bench(policy, max_num_batched_tokens=100)
+    bench.add("two steps", 150)
+    bench.add("one step", 20)
+    bench.add("handed over", 10, output_limit=1)
+    bench.step(), bench.step()
+    assert policy.num_decoding == [0, 2]
 
 
 def cached_after(bench: Any, request: Request) -> Request:
