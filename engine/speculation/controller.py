@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
 
-_SMOOTHING: Final = 0.1  # weight of the newest share of nodes
+_SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
 _MEASUREMENTS: Final = 25  # of one kind that count: their median, which a disturbed step or a few do not move
 _OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _TRYING_SHARE: Final = 0.01  # of the time
@@ -170,8 +170,8 @@ class AdaptiveDrafts:
             self._verify_s.note(times.num_rows, times.verify_s, step)
         if times.verified is not None:
             share = (times.num_rows - size) / (size * times.verified.max_nodes)
-            option = self._options[times.verified]
-            option.share_of_nodes += _SMOOTHING * (share - option.share_of_nodes)
+            acceptance = self._options[times.verified].acceptance
+            acceptance.share_found += _SMOOTHING * (share - acceptance.share_found)
         if times.drafted is None:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
@@ -228,7 +228,7 @@ class AdaptiveDrafts:
         shape = option.shape
         if shape is None:
             return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
-        num_rows = round(num_requests * (1 + option.share_of_nodes * shape.max_nodes))
+        num_rows = round(num_requests * (1 + option.acceptance.share_found * shape.max_nodes))
         step_s = self._verify_s.at(num_rows, 1.0) + self._draft_s(option, shape, num_requests)
         return step_s / option.acceptance.tokens_per_step(shape.depth)
 
@@ -252,6 +252,7 @@ class _Acceptance:
     def __init__(self) -> None:
         self._true: list[float] = []  # guesses, the older the less they count
         self._all: list[float] = []
+        self.share_found = 1.0  # of the guesses that were asked for: look-up may find none
 
     def note(self, num_accepted: Sequence[int], depth: int) -> None:
         """Of requests for which a guess was made for each of ``depth`` tokens ahead."""
@@ -328,7 +329,6 @@ class _Option:
     shape: DraftShape | None
     acceptance: _Acceptance
     draft_s: _Costs = field(default_factory=_Costs)  # of all tokens ahead, by requests
-    share_of_nodes: float = 1.0  # that are found, by look-up for instance
     last_used: int = 0  # step
     num_lost_trials: int = 0  # in a row, after which something else was better all the same
 
