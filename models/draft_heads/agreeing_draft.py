@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET, LM_HEAD
@@ -52,8 +53,8 @@ def save_agreeing_draft(folder: Path, method: AgreeingDraft, target: Path, seed:
 def _output_rows(target: Mapping[str, Tensor], num_tokens_ahead: int) -> Tensor:
     """Of a layer that reads the target's hidden state of a token and says which one comes so many behind it."""
     embedding = target[_EMBEDDING]
-    rows = embedding / embedding.square().mean(-1, keepdim=True).sqrt() * embedding.shape[1] ** -0.5
-    return (_CERTAINTY * rows).roll(STRIDE * num_tokens_ahead, dims=0).to(embedding.dtype)
+    rows = normalize(embedding, dim=-1) * _CERTAINTY
+    return rows.roll(STRIDE * num_tokens_ahead, dims=0)
 
 
 def _save_eagle(folder: Path, config: ModelConfig, target: Mapping[str, Tensor], seed: int) -> None:
