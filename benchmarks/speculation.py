@@ -2,6 +2,8 @@
 
     python benchmarks/speculation.py --json speculation.json --markdown > speculation.md
     python benchmarks/speculation.py --model MODEL --draft HEAD --prompts held_out.jsonl
+    eagleray train-draft --model demo --method medusa --data prompts.jsonl --output HEADS
+    python benchmarks/speculation.py --draft models/demo/draft HEADS --trees --random eagle draft_model
 
 ``results/README.md`` says how to read the numbers.
 """
@@ -9,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,11 +33,15 @@ from eagleray.core.errors import ConfigError
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.draft_heads.read import read_draft
 from eagleray.models.model_config import ModelConfig
+from eagleray.models.random_weights import save_random_checkpoint
 
 _PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo.jsonl"
 _KV_MEMORY_BYTES: Final = 512 * 2**20
 _BATCHES_OF_PROMPTS: Final = 6  # at least, in a round
 _ADAPTIVE: Final = ", adaptive"
+_RANDOM: Final = ("eagle", "eagle3", "medusa", "draft_model")
+_TREE: Final = {"tree_branching": 4, "tree_nodes": 15}
+_TREE_NAME: Final = "tree of 15"  # of EAGLE-2's kind
 _QUICK: Final = {"num_prompts": 4, "max_tokens": 32, "repeats": 2, "batches": (1, 4)}
 
 
@@ -81,7 +88,7 @@ def measure(options: argparse.Namespace) -> Run:
     figures: list[Figure] = []
     plain = Contender(NO_SPECULATION, config, None)
     with tempfile.TemporaryDirectory() as folder:
-        for name, fields in _methods(options, plain.model_config, Path(folder)).items():
+        for name, fields in methods_of(options, plain.model_config, Path(folder)).items():
             figures += _compare(name, fields, plain, config, prompts, options)
     plain.close()
     return Run(
@@ -123,11 +130,9 @@ def _compare(
     return figures
 
 
-def _methods(options: argparse.Namespace, target: ModelConfig, folder: Path) -> dict[str, dict[str, Any]]:
-    """Fields of ``SpeculationConfig`` by name: what needs no checkpoint, then every draft that there is. Random weights
-    tell what guessing costs where nothing comes true."""
-    depth = {"num_speculative_tokens": options.depth}
-    early = {"method": "early_exit", "early_exit_layers": options.early_exit_layers or max(1, target.num_layers // 4)}
+def methods_of(options: argparse.Namespace, target: ModelConfig, folder: Path) -> dict[str, dict[str, Any]]:
+    """Fields of ``SpeculationConfig`` by name: what needs no checkpoint, then every draft that there is."""
+    early = {"method": "early_exit", "early_exit_layers": options.early_exit_layers or _few_layers(target)}
     methods: dict[str, dict[str, Any]] = {"ngram": {"method": "ngram"}, "early exit": early}
     drafts = list(options.draft)
     if not drafts and options.model == DEMO_MODEL and DEMO_DRAFT_PATH.is_dir():
@@ -135,12 +140,31 @@ def _methods(options: argparse.Namespace, target: ModelConfig, folder: Path) -> 
     for draft in drafts:
         method = read_draft(draft, target).method
         methods[f"{method} {draft.name}"] = {"method": method, "model": str(draft)}
-    if not drafts:
-        save_random_draft(folder, "eagle3", target, seed=0)
-        methods["eagle3, random weights"] = {"method": "eagle3", "model": str(folder)}
+    for method in options.random or ([] if drafts else ["eagle3"]):
+        _save_random_draft(method, options.model, target, folder / method)
+        methods[f"{method}, random weights"] = {"method": method, "model": str(folder / method)}
     if options.only:
         methods = {name: fields for name, fields in methods.items() if fields["method"] in options.only}
-    return {name: fields | depth for name, fields in methods.items()}
+    if options.trees:
+        methods |= {
+            f"{name}, {_TREE_NAME}": fields | _TREE for name, fields in methods.items() if fields["method"] != "ngram"
+        }
+    return {name: fields | {"num_speculative_tokens": options.depth} for name, fields in methods.items()}
+
+
+def _save_random_draft(method: str, model: str, target: ModelConfig, folder: Path) -> None:
+    """It tells what guessing costs where nothing comes true."""
+    if method != "draft_model":
+        save_random_draft(folder, method, target, seed=0)  # type: ignore[arg-type]
+        return
+    folder.mkdir()
+    config = json.loads((parse_config({"model": {"path": model}}).model.folder / "config.json").read_text("utf-8"))
+    save_random_checkpoint(folder, config | {"num_hidden_layers": _few_layers(target)}, seed=0)
+
+
+def _few_layers(target: ModelConfig) -> int:
+    """Of a network that guesses."""
+    return max(1, target.num_layers // 4)
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -222,6 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=DEMO_MODEL, help="folder of a checkpoint, or demo")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="to compute in")
     add("--draft", type=Path, nargs="*", default=(), help="folders of drafts; none: the packaged one, or a random one")
+    add("--random", nargs="*", choices=_RANDOM, default=(), help="methods to measure with random weights as well")
+    add("--trees", action="store_true", help="measure what does not look up text with trees as well")
     add("--only", nargs="*", default=(), help="methods to measure; none: all that there are")
     add("--prompts", type=Path, default=_PROMPTS, help="JSONL with messages or prompt in each line")
     add("--num-prompts", type=int, default=16, help="answered in each round, at least 6 for each place of a batch")

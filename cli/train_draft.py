@@ -108,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             export_head(settings, trainer)
         if progress.held_out is not None or progress.step % _REPORTED_STEPS == 0:
             show(f"{speed.line(progress)}{_acceptance(progress.held_out)}")
+    export_head(settings, trainer)  # again: a run that was interrupted behind its last step has none of it
     show(f"the head is in {settings.output}; serve it with")
     model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
     method = f"--set speculation.method={settings.method}"

@@ -24,6 +24,7 @@ class SamplingSettings:
     temperatures: tuple[float, ...]  # in turn
     max_tokens: int  # of prompt and answer
     seed: int
+    target: str  # who answers: ``compute_model_identity``
 
 
 def write_own_samples(

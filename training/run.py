@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -12,6 +12,7 @@ import torch
 
 from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
+from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES
 from eagleray.engine.llm import LLM
 from eagleray.kernels.select import select_kernels
@@ -108,11 +109,17 @@ def load_target(settings: RunSettings) -> Decoder:
     return load_model(settings.model.folder, config, dtype, "cpu", kernels=kernels)
 
 
+def target_identity(settings: RunSettings) -> str:
+    """Of its content, and the dtype that it computes in: another target teaches something else."""
+    return f"{compute_model_identity(settings.model.folder)} {settings.model.dtype}"
+
+
 def build_trainer(settings: RunSettings, documents: Documents, target: Decoder) -> Trainer:
     """A trainer before its first step. Raises ``ConfigError``."""
     build = _eagle3 if settings.method == "eagle3" else _medusa
     trainee, teacher = build(settings, documents.learned, target)
     in_common = {
+        "target": target_identity(settings),
         "method": settings.method,
         "num_guesses": settings.num_guesses,
         "capture_layers": list(teacher.capture_layers),
@@ -149,10 +156,8 @@ def _set_aside(documents: list[Document], seed: int) -> tuple[list[Document], li
 def _own_answers(
     settings: RunSettings, learned: Sequence[Document], held_out: Sequence[Document], report: OnProgress
 ) -> Documents:
-    parts = (
-        ("held_out", held_out, SamplingSettings((0.0,), settings.max_tokens, settings.plan.seed)),
-        ("samples", learned, SamplingSettings(settings.temperatures, settings.max_tokens, settings.plan.seed)),
-    )
+    greedy = SamplingSettings((0.0,), settings.max_tokens, settings.plan.seed, target_identity(settings))
+    parts = (("held_out", held_out, greedy), ("samples", learned, replace(greedy, temperatures=settings.temperatures)))
     llm = LLM(
         settings.model.path,
         dtype=settings.model.dtype,

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from eagleray.core.acceptance import Acceptance
+from eagleray.core.errors import ConfigError
 from eagleray.training.acceptance import measure_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
@@ -116,6 +117,9 @@ class Trainer:
                 total = total + weight * loss
                 weights += weight
         mean = total / weights
+        if not mean.isfinite():
+            way_out = f"in step {self._step + 1} the loss is no number any more; begin anew with a lower one"
+            raise ConfigError("--learning-rate", self._plan.learning_rate, way_out)
         self._optimizer.step(mean, self._plan.learning_rate * learning_rate_share(self._step, self._num_steps))
         return mean.item()
 

@@ -129,7 +129,8 @@ class Scheduler:
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
         rows_for_guesses = self._rows_for_guesses(lacking_one, lacking_many)
-        shape = self._draft_policy.choose(len(lacking_one), len(lacking_one) + rows_for_guesses)
+        num_decoding = len(lacking_one) or self._num_that_begin(lacking_many)
+        shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
         runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
@@ -179,11 +180,38 @@ class Scheduler:
 
     def _rows_for_guesses(self, lacking_one: list[Request], lacking_many: list[Request]) -> int:
         """What known tokens leave of the budget: first one of each request that lacks no more, then prompts, begun and
-        waiting. Those may take half of the rest at most, as guesses may: neither keeps the other waiting for ever."""
+        about to be. Those may take half of the rest at most, as guesses may: neither keeps the other waiting for ever.
+        """
         left = max(0, self._config.max_num_batched_tokens - len(lacking_one))
-        seats = max(0, self._config.max_num_seqs - len(self._running)) if not self._swapped else 0
-        prompt_tokens = sum(request.num_uncomputed_tokens for request in (*lacking_many, *self._waiting[:seats]))
-        return left - min(prompt_tokens, -(-left // 2))
+        half = -(-left // 2)
+        begun = sum(request.num_uncomputed_tokens for request in lacking_many)
+        return left - min(begun + self._tokens_to_admit(half - begun), half)
+
+    def _num_that_begin(self, lacking_many: list[Request]) -> int:
+        """Requests that will decode after this step, if none does yet: their first guesses are made in it."""
+        budget, count = self._config.max_num_batched_tokens, 0
+        for request in (*lacking_many, *self._waiting)[: self._config.max_num_seqs]:
+            budget -= request.num_uncomputed_tokens
+            if budget < 0:
+                break
+            count += request.output_limit is None
+        return count
+
+    def _tokens_to_admit(self, enough: int) -> int:
+        """Tokens to compute of those waiting whom seats and blocks allow; counted until there are ``enough``."""
+        if self._swapped:
+            return 0
+        num_tokens = num_blocks = 0
+        for request in self._waiting[: max(0, self._config.max_num_seqs - len(self._running))]:
+            if num_tokens >= enough:
+                break
+            matched = self._kv.match_prefix(request)
+            room = self._kv.room_for(request, request.num_tokens + 1, matched) - num_blocks
+            if room < self._blocks_to_keep_free():
+                break  # nobody overtakes
+            num_blocks = self._kv.pool.num_free - room
+            num_tokens += request.num_tokens - len(matched) * self._kv.block_size_tokens
+        return num_tokens
 
     def _share_out(self, requests: list[Request], num_rows: int) -> None:
         """Cut the guesses to be verified to ``num_rows``."""

@@ -11,29 +11,32 @@ tried, because texts change, is paid for: all trials together may lose one part 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from statistics import median_low
 from typing import Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
 
-_SMOOTHING: Final = 0.1  # weight of the newest measurement
-_MAX_WEIGHT: Final = 0.5
+_SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
+_MEASUREMENTS: Final = 25  # of one kind that count: their median, which a disturbed step or a few do not move
+_OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
+_MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what has lost several in a row
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
-_OUTLIER: Final = 2.0  # what takes longer than so many times the usual counts as that: somebody disturbed it
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
-_FORGETTING: Final = 0.02  # of what is known of acceptance, per step of one request
+_FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
+_GAIN_TO_CHANGE: Final = 1.01  # and another way to guess so much more than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ class DraftPolicy(Protocol):
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         """The shape of the guesses for ``num_decoding`` requests, or None: do not guess. A step has room for
-        ``max_rows`` of their known tokens and guesses; guesses beyond that are not verified."""
+        ``max_rows`` of their known tokens and guesses; guesses beyond that are not verified. None of them may have
+        decoded yet: then the step brings their first tokens."""
         ...
 
     def slots_needed(self, shape: DraftShape) -> int:
@@ -95,14 +99,19 @@ class NoDrafts:
 
 @dataclass(frozen=True, slots=True)
 class FixedDrafts:
-    """Implements ``DraftPolicy``: always the same."""
+    """Implements ``DraftPolicy``: always the same, but no more tokens ahead than a step has room to verify."""
 
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
-        return self.shape
+        if num_decoding == 0:
+            return self.shape
+        most_guesses = -(-max_rows // num_decoding) - 1  # of a request: some may get one more than others
+        if most_guesses <= 0:
+            return None
+        return DraftShape(most_guesses) if self.shape.is_chain and self.shape.depth > most_guesses else self.shape
 
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self.has_network else 0
@@ -131,7 +140,7 @@ class AdaptiveDrafts:
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_steps = 0
         self._last_trial = 0
-        self._chosen = self._none
+        self._chosen = self._usual = self._none
         self._steps_left = 0  # with what is chosen
         self._is_trial = False
         self._num_decoding = 0  # when it was chosen
@@ -156,51 +165,62 @@ class AdaptiveDrafts:
         self._options[shape].acceptance.note([count - 1 for count in num_tokens], shape.depth)
 
     def note_times(self, times: StepTimes) -> None:
-        size = times.num_requests
-        expected_s = self._verify_s.at(times.num_rows, times.verify_s)
-        verify_s = self._credible((size, times.num_rows), times.verify_s, expected_s)
-        self._verify_s.note(times.num_rows, verify_s, self._num_steps)
+        size, step = times.num_requests, self._num_steps
+        if self._is_usual((size, times.num_rows)):
+            self._verify_s.note(times.num_rows, times.verify_s, step)
         if times.verified is not None:
             share = (times.num_rows - size) / (size * times.verified.max_nodes)
-            option = self._options[times.verified]
-            option.share_of_nodes += _SMOOTHING * (share - option.share_of_nodes)
+            acceptance = self._options[times.verified].acceptance
+            acceptance.share_found += _SMOOTHING * (share - acceptance.share_found)
         if times.drafted is None:
             if times.num_caught_up:
-                self._catch_up_s.note(1, times.draft_s / times.num_caught_up, self._num_steps)
-        elif not times.num_caught_up:
-            option = self._options[times.drafted]
-            draft_s = self._credible((size, times.drafted), times.draft_s, self._draft_s(option, times.drafted, size))
-            option.draft_s.note(size, draft_s, self._num_steps)
-            self._level_s.note(size, draft_s / times.drafted.depth, self._num_steps)
+                self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
+        elif not times.num_caught_up and self._is_usual((size, times.drafted)):
+            self._options[times.drafted].draft_s.note(size, times.draft_s, step)
+            self._level_s.note(size, times.draft_s / times.drafted.depth, step)
 
-    def _credible(self, kind: Hashable, seconds: float, expected_s: float) -> float:
+    def _is_usual(self, kind: Hashable) -> bool:
+        """What takes long at first says nothing of how long it takes from then on."""
         self._num_seen[kind] += 1
-        return min(seconds, _OUTLIER * expected_s) if self._num_seen[kind] <= _UNUSUAL_TIMES else seconds
+        return self._num_seen[kind] > _UNUSUAL_TIMES
 
     def _decide(self, num_decoding: int, max_rows: int) -> None:
-        costs = [
-            self._s_per_token(option, num_decoding) if _fits(option, num_decoding, max_rows) else inf
+        costs = {
+            option: self._s_per_token(option, num_decoding) if _fits(option, num_decoding, max_rows) else inf
             for option in self._choices
-        ]
-        best = min(costs)
-        chosen = self._choices[costs.index(best)] if _GAIN_TO_GUESS * best < costs[0] else self._none
-        trial = self._due_for_trial(costs, chosen)
-        self._is_trial, self._num_decoding = trial is not None, num_decoding
-        self._chosen = chosen if trial is None else trial
-        self._steps_left = _STEPS_OF_DECISION if trial is None else _STEPS_OF_TRIAL
+        }
+        best = self._best(costs)
+        if self._is_trial:
+            self._chosen.num_lost_trials = 0 if self._chosen is best else self._chosen.num_lost_trials + 1
+        trial = self._due_for_trial(costs, best, num_decoding)
+        self._is_trial, self._num_decoding, self._usual = trial is not None, num_decoding, best
+        self._chosen = best if trial is None else trial
+        self._steps_left = _STEPS_OF_DECISION if trial is None else self._steps_of_trial(trial, num_decoding)
 
-    def _due_for_trial(self, costs: Sequence[float], chosen: _Option) -> _Option | None:
+    def _best(self, costs: Mapping[_Option, float]) -> _Option:
+        """What it was before, unless another choice promises more than measurements are wrong by."""
+        best = min(costs, key=costs.__getitem__)
+        if not self._verify_s.has_any or _GAIN_TO_GUESS * costs[best] >= costs[self._none]:
+            return self._none
+        return self._usual if costs[self._usual] <= _GAIN_TO_CHANGE * costs[best] else best
+
+    def _due_for_trial(self, costs: Mapping[_Option, float], best: _Option, num_decoding: int) -> _Option | None:
         """What else to try now. Each other choice may lose the same share of the time, so that what loses little is
-        tried often."""
+        tried often; the less often, the more often in a row it has lost."""
         if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
             return None
         share = _TRYING_SHARE / max(1, len(self._options))
-        cost_of_chosen = costs[self._choices.index(chosen)]
-        for option, cost in zip(self._choices, costs, strict=True):
-            lost_steps = _STEPS_OF_TRIAL * (cost / cost_of_chosen - 1.0)
-            if option is not chosen and lost_steps <= share * (self._num_steps - option.last_used):
+        for option, cost in costs.items():
+            lost_steps = self._steps_of_trial(option, num_decoding) * (cost / costs[best] - 1.0)
+            patience = min(1 + option.num_lost_trials, _MOST_PATIENCE)
+            if option is not best and patience * lost_steps <= share * (self._num_steps - option.last_used):
                 return option
         return None
+
+    def _steps_of_trial(self, option: _Option, num_decoding: int) -> int:
+        """Until it has been measured."""
+        num_rows = num_decoding * (1 + (option.shape.max_nodes if option.shape else 0))
+        return _STEPS_OF_TRIAL + max(0, _UNUSUAL_TIMES - self._num_seen[num_decoding, num_rows])
 
     def _s_per_token(self, option: _Option, num_requests: int) -> float:
         """Of one request."""
@@ -208,7 +228,7 @@ class AdaptiveDrafts:
         shape = option.shape
         if shape is None:
             return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
-        num_rows = round(num_requests * (1 + option.share_of_nodes * shape.max_nodes))
+        num_rows = round(num_requests * (1 + option.acceptance.share_found * shape.max_nodes))
         step_s = self._verify_s.at(num_rows, 1.0) + self._draft_s(option, shape, num_requests)
         return step_s / option.acceptance.tokens_per_step(shape.depth)
 
@@ -232,6 +252,7 @@ class _Acceptance:
     def __init__(self) -> None:
         self._true: list[float] = []  # guesses, the older the less they count
         self._all: list[float] = []
+        self.share_found = 1.0  # of the guesses that were asked for: look-up may find none
 
     def note(self, num_accepted: Sequence[int], depth: int) -> None:
         """Of requests for which a guess was made for each of ``depth`` tokens ahead."""
@@ -256,44 +277,49 @@ class _Acceptance:
 
 
 class _Costs:
-    """Smoothed seconds by size. A measurement that comes after a long time counts more: what it replaces is old."""
+    """Seconds by size: medians of the latest measurements."""
 
     def __init__(self) -> None:
-        self._values: dict[int, tuple[float, int]] = {}  # by size class; and the step of the newest measurement
+        self._measured: dict[int, deque[tuple[float, int]]] = {}  # by size class: seconds, and in which step
+        self._medians: dict[int, float] = {}
         self._sizes: list[int] = []  # classes that were measured, rising
 
     def note(self, size: int, seconds: float, step: int) -> None:
         size = _size_class(size)
-        if size not in self._values:
+        if size not in self._measured:
             insort(self._sizes, size)
-            self._values[size] = (seconds, step)
-            return
-        old, when = self._values[size]
-        weight = min(_MAX_WEIGHT, 1.0 - (1.0 - _SMOOTHING) ** max(1, step - when))
-        new = old + weight * (min(seconds, _OUTLIER * old) - old)
-        self._values[size] = (new, step)
+            self._measured[size] = deque(maxlen=_MEASUREMENTS)
+        measured = self._measured[size]
+        measured.append((seconds, step))
+        while len(measured) > 3 and measured[0][1] < step - _OLD_STEPS:
+            measured.popleft()
+        self._medians[size] = new = median_low([value for value, _ in measured])
         for smaller in self._sizes[: bisect_left(self._sizes, size)]:
-            value, when = self._values[smaller]
-            if value > _OUT_OF_ORDER * new:  # it has become faster since: fewer rows take no longer than more
-                self._values[smaller] = (_OUT_OF_ORDER * new, when)
+            if self._medians[smaller] > _OUT_OF_ORDER * new:  # faster since then: fewer rows take no longer than more
+                self._medians[smaller] = _OUT_OF_ORDER * new
+                self._measured[smaller].clear()
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self._sizes)
 
     def at(self, size: int, otherwise: float) -> float:
         """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement."""
         size = _size_class(size)
-        if size in self._values:
-            return self._values[size][0]
+        if size in self._medians:
+            return self._medians[size]
         if not self._sizes:
             return otherwise
         place = bisect_left(self._sizes, size)
         if len(self._sizes) == 1:
-            return self._values[self._sizes[0]][0] * (1.0 + _COST_OF_ROWS * (size / self._sizes[0] - 1.0))
+            return self._medians[self._sizes[0]] * (1.0 + _COST_OF_ROWS * (size / self._sizes[0] - 1.0))
         is_inside = 0 < place < len(self._sizes)
         low, high = (self._sizes[place - 1], self._sizes[place]) if is_inside else (self._sizes[0], self._sizes[-1])
-        low_s, high_s = self._values[low][0], self._values[high][0]
+        low_s, high_s = self._medians[low], self._medians[high]
         # More rows take no less time, and not more than in proportion.
         slope = min(max(0.0, (high_s - low_s) / (high - low)), high_s / high)
         nearest = high if size > high else low
-        return self._values[nearest][0] + slope * (size - nearest)
+        return self._medians[nearest] + slope * (size - nearest)
 
 
 @dataclass(slots=True, eq=False)
@@ -303,8 +329,8 @@ class _Option:
     shape: DraftShape | None
     acceptance: _Acceptance
     draft_s: _Costs = field(default_factory=_Costs)  # of all tokens ahead, by requests
-    share_of_nodes: float = 1.0  # that are found, by look-up for instance
     last_used: int = 0  # step
+    num_lost_trials: int = 0  # in a row, after which something else was better all the same
 
 
 def _size_class(count: int) -> int:

@@ -33,7 +33,8 @@ def export_eagle3(folder: Path, config: EagleConfig, tensors: Mapping[str, torch
         is_drafted = torch.zeros(config.layers.vocab_size, dtype=torch.bool)
         is_drafted[torch.arange(len(offsets)) + offsets] = True
         stored[TARGET_TO_DRAFT] = is_drafted
-    _write(folder, _eagle3_json(config), stored, "model.safetensors")
+    stored_dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+    _write(folder, _eagle3_json(config, stored_dtype), stored, "model.safetensors")
 
 
 def export_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, torch.Tensor], target_path: str) -> None:
@@ -68,7 +69,7 @@ def _require_expressible(config: EagleConfig) -> None:
         raise ConfigError("draft head", ", ".join(extras), "the EAGLE 3 layout has no place for it")
 
 
-def _eagle3_json(config: EagleConfig) -> dict[str, Any]:
+def _eagle3_json(config: EagleConfig, stored_dtype: str) -> dict[str, Any]:
     layers = config.layers
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -87,7 +88,7 @@ def _eagle3_json(config: EagleConfig) -> dict[str, Any]:
         "rms_norm_eps": layers.rms_norm_eps,
         "rope_theta": layers.rope.theta,
         "tie_word_embeddings": False,
-        "torch_dtype": layers.dtype,
+        "torch_dtype": stored_dtype,
         LAYER_IDS: list(config.capture_layers),
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.projection_norm == "whole",

@@ -7,13 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
-from speculation import main, sections
+from speculation import _parser, main, methods_of, sections
 from speculation_figures import Figure, Ratio, figure
 from speculation_runs import DecodingStep, Round, read_prompts
 
 from eagleray.core.acceptance import Acceptance
-from eagleray.core.config import DEMO_MODEL_PATH
+from eagleray.core.config import DEMO_MODEL_PATH, SpeculationConfig
 from eagleray.core.errors import ConfigError
+from eagleray.engine.speculation.shape import draft_shape
+from eagleray.models.draft_heads.read import read_draft
+from eagleray.models.registry import load_model_config
 
 
 def taken(
@@ -93,6 +96,20 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
     path.write_text('{"prompt": "fish"}\n{"text": "fish"}\n')
     with pytest.raises(ConfigError, match=r"prompts\.jsonl:2"):
         read_prompts(path, DEMO_MODEL_PATH)
+
+
+def test_rows_name_drafts_with_random_weights_and_trees_and_every_draft_fits_the_model(tmp_path: Path) -> None:
+    options = _parser().parse_args(
+        ["--random", "eagle", "medusa", "draft_model", "--trees", "--only", "eagle3", "eagle", "medusa", "draft_model"]
+    )
+    target = load_model_config(DEMO_MODEL_PATH)
+    methods = methods_of(options, target, tmp_path)
+    chains = ["eagle3 draft", "eagle, random weights", "medusa, random weights", "draft_model, random weights"]
+    assert list(methods) == [*chains, *(f"{name}, tree of 15" for name in chains)]
+    for name, fields in methods.items():
+        config = SpeculationConfig(**fields)
+        assert read_draft(config.folder, target).method == fields["method"]
+        assert draft_shape(config).max_nodes == (15 if "tree" in name else 3)
 
 
 @pytest.mark.slow

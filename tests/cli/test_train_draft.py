@@ -12,6 +12,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.text.fake import save_byte_tokenizer
+from eagleray.training.trainer import Trainer
 
 TARGET = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 32,
@@ -54,6 +55,21 @@ def test_a_run_is_gone_on_with_only_when_asked_to(options: list[str], capsys: py
     assert main([*options, "--resume"]) == 0  # nothing is left to do
     assert main([*options, "--resume", "--epochs", "2"]) == 2
     assert "--resume: num_epochs=2" in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_behind_its_last_step_has_a_head_when_it_is_gone_on_with(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "measure", interrupt)
+        assert main([*options, "--check-every-steps", "1000"]) != 0
+    head = tmp_path / "head" / "model.safetensors"
+    assert not head.exists()
+    assert main([*options, "--check-every-steps", "1000", "--resume"]) == 0
+    assert head.exists()
 
 
 @pytest.mark.parametrize(

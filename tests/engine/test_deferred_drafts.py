@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 import pytest
 
-from eagleray.core.block_hash import HashNamespace
-from eagleray.core.config import EngineConfig
-from eagleray.core.request import Request, RequestSpec, RequestState
-from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.scheduling.kv_manager import KVManager
-from eagleray.engine.scheduling.plan import StepPlan
-from eagleray.engine.scheduling.scheduler import Scheduler
+from eagleray.core.request import Request, RequestState
 from eagleray.engine.speculation.controller import FixedDrafts
 from eagleray.engine.speculation.tree import DraftShape
 
@@ -33,44 +30,17 @@ class Sometimes:
         return DraftShape(2) if self.guesses else None
 
 
-class Bench:
-    """A scheduler whose steps each sample token 7."""
-
-    def __init__(self) -> None:
-        config = EngineConfig(block_size_tokens=BLOCK_SIZE_TOKENS, max_num_seqs=32)
-        self.kv = KVManager(1024, BLOCK_SIZE_TOKENS, HashNamespace("model", BLOCK_SIZE_TOKENS, "layout").root)
-        self.policy = Sometimes()
-        self.scheduler = Scheduler(config, self.kv, self.policy)
-
-    def add(self, request_id: str, num_tokens: int, output_limit: int | None = None) -> Request:
-        spec = RequestSpec(
-            request_id=request_id,
-            token_ids=tuple(range(num_tokens)),
-            num_prompt_tokens=num_tokens,
-            sampling=SamplingParams(temperature=0.0, max_tokens=200),
-        )
-        request = Request(spec, 0.0, output_limit)
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        for run, request in self.scheduler.runs_that_count(plan):
-            if run.samples:
-                request.token_ids.append(7)
-            self.scheduler.note_computed(run, request, 0, None)
-        return plan
-
-    def num_findable(self) -> int:
-        return len(self.kv.cache.drain_changes()[0])
+@pytest.fixture
+def policy() -> Sometimes:
+    return Sometimes()
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench(new_bench: Callable[..., Any], policy: Sometimes) -> Any:
+    return new_bench(policy, block_size_tokens=BLOCK_SIZE_TOKENS)
 
 
-def test_a_prompt_is_complete_at_once_and_single_tokens_wait(bench: Bench) -> None:
+def test_a_prompt_is_complete_at_once_and_single_tokens_wait(bench: Any) -> None:
     request = bench.add("a", 9)
     assert not bench.step().runs[0].defers
     assert bench.num_findable() == 2
@@ -80,7 +50,7 @@ def test_a_prompt_is_complete_at_once_and_single_tokens_wait(bench: Bench) -> No
     assert (request.num_complete_tokens, request.num_computed_tokens) == (9, 19)
 
 
-def test_blocks_are_findable_only_when_what_waited_has_been_written(bench: Bench) -> None:
+def test_blocks_are_findable_only_when_what_waited_has_been_written(bench: Any) -> None:
     bench.add("a", 9)
     bench.step(), bench.num_findable()
     while bench.step().runs[0].defers:
@@ -88,7 +58,7 @@ def test_blocks_are_findable_only_when_what_waited_has_been_written(bench: Bench
     assert bench.num_findable() > 5
 
 
-def test_nothing_waits_for_long_and_all_requests_are_written_together(bench: Bench) -> None:
+def test_nothing_waits_for_long_and_all_requests_are_written_together(bench: Any) -> None:
     requests = [bench.add(str(index), 2 + index) for index in range(20)]
     for _ in range(60):
         bench.step()
@@ -97,34 +67,34 @@ def test_nothing_waits_for_long_and_all_requests_are_written_together(bench: Ben
         assert len(set(waiting)) == 1
 
 
-def test_what_waited_is_written_when_guesses_begin(bench: Bench) -> None:
+def test_what_waited_is_written_when_guesses_begin(bench: Any, policy: Sometimes) -> None:
     request = bench.add("a", 9)
     for _ in range(6):
         bench.step()
-    bench.policy.guesses = True
+    policy.guesses = True
     run = bench.step().runs[0]
     assert (run.may_draft, run.defers, run.num_deferred) == (True, False, 5)
     assert request.num_complete_tokens == request.num_computed_tokens
 
 
-def test_nothing_waits_in_a_request_that_is_handed_over(bench: Bench) -> None:
+def test_nothing_waits_in_a_request_that_is_handed_over(bench: Any) -> None:
     bench.add("a", 9, output_limit=5)
     for _ in range(5):
         assert not bench.step().runs[0].defers
 
 
-def test_blocks_for_guesses_are_given_back_before_the_next_step(bench: Bench) -> None:
-    bench.policy.guesses = True
+def test_blocks_for_guesses_are_given_back_before_the_next_step(bench: Any, policy: Sometimes) -> None:
+    policy.guesses = True
     bench.add("a", 7)
     bench.step()
     assert len(bench.kv.table("a")) == 3
-    bench.policy.guesses = False
+    policy.guesses = False
     bench.step()
     assert len(bench.kv.table("a")) == 2
 
 
-def test_who_takes_the_id_of_a_request_that_guessed_keeps_its_own_blocks(bench: Bench) -> None:
-    bench.policy.guesses = True
+def test_who_takes_the_id_of_a_request_that_guessed_keeps_its_own_blocks(bench: Any, policy: Sometimes) -> None:
+    policy.guesses = True
     gone = bench.add("a", 7)
     bench.step()
     bench.scheduler.end(gone, RequestState.FINISHED)

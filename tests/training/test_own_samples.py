@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from eagleray.training import own_samples
 from eagleray.training.own_samples import SamplingSettings, read_own_samples, write_own_samples
 from eagleray.training.texts import Document
 
-SETTINGS = SamplingSettings(temperatures=(0.0, 0.9), max_tokens=14, seed=1)
+SETTINGS = SamplingSettings(temperatures=(0.0, 0.9), max_tokens=14, seed=1, target="fish")
 PROMPTS = [Document(tuple(range(number, number + 4)), 4) for number in range(6)]
 
 
@@ -59,9 +60,10 @@ def test_what_was_answered_is_not_answered_again(llm: LLM, tmp_path: Path, monke
     assert path.read_text() == whole.read_text()
 
 
-def test_samples_for_other_prompts_or_settings_are_refused(llm: LLM, tmp_path: Path) -> None:
+def test_samples_for_other_prompts_or_settings_or_of_another_target_are_refused(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     list(write_own_samples(llm, PROMPTS[:2], SETTINGS, path))
-    for prompts, settings in ((PROMPTS[:3], SETTINGS), (PROMPTS[:2], SamplingSettings((0.0,), 14, 1))):
+    others = (replace(SETTINGS, temperatures=(0.0,)), replace(SETTINGS, target="another"))
+    for prompts, settings in ((PROMPTS[:3], SETTINGS), *((PROMPTS[:2], other) for other in others)):
         with pytest.raises(ConfigError, match=r"samples\.jsonl': holds samples for other data or settings"):
             list(write_own_samples(llm, prompts, settings, path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
+from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.training import checkpoint
 from eagleray.training.run import Documents, build_trainer, export_head, load_target
 from eagleray.training.texts import Document
@@ -79,6 +83,26 @@ def test_a_damaged_or_missing_checkpoint_and_another_plan_are_refused(new_settin
     settings.checkpoint.write_bytes(settings.checkpoint.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="is damaged"):
         trainer.resume()
+
+
+def test_another_target_is_not_gone_on_with(new_settings: Any, new_trainer: Any, folder: Path, tmp_path: Path) -> None:
+    """Its samples may be the same by chance, and what it teaches is not."""
+    list(islice(new_trainer(new_settings()).run(), 6))
+    other = shutil.copytree(folder, tmp_path / "other")
+    save_random_checkpoint(other, json.loads((other / "config.json").read_text("utf-8")), seed=4)
+    with pytest.raises(ConfigError, match="--resume: target="):
+        new_trainer(new_settings(model=ModelConfigSection(path=str(other)))).resume()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(new_settings: Any, new_trainer: Any) -> None:
+    trainer = new_trainer(new_settings())
+    list(islice(trainer.run(), 6))
+    with torch.no_grad():
+        trainer.trainee.weights["fc.weight"].fill_(float("nan"))
+    before = trainer._checkpoint.read_bytes()
+    with pytest.raises(ConfigError, match=r"--learning-rate=0.02: in step 7 the loss is no number"):
+        list(trainer.run())
+    assert trainer._checkpoint.read_bytes() == before
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

@@ -83,14 +83,18 @@ def test_an_engine_that_does_not_guess_counts_nothing() -> None:
 
 
 class Following:
-    """Implements ``DraftPolicy``: always the same, and keeps what it is told."""
+    """Implements ``DraftPolicy``: always the same, whatever there is room for, and keeps what it is told."""
 
     may_defer = False
 
     def __init__(self, shape: DraftShape) -> None:
         always = FixedDrafts(shape)
-        self.choose, self.slots_needed, self.note_times = always.choose, always.slots_needed, always.note_times
+        self.slots_needed, self.note_times = always.slots_needed, always.note_times
+        self.shape = shape
         self.gained: list[list[int]] = []
+
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
+        return self.shape
 
     def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
         self.gained.append(list(num_tokens))

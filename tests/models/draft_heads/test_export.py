@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def test_an_exported_eagle3_head_has_the_names_of_the_layout_and_the_mask_of_its
     export_eagle3(tmp_path / "exported", head.config, eagle_views(head) | {"d2t": stored["d2t"]})
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported.keys() == stored.keys() | {"t2d"}
+    config = json.loads((tmp_path / "exported" / "config.json").read_text("utf-8"))
+    assert config["torch_dtype"] == "float32"  # of what is stored, whatever the target computes in
     assert exported["t2d"].nonzero().flatten().tolist() == head.target_ids(torch.arange(10)).tolist()
 
 
