@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-_NOT_PACKAGES = {"benchmarks", "build", "deploy", "dist", "docs", "examples", "scripts", "tests"}
+_NOT_PACKAGES = {"benchmarks", "build", "deploy", "dist", "docs", "examples", "peers", "scripts", "tests"}
 
 
 def test_every_folder_with_an_init_file_is_a_listed_package_and_the_other_way_round(source: Any) -> None:
