@@ -118,12 +118,17 @@ class Trainer:
                 weights += weight
         mean = total / weights
         if not mean.isfinite():
-            way_out = f"in step {self._step + 1} the loss is no number any more; begin anew with a lower one"
-            raise ConfigError("--learning-rate", self._plan.learning_rate, way_out)
+            raise self._diverged("the loss is")
         self._optimizer.step(mean, self._plan.learning_rate * learning_rate_share(self._step, self._num_steps))
         return mean.item()
 
+    def _diverged(self, what: str) -> ConfigError:
+        way_out = f"in step {self._step + 1} {what} no number any more; begin anew with a lower one and another --output"
+        return ConfigError("--learning-rate", self._plan.learning_rate, way_out)
+
     def _save(self) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in self.trainee.weights.values()):
+            raise self._diverged("some weights are")  # after a finite loss: the checkpoint before stays
         state: dict[str, Any] = {
             "settings": self._settings,
             "weights": {name: weight.detach() for name, weight in self.trainee.weights.items()},

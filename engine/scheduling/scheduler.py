@@ -128,7 +128,8 @@ class Scheduler:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
-        rows_for_guesses = self._rows_for_guesses(lacking_one, lacking_many)
+        never_guesses = self._draft_policy.never_guesses
+        rows_for_guesses = 0 if never_guesses else self._rows_for_guesses(lacking_one, lacking_many)
         num_decoding = len(lacking_one) or self._num_that_begin(lacking_many)
         shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)

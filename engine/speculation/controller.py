@@ -16,7 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from statistics import median_low
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
 
@@ -56,6 +56,11 @@ class DraftPolicy(Protocol):
     """How much to guess for the next step."""
 
     @property
+    def never_guesses(self) -> bool:
+        """``choose`` always says None: nobody need ask what there is room for."""
+        ...
+
+    @property
     def may_defer(self) -> bool:
         """While nothing is guessed the KV of who guesses need not keep up with the text."""
         ...
@@ -82,6 +87,7 @@ class DraftPolicy(Protocol):
 class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
 
+    never_guesses = True
     may_defer = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
@@ -99,14 +105,16 @@ class NoDrafts:
 
 @dataclass(frozen=True, slots=True)
 class FixedDrafts:
-    """Implements ``DraftPolicy``: always the same, but no more tokens ahead than a step has room to verify."""
+    """Implements ``DraftPolicy``: always the same, but where guessing costs anything no more tokens ahead than a step
+    has room to verify."""
 
+    never_guesses: ClassVar[bool] = False
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
-        if num_decoding == 0:
+        if num_decoding == 0 or not self.has_network:
             return self.shape
         most_guesses = -(-max_rows // num_decoding) - 1  # of a request: some may get one more than others
         if most_guesses <= 0:
@@ -125,6 +133,8 @@ class FixedDrafts:
 
 class AdaptiveDrafts:
     """Implements ``DraftPolicy``: the best of some shapes, or none."""
+
+    never_guesses = False
 
     def __init__(self, shapes: Sequence[DraftShape], has_network: bool, may_defer: bool = False) -> None:
         self.may_defer = may_defer

@@ -324,9 +324,11 @@ static void attend_tiles(const struct batch *batch, const struct method *method,
 
 static void attend(struct batch *batch, int num_threads) {
     const struct method *method = choose_method(batch);
-    int64_t longest = 0;
-    for (int64_t b = 0; b < batch->num_sequences; b++)
-        longest = larger(longest, batch->prefix_lengths[b] + batch->query_starts[b + 1] - batch->query_starts[b]);
+    int64_t longest = 0, all = 0; /* keys of one sequence and of all */
+    for (int64_t b = 0; b < batch->num_sequences; b++) {
+        int64_t keys = batch->prefix_lengths[b] + batch->query_starts[b + 1] - batch->query_starts[b];
+        longest = larger(longest, keys), all += keys;
+    }
     int64_t splits = ceil_divide(longest, method->split_keys);
     batch->tile_rows = method->split_rows;
     int64_t tiles = count_tiles(batch);
@@ -336,9 +338,9 @@ static void attend(struct batch *batch, int num_threads) {
     batch->tile_rows = method->tile_rows;
     tiles = count_tiles(batch);
     /* A thread takes several heads of a sequence that is one tile per head: their pages are neighbours. All of them, if
-     * the method reads them together and there are sequences enough for every thread.
+     * the method reads them together and no sequence has so many keys that the other threads would wait for its.
      */
-    int64_t shares = method->rows_together && batch->num_sequences >= 2 * num_threads ? 1 : num_threads;
+    int64_t shares = method->rows_together && 2 * longest * num_threads <= all ? 1 : num_threads;
     int64_t together = tiles == batch->num_sequences * batch->num_kv_heads ? batch->num_kv_heads / shares : 1;
     int64_t step = larger(1, together);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && tiles > step)

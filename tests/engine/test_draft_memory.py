@@ -136,7 +136,7 @@ def test_packed_linear_layers_take_the_planned_bytes_per_weight(quantization: An
     packed = PanelLinearFormat(library, quantization or "bfloat16").pack(weight, None)
     per_weight = sum(tensor.nbytes for tensor in packed.tensors.values()) / weight.numel()
     planned = LinearBytes(quantization=quantization).per_weight("bfloat16", "bfloat16")
-    # With 8 bits a scale per output feature comes on top, and with w8a8 the sum of its weights.
+    # Not planned for: with 8 bits a scale per output feature, and with w8a8 the sum of its weights.
     assert planned <= per_weight <= planned * (1.01 if quantization == "w8a8" else 1.005)
 
 

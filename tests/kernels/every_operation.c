@@ -76,7 +76,7 @@ static void linear_layers(void) {
     for (int format = 0; format < 4; format++) {
         int64_t words = IN * bits[format] / 32;
         uint32_t *raw = format == 0 ? halves(OUT * IN) : malloc(OUT * words * 4);
-        for (int64_t i = 0; format > 0 && i < OUT * words; i++) raw[i] = next() ^ next() << 16;
+        for (int64_t i = 0; format > 0 && i < OUT * words; i++) raw[i] = next(), raw[i] ^= next() << 16;
         uint32_t *panels = calloc(PADDED * words, 4);
         pack_panels(raw, OUT, words, PADDED / 32, panels, THREADS);
         int64_t group = format == 2 ? 128 : 0, groups = group ? IN / group : 1;

@@ -115,10 +115,12 @@ def test_the_reference_is_as_far_from_the_float_layer_as_its_steps_say(quantizat
 def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(
     library: NativeLibrary, weights: PanelWeights, dtype: torch.dtype
 ) -> None:
-    product, x = prepare(library, weights, random(130, 640)), random(300, 640).to(dtype)
-    whole = product(x)
+    product, x = prepare(library, weights, random(130, 640), random(130)), random(300, 640).to(dtype)
+    residual = random(300, 130).to(dtype)
+    whole, added = product(x), product(x, residual)
     for start, end in ((0, 1), (3, 9), (7, 24), (140, 190), (10, 290)):
         assert torch.equal(product(x[start:end]), whole[start:end])
+        assert torch.equal(product(x[start:end], residual[start:end]), added[start:end])
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
