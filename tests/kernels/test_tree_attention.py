@@ -154,16 +154,18 @@ def test_a_tree_over_a_long_context_equals_dense_attention(attend: Attend, prefi
     torch.testing.assert_close(batch.attend(attend, window).double(), batch.dense(window), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("window", [None, 9, 100])
 def test_a_chain_gives_the_bits_of_a_causal_run(
-    load: Callable[..., NativeLibrary], window: int | None, num_threads: int
+    load: Callable[..., NativeLibrary], window: int | None, num_threads: int, dtype: torch.dtype
 ) -> None:
-    chain = tree_run(range(-1, 63))
+    chain, library = tree_run(range(-1, 63)), load(num_threads=num_threads)
     for prefixes in ([0, 1, 63, 64, 500, 1000], [1000]):
         batch = Batch([(prefix, 64) for prefix in prefixes], 4, 2)
+        query, kv_layer = batch.query.to(dtype), batch.kv_layer.to(dtype)
         causal, trees = (
-            native.paged_attention(load(num_threads=num_threads), batch.query, batch.kv_layer, plan, SCALE, window)
+            native.paged_attention(library, query, kv_layer, plan, SCALE, window)
             for plan in (batch.plan([None] * len(prefixes)), batch.plan([chain] * len(prefixes)))
         )
         assert torch.equal(causal, trees)
