@@ -127,23 +127,13 @@ INLINE void pack_tile(const struct product *job, int64_t first_row, int64_t row,
 
 /* ---- Weights ---- */
 
-/* Two integers of at most 8 bits in float32, whose lower halves are zero, as a pair of bfloat16. */
-INLINE bit_vector pair_of(vector low, vector high) { return (bit_vector)high | (bit_vector)low >> 16; }
-
-/* Words of four int8 each to twice as many pairs of bfloat16. The bytes 0 and 1 of a word become the low bits of a
- * float32 of 2^23 and more, offset by 128 to have no sign, which then is subtracted: no shifts, of which a CPU does
- * one at a time.
- */
+/* Words of four int8 each to twice as many pairs of bfloat16. */
 static void widen_int8(const uint32_t *source, int64_t words, uint32_t *target) {
-    const uint32_t magic = 0x4b000000; /* 2^23 */
     for (int64_t word = 0; word < words; word++)
         for (int part = 0; part < COLUMNS; part += LANES) {
             bit_vector quads = load_words(source + word * COLUMNS + part);
-            for (int i = 0; i < 2; i++, quads >>= 16) {
-                vector low = (vector)((quads & 0xff) ^ (magic | 0x80)) - 8388736.0f;
-                vector high = (vector)((quads & 0xff00) ^ (magic | 0x8000)) * 0x1p-8f - 32896.0f;
-                store_words(target + (2 * word + i) * COLUMNS + part, pair_of(low, high));
-            }
+            for (int i = 0; i < 2; i++)
+                store_words(target + (2 * word + i) * COLUMNS + part, pair_of_bytes(quads >> 16 * i));
         }
 }
 
@@ -180,6 +170,15 @@ static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) 
 }
 
 INLINE int widens(const int weights) { return weights == WEIGHTS_INT8 || weights == WEIGHTS_INT4; }
+
+/* Few rows take int8 weights from the panels: what is widened for one group of sums is of no use to another. */
+INLINE int widens_in_loop(const struct product *job, int64_t num_rows, const int weights, const int numbers) {
+#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+    return weights == WEIGHTS_INT8 && numbers == PAIRS && !job->group_chunks && num_rows <= SUM_ROWS;
+#else
+    return 0;
+#endif
+}
 
 /* Words of a panel's column that become CHUNK_WORDS. */
 INLINE int64_t chunk_words(const int weights) {
@@ -305,7 +304,10 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_panel < job->num_panels)
             prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights);
-        multiply_block(&block, numbers);
+        if (widens_in_loop(job, num_rows, weights, numbers))
+            multiply_block(&block, BYTES);
+        else
+            multiply_block(&block, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
         if (chunk + chunks < job->chunks) continue;
         /* A block later: sums that tiles have just stored cannot be read before they have reached the cache. */
@@ -320,13 +322,14 @@ INLINE void compute_panel_as(const struct product *job, int64_t first_row, int64
                              const int weights, const int numbers) {
     float sums[BLOCK_ROWS * COLUMNS] __attribute__((aligned(64)));
     uint32_t widened[MAX_GROUP_CHUNKS * PANEL_CHUNK] __attribute__((aligned(64)));
+    const int is_widened = widens(weights) && !widens_in_loop(job, num_rows, weights, numbers);
     /* A few rows read the weights once in any case, best front to back. */
-    int64_t depth = widens(weights) || num_rows > TILE_PAIR ? DEPTH_CHUNKS : job->chunks;
+    int64_t depth = is_widened || num_rows > TILE_PAIR ? DEPTH_CHUNKS : job->chunks;
     if (job->group_chunks) depth = job->group_chunks;
     for (int64_t chunk = 0; chunk < job->chunks; chunk += depth) {
         int64_t chunks = smaller(depth, job->chunks - chunk);
         const uint32_t *b = panel_at(job, panel, chunk, weights);
-        if (widens(weights)) b = widen(b, chunks, widened, weights);
+        if (is_widened) b = widen(b, chunks, widened, weights);
         multiply_rows(job, first_row, num_rows, panel, chunk, chunks, b, sums, weights, numbers);
     }
 }

@@ -23,6 +23,7 @@ enum { TILE_COLUMNS = 16, COLUMNS = 2 * TILE_COLUMNS, ROWS = 16, CHUNK_WORDS = 1
 enum numbers {
     FLOATS, /* float32 activations, bfloat16 weights: wherever no instruction takes bfloat16 */
     PAIRS,  /* bfloat16, summed in float32 */
+    BYTES,  /* the same, with int8 weights in panels of half as many words */
     QUADS,  /* int8, summed in int32: exact */
 };
 
@@ -153,7 +154,7 @@ INLINE bit_vector add_products(bit_vector sums, const char *activations, int wor
     uint32_t a;
     memcpy(&a, activations + 4 * word, sizeof a);
 #if defined(__AVX512BF16__)
-    if (numbers == PAIRS)
+    if (numbers == PAIRS || numbers == BYTES)
         return (bit_vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)weights);
 #endif
 #if ACTIVATION_OFFSET
@@ -164,6 +165,19 @@ INLINE bit_vector add_products(bit_vector sums, const char *activations, int wor
     for (int i = 0; i < 4; i++) products += ((int32_t)(a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24);
     return (bit_vector)((mask_vector)sums + products);
 #endif
+}
+
+/* Two integers of at most 8 bits in float32, whose lower halves are zero, as a pair of bfloat16. */
+INLINE bit_vector pair_of(vector low, vector high) { return (bit_vector)high | (bit_vector)low >> 16; }
+
+/* Bytes 0 and 1 of words of int8 as pairs of bfloat16. They become the low bits of a float32 of 2^23 and more, offset by
+ * 128 to have no sign, which then is subtracted: no shifts, of which a CPU does one at a time.
+ */
+INLINE bit_vector pair_of_bytes(bit_vector quads) {
+    const uint32_t magic = 0x4b000000; /* 2^23 */
+    vector low = (vector)((quads & 0xff) ^ (magic | 0x80)) - 8388736.0f;
+    vector high = (vector)((quads & 0xff00) ^ (magic | 0x8000)) * 0x1p-8f - 32896.0f;
+    return pair_of(low, high);
 }
 
 /* Words that several products share. Without a word from us compilers read them from memory for each of them, and a CPU
@@ -180,19 +194,27 @@ INLINE bit_vector load_shared_words(const uint32_t *source) {
 /* Sums of a few rows by as many columns as leave registers for weights. */
 enum { SUM_ROWS = LANES / 2, SUM_COLUMNS = 2 * LANES < COLUMNS ? TILE_COLUMNS : COLUMNS, PARTS = SUM_COLUMNS / LANES };
 
+/* Word `word` of a chunk of the weights at b, LANES of its columns, as add_products takes it. */
+INLINE bit_vector load_weights(const uint32_t *b, int word, const int numbers) {
+    if (numbers != BYTES) return load_shared_words(b + word * COLUMNS);
+    return pair_of_bytes(load_words(b + word / 2 * COLUMNS) >> word % 2 * 16);
+}
+
 /* `rows` of a tile, from address a on, by SUM_COLUMNS of a panel. */
 INLINE void multiply_some_rows(const int rows, const struct block *block, const char *a, int64_t a_chunk,
                                const uint32_t *b, uint32_t *c, const int numbers) {
+    const int chunk_words = numbers == BYTES ? CHUNK_WORDS / 2 : CHUNK_WORDS; /* of weights */
     bit_vector sums[SUM_ROWS][PARTS], weights[PARTS];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++)
             sums[row][part] = block->accumulates ? load_words(c + row * COLUMNS + part * LANES) : (bit_vector){0};
-    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk)
-        for (int word = 0; word < CHUNK_WORDS; word++, b += COLUMNS) {
+    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk, b += chunk_words * COLUMNS)
+#pragma GCC unroll 2
+        for (int word = 0; word < CHUNK_WORDS; word++) {
 #pragma GCC unroll 4
-            for (int part = 0; part < PARTS; part++) weights[part] = load_shared_words(b + part * LANES);
+            for (int part = 0; part < PARTS; part++) weights[part] = load_weights(b + part * LANES, word, numbers);
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
