@@ -152,7 +152,7 @@ class AdaptiveDrafts:
         self._last_trial = 0
         self._chosen = self._usual = self._none
         self._steps_left = 0  # with what is chosen
-        self._is_trial = False
+        self._is_trial = self._is_measured = False  # what is chosen: only to find out; found out since
         self._num_decoding = 0  # when it was chosen
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
@@ -178,6 +178,7 @@ class AdaptiveDrafts:
         size, step = times.num_requests, self._num_steps
         if self._is_usual((size, times.num_rows)):
             self._verify_s.note(times.num_rows, times.verify_s, step)
+            self._is_measured |= times.verified == self._chosen.shape
         if times.verified is not None:
             share = (times.num_rows - size) / (size * times.verified.max_nodes)
             acceptance = self._options[times.verified].acceptance
@@ -200,10 +201,10 @@ class AdaptiveDrafts:
             for option in self._choices
         }
         best = self._best(costs)
-        if self._is_trial:
+        if self._is_trial and self._is_measured:
             self._chosen.num_lost_trials = 0 if self._chosen is best else self._chosen.num_lost_trials + 1
         trial = self._due_for_trial(costs, best, num_decoding)
-        self._is_trial, self._num_decoding, self._usual = trial is not None, num_decoding, best
+        self._is_trial, self._is_measured, self._num_decoding, self._usual = trial is not None, False, num_decoding, best
         self._chosen = best if trial is None else trial
         self._steps_left = _STEPS_OF_DECISION if trial is None else self._steps_of_trial(trial, num_decoding)
 
