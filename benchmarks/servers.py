@@ -49,8 +49,7 @@ def _eagleray(checkpoint: Path, options: argparse.Namespace, port: int) -> Serve
 
 
 def _eagleray_split(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
-    """Both workers use all cores, for the one that has work."""
-    return _our_server(checkpoint, options, port, prefill=1, threads=options.threads)
+    return _our_server(checkpoint, options, port, prefill=1, threads=max(1, options.threads // 2))
 
 
 def _our_server(checkpoint: Path, options: argparse.Namespace, port: int, prefill: int, threads: int) -> Server:

@@ -19,17 +19,12 @@ def check_hardware(config: Config) -> list[Finding]:
     return [_check_cores(config), _check_cpu_flags(), check_kernels(config), _check_memory(), _check_cuda()]
 
 
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _check_cores(config: Config) -> Finding:
-    cores = num_cores()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pools = (config.prefill, config.decode)
     wanted = sum(pool.replicas * pool.num_threads for pool in pools)
     if wanted > cores:
-        way_out = "workers take turns; for steady times lower prefill.replicas, decode.replicas or num_threads"
+        way_out = "fine to try things out; for speed lower prefill.replicas, decode.replicas or num_threads"
         return Finding(Level.WARN, "cores", f"{cores} for {wanted} threads that compute", way_out)
     return Finding(Level.OK, "cores", f"{cores}, of which workers use {wanted}")
 

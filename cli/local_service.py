@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from eagleray.cli.check_hardware import num_cores
 from eagleray.cli.client import ApiClient
 from eagleray.core.clock import Clock
-from eagleray.core.config import Config, HTTPConfig, prepare_ray_environment, prepare_threads, read_environment
+from eagleray.core.config import Config, HTTPConfig, prepare_ray_environment, read_environment
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.start_phases import StartPhases
 from eagleray.engine.checkpoint import check_checkpoint
@@ -67,7 +66,6 @@ def local_service(
     signals = StopSignals()
     signals.install()
     prepare_ray_environment()
-    prepare_threads(config, num_cores())
     phases = StartPhases(clock, lambda phase, duration_s: on_progress(f"{phase}: {duration_s:.2f} s"))
     with _log(log_level):
         from eagleray.cluster.serve_app import LocalService  # takes seconds: not for those who only mistyped

@@ -356,12 +356,3 @@ def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> 
     target.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server should not phone home unasked
     # Workers without GPUs leave CUDA_VISIBLE_DEVICES alone.
     target.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-
-def prepare_threads(config: Config, num_cores: int, environ: MutableMapping[str, str] | None = None) -> None:
-    """Have the threads of workers that share cores sleep while they wait for one another, unless the user has chosen:
-    on a core where one waits awake another worker could compute. Where each has a core of its own, that is faster.
-    To be called before Ray is started, whose processes inherit it."""
-    target = os.environ if environ is None else environ
-    if sum(pool.replicas * pool.num_threads for pool in (config.prefill, config.decode)) > num_cores:
-        target.setdefault("OMP_WAIT_POLICY", "passive")

@@ -15,7 +15,6 @@ from eagleray.core.config import (
     load_config,
     parse_config,
     prepare_ray_environment,
-    prepare_threads,
     read_environment,
     with_environment,
 )
@@ -154,19 +153,6 @@ def test_ray_phones_nobody_unless_the_user_said_so() -> None:
     chosen = {"RAY_USAGE_STATS_ENABLED": "1"}
     prepare_ray_environment(chosen)
     assert chosen["RAY_USAGE_STATS_ENABLED"] == "1"
-
-
-def test_threads_that_share_cores_wait_asleep_unless_the_user_said_otherwise() -> None:
-    pools = {"prefill": {"replicas": 1, "num_threads": 2}, "decode": {"replicas": 2, "num_threads": 1}}
-    config = parse_config({"model": {"path": "eagleray-demo"}, **pools})
-    found: dict[str, str] = {}
-    prepare_threads(config, 4, found)
-    assert not found
-    prepare_threads(config, 3, found)
-    assert found == {"OMP_WAIT_POLICY": "passive"}
-    chosen = {"OMP_WAIT_POLICY": "active"}
-    prepare_threads(config, 3, chosen)
-    assert chosen == {"OMP_WAIT_POLICY": "active"}
 
 
 def test_the_environment_fills_in_only_what_the_configuration_leaves_open() -> None:
