@@ -123,7 +123,9 @@ class Trainer:
         return mean.item()
 
     def _diverged(self, what: str) -> ConfigError:
-        way_out = f"in step {self._step + 1} {what} no number any more; begin anew with a lower one and another --output"
+        way_out = (
+            f"in step {self._step + 1} {what} no number any more; begin anew with a lower one and another --output"
+        )
         return ConfigError("--learning-rate", self._plan.learning_rate, way_out)
 
     def _save(self) -> None:

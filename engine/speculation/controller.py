@@ -204,7 +204,12 @@ class AdaptiveDrafts:
         if self._is_trial and self._is_measured:
             self._chosen.num_lost_trials = 0 if self._chosen is best else self._chosen.num_lost_trials + 1
         trial = self._due_for_trial(costs, best, num_decoding)
-        self._is_trial, self._is_measured, self._num_decoding, self._usual = trial is not None, False, num_decoding, best
+        self._is_trial, self._is_measured, self._num_decoding, self._usual = (
+            trial is not None,
+            False,
+            num_decoding,
+            best,
+        )
         self._chosen = best if trial is None else trial
         self._steps_left = _STEPS_OF_DECISION if trial is None else self._steps_of_trial(trial, num_decoding)
 
