@@ -21,7 +21,7 @@ from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
 from eagleray.engine.scheduling.policy import ORDERS
 from eagleray.engine.scheduling.shares import even_shares
-from eagleray.engine.speculation.controller import DraftPolicy
+from eagleray.engine.speculation.controller import DraftPolicy, NoDrafts
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
 _COMPUTING: Final = (RequestState.PREFILLING, RequestState.DECODING)
@@ -128,7 +128,7 @@ class Scheduler:
         somebody waits for each of their tokens. New ones are admitted only if nobody had to give way."""
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
-        never_guesses = self._draft_policy.never_guesses
+        never_guesses = isinstance(self._draft_policy, NoDrafts)  # nobody need ask what there is room for
         rows_for_guesses = 0 if never_guesses else self._rows_for_guesses(lacking_one, lacking_many)
         num_decoding = len(lacking_one) or self._num_that_begin(lacking_many)
         shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)

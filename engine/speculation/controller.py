@@ -16,7 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from statistics import median_low
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
 from eagleray.engine.speculation.tree import DraftShape
 
@@ -56,11 +56,6 @@ class DraftPolicy(Protocol):
     """How much to guess for the next step."""
 
     @property
-    def never_guesses(self) -> bool:
-        """``choose`` always says None: nobody need ask what there is room for."""
-        ...
-
-    @property
     def may_defer(self) -> bool:
         """While nothing is guessed the KV of who guesses need not keep up with the text."""
         ...
@@ -87,7 +82,6 @@ class DraftPolicy(Protocol):
 class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
 
-    never_guesses = True
     may_defer = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
@@ -108,7 +102,6 @@ class FixedDrafts:
     """Implements ``DraftPolicy``: always the same, but where guessing costs anything no more tokens ahead than a step
     has room to verify."""
 
-    never_guesses: ClassVar[bool] = False
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
@@ -133,8 +126,6 @@ class FixedDrafts:
 
 class AdaptiveDrafts:
     """Implements ``DraftPolicy``: the best of some shapes, or none."""
-
-    never_guesses = False
 
     def __init__(self, shapes: Sequence[DraftShape], has_network: bool, may_defer: bool = False) -> None:
         self.may_defer = may_defer

@@ -18,7 +18,6 @@ BLOCK_SIZE_TOKENS = 4
 class Sometimes:
     """Implements ``DraftPolicy``: guesses when it is told to."""
 
-    never_guesses = False
     may_defer = True
 
     def __init__(self) -> None:

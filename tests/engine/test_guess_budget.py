@@ -87,7 +87,7 @@ def test_of_a_prompt_that_is_cached_only_the_rest_is_left_room_for(guessing_benc
 class Asked:
     """Implements ``DraftPolicy``: never guesses, and keeps what it is asked."""
 
-    never_guesses = may_defer = False
+    may_defer = False
 
     def __init__(self) -> None:
         never = NoDrafts()

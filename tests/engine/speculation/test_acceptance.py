@@ -85,7 +85,7 @@ def test_an_engine_that_does_not_guess_counts_nothing() -> None:
 class Following:
     """Implements ``DraftPolicy``: always the same, whatever there is room for, and keeps what it is told."""
 
-    never_guesses = may_defer = False
+    may_defer = False
 
     def __init__(self, shape: DraftShape) -> None:
         always = FixedDrafts(shape)
