@@ -35,7 +35,7 @@ class Machine:
     """Measured in this run, with as many threads as the engine has."""
 
     read_bytes_per_s: float
-    flop_per_s: float  # of torch's large product in the format that the engine computes in
+    flop_per_s: float  # of torch's large product in the engine's format, or in float32 if that is faster
     others_share: float = 0.0  # of the cores, what other processes used meanwhile
 
     def floor_s(self, work: Work) -> float:
@@ -93,7 +93,8 @@ def measure_machine(dtype: str, num_threads: int) -> Machine:
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        rates, others_share = undisturbed(lambda: (_read_bytes_per_s(), _flop_per_s(getattr(torch, dtype))))
+        dtypes = {getattr(torch, dtype), torch.float32}
+        rates, others_share = undisturbed(lambda: (_read_bytes_per_s(), max(map(_flop_per_s, dtypes))))
         return Machine(*rates, others_share)
     finally:
         torch.set_num_threads(before)

@@ -28,14 +28,15 @@ _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 @dataclass(frozen=True)
 class ProductLimit:
-    """Operations per second on operands in the first-level cache; 0: the CPU has no instruction for them."""
+    """Operations per second on operands in the first-level cache: as float32 and int16 where no instruction takes them as
+    they are; 0 where none takes those."""
 
     bfloat16_flop_per_s: float
     int8_op_per_s: float
 
     def __str__(self) -> str:
         if not self.bfloat16_flop_per_s:
-            return "the CPU has no instruction for products in bfloat16 and int8"
+            return "the CPU has no instruction for products of AVX2 and more"
         return (
             f"from the first-level cache the units multiply {self.bfloat16_flop_per_s / 1e12:.2f} TFLOP/s in bfloat16 "
             f"and {self.int8_op_per_s / 1e12:.2f} TOP/s in int8"

@@ -17,7 +17,7 @@ from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 
 PanelWeights = Literal["bfloat16", "int8", "int4", "w8a8"]
 
-_CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panel_linear.c
+_CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights in panels.h
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
 _LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 32  # output features of a panel

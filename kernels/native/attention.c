@@ -62,9 +62,10 @@ INLINE void load_keys(const struct batch *batch, const void *const *source, int6
 /* Scores of every row for KEYS keys: query [rows][head_dim] times keys [head_dim][KEYS]. */
 static void score_keys(const struct batch *batch, const struct tile *tile, const float *query, const float *keys,
                        float *scores) {
+    const int64_t rows = even_share(tile->num_rows, TILE_ROWS);
     for (int64_t column = 0; column < KEYS; column += PANEL)
-        for (int64_t row = 0; row < tile->num_rows; row += TILE_ROWS)
-            multiply_tile((int)smaller(TILE_ROWS, tile->num_rows - row), batch->head_dim, query + row * batch->head_dim,
+        for (int64_t row = 0; row < tile->num_rows; row += rows)
+            multiply_tile((int)smaller(rows, tile->num_rows - row), batch->head_dim, query + row * batch->head_dim,
                           batch->head_dim, (struct matrix){.first = keys + column, .stride = KEYS}, FLOAT32,
                           scores + row * KEYS + column, KEYS, 0);
 }
@@ -73,10 +74,10 @@ static void score_keys(const struct batch *batch, const struct tile *tile, const
  */
 INLINE void add_values(const struct batch *batch, const struct tile *tile, const float *weights,
                        const void *const *values, int64_t count, float *sums, const int element) {
-    int64_t stride = row_stride(batch);
+    const int64_t stride = row_stride(batch), rows = even_share(tile->num_rows, TILE_ROWS);
     for (int64_t column = 0; column < stride; column += PANEL)
-        for (int64_t row = 0; row < tile->num_rows; row += TILE_ROWS)
-            multiply_tile((int)smaller(TILE_ROWS, tile->num_rows - row), count, weights + row * KEYS, KEYS,
+        for (int64_t row = 0; row < tile->num_rows; row += rows)
+            multiply_tile((int)smaller(rows, tile->num_rows - row), count, weights + row * KEYS, KEYS,
                           (struct matrix){.rows = values, .column = column}, element, sums + row * stride + column,
                           stride, 1);
 }

@@ -74,16 +74,17 @@ INLINE void compute_tile(const struct linear *job, const void *weights, const in
 INLINE void compute_panel(const struct linear *job, const int element, int64_t first_row, int64_t last_row,
                           int64_t panel, int64_t k, int64_t depth) {
     const void *weights = element_at(job->packed, (panel * job->in_features + k) * PANEL, element);
+    const int64_t rows = even_share(last_row - first_row, TILE_ROWS);
     if (element == BFLOAT16 && last_row - first_row > TILE_ROWS) {
         float converted[DEPTH_BLOCK * PANEL];
         for (int64_t i = 0; i < depth * PANEL; i += LANES)
             store_vector(converted + i, load_vector(element_at(weights, i, element), element), FLOAT32);
-        for (int64_t row = first_row; row < last_row; row += TILE_ROWS)
-            compute_tile(job, converted, FLOAT32, row, smaller(TILE_ROWS, last_row - row), panel, k, depth);
+        for (int64_t row = first_row; row < last_row; row += rows)
+            compute_tile(job, converted, FLOAT32, row, smaller(rows, last_row - row), panel, k, depth);
         return;
     }
-    for (int64_t row = first_row; row < last_row; row += TILE_ROWS)
-        compute_tile(job, weights, element, row, smaller(TILE_ROWS, last_row - row), panel, k, depth);
+    for (int64_t row = first_row; row < last_row; row += rows)
+        compute_tile(job, weights, element, row, smaller(rows, last_row - row), panel, k, depth);
 }
 
 INLINE void compute_block(const struct linear *job, const int element, int64_t row_block, int64_t panel_group) {

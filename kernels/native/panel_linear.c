@@ -12,7 +12,7 @@
 enum {
     TILE_PAIR = 2 * ROWS,       /* rows of one block of panels.h */
     /* A panel over these fits into half of the first-level cache, beside activations and sums: CPUs with tiles have 48
-     * KiB, others 32.
+     * KiB, others 32. Widened to float32 it is twice as large, but is read by halves.
      */
 #if defined(__AMX_TILE__)
     DEPTH_CHUNKS = 11,
@@ -24,9 +24,6 @@ enum {
     BLOCK_BYTES = 1 << 20,      /* or fewer: half of a usual second-level cache */
     TASK_PANELS = 4,            /* that one thread takes at a time, so that it has use for what it prefetches */
 };
-
-/* What panels hold. */
-enum weights { WEIGHTS_BFLOAT16 = 0, WEIGHTS_INT8 = 1, WEIGHTS_INT4 = 2, WEIGHTS_W8A8 = 3 };
 
 struct product {
     const void *x; /* [rows, in_features], rows x_stride elements apart */
@@ -88,7 +85,7 @@ INLINE void pack_chunk(const struct product *job, const void *x, int64_t chunk, 
     }
 }
 
-/* The same as int8, in steps of `scale`. */
+/* The same as int8, in steps of `scale`; as int16 where products are of these, in the order of QUAD_STEPS. */
 INLINE void quantize_chunk(const struct product *job, const void *x, int64_t chunk, float scale, char *target,
                            const int element) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
@@ -98,7 +95,17 @@ INLINE void quantize_chunk(const struct product *job, const void *x, int64_t chu
         int64_t first = chunk * 64 + i, count = job->in_features - first;
         vector value = {0};
         if (count > 0 && scale > 0.0f) value = load_some(element_at(x, first, element), count, element) / scale;
-        /* The whole number is in the low bits of the sum. gcc narrows vectors by half; by more, lane after lane. */
+        /* The whole number is in the low bits of the sum. */
+        if (QUAD_STEPS == 2) {
+            mask_vector whole = (mask_vector)(value + to_integer);
+            uint64_t halves[LANES / 2], *pairs = (uint64_t *)(target + 2 * i);
+            const uint64_t low = 0x0000ffff0000ffff;
+            memcpy(halves, &whole, sizeof whole);
+            for (int quad = 0; quad < LANES / 4; quad++)
+                pairs[quad] = (halves[2 * quad] & low) | (halves[2 * quad + 1] & low) << 16;
+            continue;
+        }
+        /* gcc narrows vectors by half; by more, lane after lane. */
         words whole = __builtin_convertvector((mask_vector)(value + to_integer), words);
         bytes quantized = __builtin_convertvector(whole, bytes) ^ (int8_t)ACTIVATION_OFFSET;
         memcpy(target + i, &quantized, sizeof quantized);
@@ -127,73 +134,33 @@ INLINE void pack_tile(const struct product *job, int64_t first_row, int64_t row,
 
 /* ---- Weights ---- */
 
-/* Words of four int8 each to twice as many pairs of bfloat16. */
-static void widen_int8(const uint32_t *source, int64_t words, uint32_t *target) {
-    for (int64_t word = 0; word < words; word++)
-        for (int part = 0; part < COLUMNS; part += LANES) {
-            bit_vector quads = load_words(source + word * COLUMNS + part);
-            for (int i = 0; i < 2; i++)
-                store_words(target + (2 * word + i) * COLUMNS + part, pair_of_bytes(quads >> 16 * i));
-        }
-}
-
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
-
-/* Words of eight int4 each to four times as many pairs. Pair i of a word is nibble i of its lower and of its upper
- * half; a nibble stands for itself less 8.
+/* Weights are read as they are where that costs no more than what several groups of rows save by sharing what was
+ * widened for all of them.
  */
-static void widen_int4(const uint32_t *source, int64_t words, uint32_t *target) {
-#if defined(__AVX512BW__)
-    typedef uint16_t halves __attribute__((vector_size(64)));
-    halves table;
-    for (int i = 0; i < 32; i++) table[i] = to_bfloat16((float)(i % 16 - 8)); /* the fifth bit of an index is ignored */
-    for (int64_t word = 0; word < words; word++)
-        for (int part = 0; part < COLUMNS; part += LANES) {
-            halves nibbles = (halves)load_words(source + word * COLUMNS + part);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                store_words(target + (4 * word + i) * COLUMNS + part,
-                            (bit_vector)_mm512_permutexvar_epi16((__m512i)(nibbles >> 4 * i), (__m512i)table));
-        }
-#else
-    for (int64_t word = 0; word < words; word++)
-        for (int part = 0; part < COLUMNS; part += LANES) {
-            mask_vector nibbles = (mask_vector)load_words(source + word * COLUMNS + part);
-            for (int i = 0; i < 4; i++)
-                store_words(target + (4 * word + i) * COLUMNS + part,
-                            pair_of(__builtin_convertvector((nibbles >> 4 * i & 15) - 8, vector),
-                                    __builtin_convertvector((nibbles >> (16 + 4 * i) & 15) - 8, vector)));
-        }
+INLINE int is_widened(const struct product *job, int64_t num_rows, const int weights, const int numbers) {
+    if (numbers == FLOATS || (numbers == QUADS && QUAD_STEPS > 1)) return num_rows > 2 * sum_rows(numbers);
+    if (weights != WEIGHTS_INT8 && weights != WEIGHTS_INT4) return 0;
+#if !defined(__AMX_TILE__)
+    if (weights == WEIGHTS_INT8 && !job->group_chunks) return num_rows > sum_rows(numbers);
 #endif
+    return 1;
 }
 
-INLINE int widens(const int weights) { return weights == WEIGHTS_INT8 || weights == WEIGHTS_INT4; }
-
-/* Few rows take int8 weights from the panels: what is widened for one group of sums is of no use to another. */
-INLINE int widens_in_loop(const struct product *job, int64_t num_rows, const int weights, const int numbers) {
-#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
-    return weights == WEIGHTS_INT8 && numbers == PAIRS && !job->group_chunks && num_rows <= SUM_ROWS;
-#else
-    return 0;
-#endif
+INLINE const uint32_t *panel_at(const struct product *job, int64_t panel, int64_t chunk, const int weights,
+                                const int numbers) {
+    return job->panels + (panel * job->words + chunk * chunk_words(weights, numbers)) * COLUMNS;
 }
 
-/* Words of a panel's column that become CHUNK_WORDS. */
-INLINE int64_t chunk_words(const int weights) {
-    return CHUNK_WORDS / (weights == WEIGHTS_INT8 ? 2 : weights == WEIGHTS_INT4 ? 4 : 1);
-}
-
-INLINE const uint32_t *panel_at(const struct product *job, int64_t panel, int64_t chunk, const int weights) {
-    return job->panels + (panel * job->words + chunk * chunk_words(weights)) * COLUMNS;
-}
-
-INLINE const uint32_t *widen(const uint32_t *panel, int64_t chunks, uint32_t *target, const int weights) {
-    if (weights == WEIGHTS_INT8)
-        widen_int8(panel, chunks * chunk_words(weights), target);
-    else
-        widen_int4(panel, chunks * chunk_words(weights), target);
+/* Into words that each are one step. */
+INLINE const uint32_t *widen(const uint32_t *panel, int64_t chunks, uint32_t *target, const int weights,
+                             const int numbers) {
+    const int64_t words = chunks * chunk_words(weights, numbers), steps = chunks * chunk_steps(numbers) / words;
+    for (int64_t word = 0; word < words; word++)
+#pragma GCC unroll 8
+        for (int step = 0; step < steps; step++)
+            for (int part = 0; part < COLUMNS; part += LANES)
+                store_words(target + (word * steps + step) * COLUMNS + part,
+                            load_weights(panel + word * COLUMNS + part, step, weights, numbers));
     return target;
 }
 
@@ -256,9 +223,9 @@ INLINE void finish_rows(const struct product *job, int64_t first_row, int64_t ro
 
 /* Part `part` of `parts` of what a panel has at some chunks, into the second-level cache. */
 INLINE void prefetch_panel(const struct product *job, int64_t panel, int64_t chunk, int64_t chunks, int64_t part,
-                           int64_t parts, const int weights) {
-    int64_t words = smaller(chunks, job->chunks - chunk) * chunk_words(weights);
-    const uint32_t *first = panel_at(job, panel, chunk, weights);
+                           int64_t parts, const int weights, const int numbers) {
+    int64_t words = smaller(chunks, job->chunks - chunk) * chunk_words(weights, numbers);
+    const uint32_t *first = panel_at(job, panel, chunk, weights, numbers);
     for (int64_t word = words * part / parts; word < words * (part + 1) / parts; word++)
         for (int column = 0; column < COLUMNS; column += TILE_COLUMNS)
             __builtin_prefetch(first + word * COLUMNS + column, 0, 2);
@@ -303,11 +270,11 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_panel < job->num_panels)
-            prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights);
-        if (widens_in_loop(job, num_rows, weights, numbers))
-            multiply_block(&block, BYTES);
+            prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights, numbers);
+        if (is_widened(job, num_rows, weights, numbers))
+            multiply_block(&block, WEIGHTS_WIDENED, numbers);
         else
-            multiply_block(&block, numbers);
+            multiply_block(&block, weights, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
         if (chunk + chunks < job->chunks) continue;
         /* A block later: sums that tiles have just stored cannot be read before they have reached the cache. */
@@ -321,15 +288,20 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
 INLINE void compute_panel_as(const struct product *job, int64_t first_row, int64_t num_rows, int64_t panel,
                              const int weights, const int numbers) {
     float sums[BLOCK_ROWS * COLUMNS] __attribute__((aligned(64)));
-    uint32_t widened[MAX_GROUP_CHUNKS * PANEL_CHUNK] __attribute__((aligned(64)));
-    const int is_widened = widens(weights) && !widens_in_loop(job, num_rows, weights, numbers);
+    uint32_t widened[MAX_GROUP_CHUNKS * 32 * COLUMNS] __attribute__((aligned(64)));
+    const int widens = is_widened(job, num_rows, weights, numbers);
+#if defined(__AVX512F__)
+    const int few_rows = TILE_PAIR;
+#else
+    const int few_rows = panel_rows(numbers);
+#endif
     /* A few rows read the weights once in any case, best front to back. */
-    int64_t depth = is_widened || num_rows > TILE_PAIR ? DEPTH_CHUNKS : job->chunks;
+    int64_t depth = widens || num_rows > few_rows ? DEPTH_CHUNKS : job->chunks;
     if (job->group_chunks) depth = job->group_chunks;
     for (int64_t chunk = 0; chunk < job->chunks; chunk += depth) {
         int64_t chunks = smaller(depth, job->chunks - chunk);
-        const uint32_t *b = panel_at(job, panel, chunk, weights);
-        if (is_widened) b = widen(b, chunks, widened, weights);
+        const uint32_t *b = panel_at(job, panel, chunk, weights, numbers);
+        if (widens) b = widen(b, chunks, widened, weights, numbers);
         multiply_rows(job, first_row, num_rows, panel, chunk, chunks, b, sums, weights, numbers);
     }
 }

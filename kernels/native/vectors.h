@@ -42,6 +42,11 @@ INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Of `total`, so many at a time that all turns have about as many, and none more than `most`. */
+INLINE int64_t even_share(int64_t total, int64_t most) {
+    return total > most ? ceil_divide(total, ceil_divide(total, most)) : most;
+}
+
 INLINE float from_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
