@@ -13,6 +13,7 @@ from typing import Final
 
 from eagleray.core.config import EngineConfig, ModelConfigSection, SpeculationConfig
 from eagleray.core.request import RequestSpec
+from eagleray.engine.execution.core_turns import CoreTurns
 from eagleray.engine.execution.fake import fake_layout
 from eagleray.engine.execution.kv_memory import KVMemory
 from eagleray.engine.scheduling.plan import SampledToken, StepPlan, StepResult
@@ -68,6 +69,7 @@ def new_null_executor(
     progress: Callable[[int, int], None] | None,
     end_phase: Callable[[str], None],
     speculation: SpeculationConfig | None,
+    turns: CoreTurns,
 ) -> NullExecutor:
     """``workers.build.ExecutorFactory``: in the place of the one that loads a model."""
     from eagleray.text.tokenizer import Tokenizer

@@ -24,6 +24,7 @@ from eagleray.core.config import Config, Environment, parse_config, prepare_ray_
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
+from eagleray.engine.execution.core_turns import OwnCores
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
@@ -86,7 +87,14 @@ class DirectEngine:
         self._template = ChatTemplate.from_folder(folder, self._tokenizer)
         pool = config.decode.engine
         executor = new_null_executor(
-            config.model, pool, num_threads=None, shared_kv=False, progress=None, end_phase=_ignore, speculation=None
+            config.model,
+            pool,
+            num_threads=None,
+            shared_kv=False,
+            progress=None,
+            end_phase=_ignore,
+            speculation=None,
+            turns=OwnCores(),
         )
         self._engine = Engine(executor, pool, SystemClock(), self._new_text)
         self._num_requests = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
 
 from eagleray.cli.finding import Finding, Level
 from eagleray.cli.terminal import format_bytes
-from eagleray.core.config import Config
+from eagleray.core.config import Config, with_cores
+from eagleray.engine.execution.core_turns import count_cores
 from eagleray.engine.execution.host_memory import available_host_bytes
 
 _CPU_INFO: Final = Path("/proc/cpuinfo")
@@ -20,13 +20,15 @@ def check_hardware(config: Config) -> list[Finding]:
 
 
 def _check_cores(config: Config) -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pools = (config.prefill, config.decode)
-    wanted = sum(pool.replicas * pool.num_threads for pool in pools)
+    cores = count_cores()
+    config = with_cores(config, cores)
+    threads = [pool.num_threads or 0 for pool in (config.prefill, config.decode) for _ in range(pool.replicas)]
+    wanted = max(threads) if config.cores == "shared" else sum(threads)
     if wanted > cores:
         way_out = "fine to try things out; for speed lower prefill.replicas, decode.replicas or num_threads"
         return Finding(Level.WARN, "cores", f"{cores} for {wanted} threads that compute", way_out)
-    return Finding(Level.OK, "cores", f"{cores}, of which workers use {wanted}")
+    when = ", in turns" if config.cores == "shared" else ""
+    return Finding(Level.OK, "cores", f"{cores}, of which workers use {wanted}{when}")
 
 
 def _check_cpu_flags() -> Finding:
@@ -49,7 +51,7 @@ def check_kernels(config: Config) -> Finding:
     from eagleray.kernels.native.build import NativeUnavailable
     from eagleray.kernels.select import select_kernels
 
-    choice, num_threads = config.decode.engine.kernels, config.decode.num_threads
+    choice, num_threads = config.decode.engine.kernels, with_cores(config, count_cores()).decode.num_threads or 1
     dtype = torch.float32 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     try:
         kernels = select_kernels(

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -42,11 +43,12 @@ class WorkerReplica:
         config: dict[str, Any],
         progress_address: str | None = None,
         new_executor: ExecutorFactory | None = None,
+        turns_folder: Path | None = None,
     ) -> None:
         log_beside_serve(logger)
         self._config = Config.model_validate(config)
         self._role = Role(role)
-        self._new_executor = new_executor
+        self._new_executor, self._turns_folder = new_executor, turns_folder
         self._stopped = threading.Event()
         worker_id = serve.get_replica_context().replica_id.unique_id
         clock = SystemClock()
@@ -93,6 +95,7 @@ class WorkerReplica:
             worker_id=worker_id,
             epoch=time.time_ns() // 1_000_000,
             host=ray.util.get_node_ip_address(),
+            turns_folder=self._turns_folder,
         )
         return build_worker_process(self._config, place, clock, progress, phases, self._new_executor)
 

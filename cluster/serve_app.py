@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,10 +20,11 @@ from eagleray.cluster.progress import ProgressListener
 from eagleray.cluster.ray_adapter import TargetedRouter
 from eagleray.cluster.start_report import StartReport
 from eagleray.core.clock import Clock
-from eagleray.core.config import Config, Environment, PoolConfig, with_environment, with_kv_memory
+from eagleray.core.config import Config, Environment, PoolConfig, with_cores, with_environment, with_kv_memory
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.snapshot import Role
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.core_turns import count_cores
 from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import format_size, plan_memory
@@ -44,19 +46,22 @@ Result = TypeVar("Result")
 
 
 def build_application(
-    config: Config, progress_address: str | None = None, new_executor: ExecutorFactory | None = None
+    config: Config,
+    progress_address: str | None = None,
+    new_executor: ExecutorFactory | None = None,
+    turns_folder: Path | None = None,
 ) -> Application:
     """Ingress, prefill pool and decode pool. ``config.index`` names a server that all nodes reach, or memory.
     ``progress_address`` is of a ``ProgressListener`` on this host. ``new_executor``, instead of the one that loads the
     model, is called in every worker's process: it travels by its module's name, or whole when it is the main program's.
+    In ``turns_folder``, of each machine, its workers take turns to compute; None: they do not.
     """
     values = config.model_dump(mode="json")
-    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, values, progress_address, new_executor)
+    shared = (values, progress_address, new_executor, turns_folder)
+    decode = _worker_pool("decode", config.decode).bind(Role.DECODE.value, *shared)
     prefill = None
     if config.prefill.replicas:
-        prefill = _worker_pool("prefill", config.prefill).bind(
-            Role.PREFILL.value, values, progress_address, new_executor
-        )
+        prefill = _worker_pool("prefill", config.prefill).bind(Role.PREFILL.value, *shared)
     as_ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=1_000_000,
@@ -94,6 +99,7 @@ class LocalService:
     ) -> None:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
+        self._turns_folder: Path | None = None
         self._report = StartReport(clock, on_progress)
         self._on_progress, self._new_executor = on_progress, new_executor
         # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
@@ -103,6 +109,7 @@ class LocalService:
         on_progress(f"memory: {format_size(plan.total_bytes)}, of which weights {format_size(plan.weights_bytes)}")
         try:
             config = with_kv_memory(config, plan.prefill_kv_bytes, plan.decode_kv_bytes)
+            config = self._with_cores(config)
             self.config = self._with_index(with_environment(config, environment), environment)
             self._start_ray()
             self._deploy()
@@ -119,6 +126,8 @@ class LocalService:
                 ray.shutdown()
         if self._redis is not None:
             self._redis.stop()
+        if self._turns_folder is not None:
+            shutil.rmtree(self._turns_folder, ignore_errors=True)
 
     @property
     def address(self) -> str:
@@ -130,6 +139,15 @@ class LocalService:
         return None if self._redis is None else self._redis.pid
 
     # ---- parts of the start
+
+    def _with_cores(self, config: Config) -> Config:
+        """The configuration with what workers compute with, and a folder to take turns in if they do."""
+        num_cores = count_cores()
+        config = with_cores(config, num_cores)
+        if config.cores == "shared":
+            self._turns_folder = Path(tempfile.mkdtemp(prefix="eagleray-turns-"))
+        self._on_progress(describe_cores(config, num_cores))
+        return config
 
     def _with_index(self, config: Config, environment: Environment) -> Config:
         """The configuration with an index that can be reached: the one given, one that we start, or memory."""
@@ -170,7 +188,7 @@ class LocalService:
         self._on_progress(f"starting {pools}, loading {self.config.model.name}")
         listener = ProgressListener(self._report.heard)
         try:
-            application = build_application(self.config, listener.address, self._new_executor)
+            application = build_application(self.config, listener.address, self._new_executor, self._turns_folder)
             ingress = within(
                 self.config.model.load_deadline_s,
                 "serve-run",
@@ -202,6 +220,14 @@ def _cause_in(message: str) -> str:
     """The error at the end of a replica's traceback, in its own words."""
     lines = message.strip().splitlines() or ["no reason was given"]
     return lines[-1].removeprefix(f"{EagleRayError.__module__}.").removeprefix("ConfigError: ")
+
+
+def describe_cores(config: Config, num_cores: int) -> str:
+    """How many threads workers compute with, and when."""
+    pools = {"prefill": config.prefill, "decode": config.decode}
+    threads = [f"{pool.num_threads} in each {name} worker" for name, pool in pools.items() if pool.replicas]
+    when = "in turns" if config.cores == "shared" else "at the same time"
+    return f"cores: {num_cores}; threads that compute: {', '.join(threads)}, {when}"
 
 
 def within(deadline_s: float, name: str, function: Callable[[], Result]) -> Result:

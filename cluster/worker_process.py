@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 from eagleray.cluster.background import BackgroundLoop
 from eagleray.cluster.progress import ProgressReporter
 from eagleray.core.clock import Clock
-from eagleray.core.config import Config
+from eagleray.core.config import Config, PoolConfig
 from eagleray.core.request import RequestSpec
 from eagleray.core.snapshot import Role
 from eagleray.core.start_phases import StartPhases
 from eagleray.decode_workers.worker import build_decode_worker
+from eagleray.engine.execution.core_turns import CoreTurns, OwnCores, SharedCores
 from eagleray.engine.execution.executor import build_executor
 from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.kv_transfer.transports.select import make_transports
@@ -24,6 +27,8 @@ from eagleray.workers.block_ops import select_block_ops
 from eagleray.workers.build import ExecutorFactory, WorkerParts
 from eagleray.workers.worker import Worker
 
+_TURN_SHARE: Final = 0.25  # of engine.step_deadline_s: so long a step waits for its turn, and has time to compute then
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlace:
@@ -33,6 +38,7 @@ class WorkerPlace:
     worker_id: str
     epoch: int  # a new one for each incarnation
     host: str
+    turns_folder: Path | None  # where it takes turns with the other workers of its machine; None: it does not
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class WorkerProcess:
 
     worker: Worker
     publishing: BackgroundLoop | None
+    turns: CoreTurns
 
     def stop(self, drain_deadline_s: float) -> None:
         """Requests that are here finish first, for so long."""
@@ -48,6 +55,7 @@ class WorkerProcess:
         if self.publishing is not None:
             self.publishing.stop()
         self.worker.stop()
+        self.turns.close()
 
 
 def build_worker_process(
@@ -62,6 +70,7 @@ def build_worker_process(
     pool = config.prefill if place.role is Role.PREFILL else config.decode
     tokenizer = Tokenizer.from_folder(config.model.folder)
     phases.end("tokenizer")
+    turns = _turns_of(place, pool)
     executor = (new_executor or build_executor)(
         config.model,
         pool.engine,
@@ -70,6 +79,7 @@ def build_worker_process(
         progress=progress.tensors_loaded,
         end_phase=phases.end,
         speculation=config.speculation,
+        turns=turns,
     )
     progress.kernels_chosen(executor.computes_with)
 
@@ -93,9 +103,15 @@ def build_worker_process(
         cache_listener=publisher,
     )
     if place.role is Role.PREFILL:
-        return WorkerProcess(build_prefill_worker(parts), publishing)
+        return WorkerProcess(build_prefill_worker(parts), publishing, turns)
     transports = make_transports(config.transfer.transports, {place.worker_id: executor.kv}, block_ops)
-    return WorkerProcess(build_decode_worker(parts, transports), publishing)
+    return WorkerProcess(build_decode_worker(parts, transports), publishing, turns)
+
+
+def _turns_of(place: WorkerPlace, pool: PoolConfig) -> CoreTurns:
+    if place.turns_folder is None:
+        return OwnCores()
+    return SharedCores(place.turns_folder, pool.engine.step_deadline_s * _TURN_SHARE)
 
 
 def _start_publisher(

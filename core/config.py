@@ -148,7 +148,12 @@ class PoolConfig(_Frozen):
 
     replicas: int = Field(2, ge=0, description="workers; 0 prefill workers: decode workers do both")
     num_cpus: float = Field(1.0, ge=0, description="what Ray accounts for one worker")
-    num_threads: int = Field(1, ge=1, description="threads that compute in one worker, in native kernels and in torch")
+    num_threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads that compute in one worker, in native kernels and in torch; none: as many as the machine "
+        "has cores for it, which are all of them where workers take turns",
+    )
     drain_deadline_s: float = Field(
         60.0, gt=0, description="a worker that is stopped finishes its requests for so long"
     )
@@ -229,6 +234,12 @@ class Config(_Frozen):
 
     model: ModelConfigSection = ModelConfigSection()
     memory: MemoryConfig = MemoryConfig()
+    cores: Literal["auto", "own", "shared"] = Field(
+        "auto",
+        description="own: each worker computes whenever it can; shared: workers of one machine take turns, step by "
+        "step, each with all its threads; auto: shared where prefill and decode workers have fewer than two cores "
+        "each and no num_threads is set",
+    )
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     router: RouterConfig = RouterConfig()
@@ -348,6 +359,23 @@ def with_kv_memory(config: Config, prefill_bytes: int, decode_bytes: int) -> Con
     return config.model_copy(
         update={"prefill": sized(config.prefill, prefill_bytes), "decode": sized(config.decode, decode_bytes)}
     )
+
+
+def with_cores(config: Config, num_cores: int) -> Config:
+    """``config`` for one machine of so many cores: whether its workers share them, and with how many threads each
+    computes, where it does not say."""
+    pools = (config.prefill, config.decode)
+    num_workers, cores = sum(pool.replicas for pool in pools), config.cores
+    if cores == "auto":
+        is_unset = all(pool.num_threads is None for pool in pools)
+        is_short = config.prefill.replicas > 0 and num_cores < 2 * num_workers
+        cores = "shared" if is_unset and is_short else "own"
+    num_threads = num_cores if cores == "shared" else max(1, num_cores // num_workers)
+
+    def sized(pool: PoolConfig) -> PoolConfig:
+        return pool.model_copy(update={"num_threads": pool.num_threads or num_threads})
+
+    return config.model_copy(update={"cores": cores, "prefill": sized(config.prefill), "decode": sized(config.decode)})
 
 
 def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> None:

@@ -12,6 +12,7 @@ from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion, SharedMemoryRef
 from eagleray.core.snapshot import Role
 from eagleray.engine.engine import Engine, EngineExecutor
+from eagleray.engine.execution.core_turns import CoreTurns
 from eagleray.engine.outputs import TextStreamFactory
 from eagleray.engine.scheduling.plan import StepHandle, StepPlan
 from eagleray.engine.speculation.controller import DraftPolicy
@@ -54,6 +55,7 @@ class ExecutorFactory(Protocol):
         progress: Callable[[int, int], None] | None,
         end_phase: Callable[[str], None],
         speculation: SpeculationConfig | None,
+        turns: CoreTurns,
     ) -> WorkerExecutor: ...
 
 

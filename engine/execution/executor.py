@@ -16,6 +16,7 @@ from eagleray.core.clock import SystemClock
 from eagleray.core.config import Config, EngineConfig, ModelConfigSection, PoolConfig, SpeculationConfig
 from eagleray.core.errors import ConfigError, EagleRayError
 from eagleray.core.kv_layout import KVLayout
+from eagleray.engine.execution.core_turns import CoreTurns, OwnCores
 from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes, keep_freed_memory
 from eagleray.engine.execution.identity import compute_model_identity
@@ -70,6 +71,7 @@ class LocalExecutor:
         thread: ThreadPoolExecutor,
         computes_with: str,
         step_deadline_s: float,
+        turns: CoreTurns,
         has_draft_network: bool = False,
     ) -> None:
         self.kv = kv
@@ -84,11 +86,16 @@ class LocalExecutor:
         self._runner = runner
         self._thread = thread
         self._step_deadline_s = step_deadline_s
+        self._turns = turns
         self._last_step: Future[StepResult] | None = None  # they run in order
 
     def submit(self, plan: StepPlan) -> LocalStep:
-        self._last_step = self._thread.submit(self._runner.run, plan)
+        self._last_step = self._thread.submit(self._run, plan)
         return LocalStep(self._last_step)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        with self._turns.turn():
+            return self._runner.run(plan)
 
     def close(self) -> None:
         """Finish the steps that were submitted, take no more, and give up the pool.
@@ -115,6 +122,7 @@ def build_executor(
     end_phase: Callable[[str], None] = lambda name: None,
     kernels: Kernels | None = None,
     speculation: SpeculationConfig | None = None,
+    turns: CoreTurns | None = None,
 ) -> LocalExecutor:
     """Load a checkpoint and allocate its KV pools.
 
@@ -125,6 +133,7 @@ def build_executor(
         end_phase: called with the name of each part of the work when it is done, on that thread too.
         kernels: to compute with; None: those that ``engine.kernels`` selects.
         speculation: guess tokens, as configured.
+        turns: when steps may compute; None: at any time.
 
     Raises ``ConfigError`` for a checkpoint that cannot be served, or pools that do not fit.
     """
@@ -134,7 +143,17 @@ def build_executor(
     thread = ThreadPoolExecutor(1, "eagleray-step", initializer=set_num_threads)
     try:
         loading = thread.submit(
-            _load, model, engine, device, shared_kv, progress, end_phase, kernels, speculation, thread
+            _load,
+            model,
+            engine,
+            device,
+            shared_kv,
+            progress,
+            end_phase,
+            kernels,
+            speculation,
+            turns or OwnCores(),
+            thread,
         )
         if not wait((loading,), model.load_deadline_s).done:
             way_out = f"{model.path} is not loaded after so long; raise it, or put the checkpoint on a faster disk"
@@ -154,6 +173,7 @@ def _load(
     end_phase: Callable[[str], None],
     kernels: Kernels | None,
     speculation: SpeculationConfig | None,
+    turns: CoreTurns,
     thread: ThreadPoolExecutor,
 ) -> LocalExecutor:
     config = load_model_config(model.folder)
@@ -189,6 +209,7 @@ def _load(
         thread=thread,
         computes_with=kernels.description,
         step_deadline_s=engine.step_deadline_s,
+        turns=turns,
         has_draft_network=proposer is not None and proposer.has_network,
     )
 

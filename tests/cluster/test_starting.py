@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from eagleray.cluster.serve_app import _cause_in, within
+from eagleray.cluster.serve_app import _cause_in, describe_cores, within
+from eagleray.core.config import parse_config, with_cores
 from eagleray.core.errors import ConfigError
 
 REPLICA_ERROR = "Traceback:\n  File ...\neagleray.core.errors.ConfigError: model.path='x': no such folder\n"
@@ -18,6 +19,18 @@ REPLICA_ERROR = "Traceback:\n  File ...\neagleray.core.errors.ConfigError: model
 )
 def test_the_cause_is_the_last_line_of_what_serve_says_if_it_says_anything(message: str, cause: str) -> None:
     assert _cause_in(message) == cause
+
+
+@pytest.mark.parametrize(
+    ("prefill_replicas", "said"),
+    [
+        (1, "cores: 2; threads that compute: 2 in each prefill worker, 2 in each decode worker, in turns"),
+        (0, "cores: 2; threads that compute: 2 in each decode worker, at the same time"),
+    ],
+)
+def test_the_start_says_how_cores_are_used(prefill_replicas: int, said: str) -> None:
+    config = parse_config({"prefill": {"replicas": prefill_replicas}, "decode": {"replicas": 1}})
+    assert describe_cores(with_cores(config, num_cores=2), num_cores=2) == said
 
 
 def test_a_start_that_does_not_end_is_given_up_at_its_deadline() -> None:

@@ -16,6 +16,7 @@ from eagleray.core.config import (
     parse_config,
     prepare_ray_environment,
     read_environment,
+    with_cores,
     with_environment,
 )
 from eagleray.core.errors import ConfigError
@@ -50,6 +51,32 @@ def test_a_wrong_value_is_refused_naming_its_key_and_the_way_out(
 def test_an_empty_decode_pool_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"decode\.replicas must be at least 1"):
         parse_config({"decode": {"replicas": 0}})
+
+
+PAIR: dict[str, Any] = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}
+CORES: dict[str, tuple[dict[str, Any], int, tuple[str, int | None, int | None]]] = {
+    "a pair with a core each": (PAIR, 2, ("shared", 2, 2)),
+    "a pair with an odd core": (PAIR, 3, ("shared", 3, 3)),
+    "a pair on one core": (PAIR, 1, ("shared", 1, 1)),
+    "a pair with two cores each": (PAIR, 4, ("own", 2, 2)),
+    "four workers with a core each": ({}, 4, ("shared", 4, 4)),
+    "aggregated workers": ({"prefill": {"replicas": 0}, "decode": {"replicas": 2}}, 2, ("own", 1, 1)),
+    "more workers than cores, on their own": ({"cores": "own"}, 2, ("own", 1, 1)),
+    "shared wherever it runs": ({**PAIR, "cores": "shared"}, 16, ("shared", 16, 16)),
+    "threads of one pool are set": ({**PAIR, "decode": {"replicas": 1, "num_threads": 1}}, 2, ("own", 1, 1)),
+    "threads are set, and turns too": (
+        {"prefill": {"replicas": 1, "num_threads": 4}, "decode": {"replicas": 1, "num_threads": 2}, "cores": "shared"},
+        4,
+        ("shared", 4, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CORES)
+def test_workers_share_the_cores_of_a_machine_that_has_few_unless_told_otherwise(case: str) -> None:
+    values, num_cores, expected = CORES[case]
+    config = with_cores(parse_config(values), num_cores)
+    assert (config.cores, config.prefill.num_threads, config.decode.num_threads) == expected
 
 
 def test_pools_of_two_block_sizes_are_refused_naming_both() -> None:

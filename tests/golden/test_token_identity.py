@@ -28,6 +28,7 @@ from eagleray.core.errors import TransferError
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role, WorkerSnapshot
+from eagleray.engine.execution.core_turns import OwnCores, SharedCores
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
 from eagleray.engine.llm import LLM
 from eagleray.engine.request_output import Logprob, OutputCollector, RequestOutput
@@ -236,10 +237,21 @@ def serve_cluster(
 @asynccontextmanager
 async def running_cluster(checkpoint: Checkpoint, config: Config, fault: Fault | None) -> AsyncIterator[LocalCluster]:
     executors: list[LocalExecutor] = []
+    turns: list[SharedCores] = []
 
     def new_executor(role: Role, pool: PoolConfig) -> LocalExecutor:
         model = ModelConfigSection(path=str(checkpoint.folder), dtype="float32")
-        executors.append(build_executor(model, pool.engine, num_threads=1, shared_kv=True))
+        if config.cores == "shared":
+            turns.append(SharedCores(checkpoint.folder / "turns", deadline_s=30.0))
+        executors.append(
+            build_executor(
+                model,
+                pool.engine,
+                num_threads=pool.num_threads or 1,
+                shared_kv=True,
+                turns=turns[-1] if turns else OwnCores(),
+            )
+        )
         return executors[-1]
 
     def new_text(spec: RequestSpec) -> OutputText:
@@ -252,6 +264,9 @@ async def running_cluster(checkpoint: Checkpoint, config: Config, fault: Fault |
         yield cluster
     for executor in executors:
         executor.close()
+    for turn in turns:
+        assert not turn.num_without_turn
+        turn.close()
 
 
 async def follow(cluster: LocalCluster, index: int, case: Case, tokenizer: Tokenizer) -> tuple[RequestOutput, int]:
@@ -341,6 +356,12 @@ WAYS: Mapping[str, Serve] = {
     "split-over-shared-memory": partial(split, transfer={"transports": ["shared_memory"]}),
     "split-over-tcp": partial(split, transfer={"transports": ["tcp"]}),
     "split-over-loopback": partial(split, transfer={"transports": ["loopback"]}),
+    "split-on-shared-cores": partial(
+        split,
+        cores="shared",
+        prefill={**CLUSTER["prefill"], "num_threads": 2},
+        decode={**CLUSTER["decode"], "num_threads": 2},
+    ),
     "corrupted-transfers": partial(broken, fault=every_fifth(corrupt)),
     "cut-transfers": partial(broken, fault=every_fifth(cut)),
     "prefill-worker-dies": partial(broken, **SPREAD, kill=Role.PREFILL),
