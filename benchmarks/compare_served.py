@@ -5,8 +5,8 @@
 They are loaded one after the other, A B C A B C, by the load generator of ``serve.py``. vLLM takes a minute to start:
 it is started once, and stopped by a signal between its turns. Ours are started anew for each: an idle Ray uses several
 percent of the cores, and does not bear being stopped. Where memory does not hold all of vLLM's, ``--restart`` starts
-these anew as well. A split has as many threads as the others, divided between its two workers. The file is written
-after every turn. ``results/README.md`` says how to read the numbers.
+these anew as well. A split has as many threads as the others: the two workers of ours take turns on them, the two of
+vLLM divide them. The file is written after every turn. ``results/README.md`` says how to read the numbers.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS), help="in this order")
     add("--vllm-python", type=Path, help="the interpreter of an environment with vLLM")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for eagleray serve; may be repeated")
-    add("--threads", type=positive_count, default=2, help="of each server; a split divides them")
+    add("--threads", type=positive_count, default=2, help="of each server; a split shares them")
     add("--port", type=positive_count, default=8123, help="of the first server; others take higher ones")
     add("--requests", type=positive_count, default=32, help="of each load")
     add("--concurrency", type=positive_count, default=8, help="requests in flight")

@@ -45,21 +45,22 @@ class Server:
 
 
 def _eagleray(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
-    return _our_server(checkpoint, options, port, prefill=0, threads=options.threads)
+    return _our_server(checkpoint, options, port, prefill=0)
 
 
 def _eagleray_split(checkpoint: Path, options: argparse.Namespace, port: int) -> Server:
-    return _our_server(checkpoint, options, port, prefill=1, threads=max(1, options.threads // 2))
+    return _our_server(checkpoint, options, port, prefill=1)
 
 
-def _our_server(checkpoint: Path, options: argparse.Namespace, port: int, prefill: int, threads: int) -> Server:
+def _our_server(checkpoint: Path, options: argparse.Namespace, port: int, prefill: int) -> Server:
     """Not to be stopped, or Ray's health checks would take it for dead; and idle it uses several percent of the
     cores."""
     command = [sys.executable, "-m", "eagleray.cli", "serve", "--model", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--prefill", str(prefill), "--decode", "1", "--port", str(port)]
-    settings = {"model.max_model_tokens": options.prompt_tokens + options.output_tokens}
+    max_model_tokens = options.prompt_tokens + options.output_tokens
+    settings = {"model.max_model_tokens": max_model_tokens, "cores": "shared" if prefill else "own"}
     for pool in ("prefill", "decode"):
-        settings |= {f"{pool}.num_threads": threads, f"{pool}.engine.kv_memory_bytes": options.kv_gib * 2**30}
+        settings |= {f"{pool}.num_threads": options.threads, f"{pool}.engine.kv_memory_bytes": options.kv_gib * 2**30}
     for assignment in (*(f"{key}={value}" for key, value in settings.items()), *options.set):
         command += ["--set", assignment]
     return Server(command, {}, port)

@@ -73,11 +73,11 @@ def test_of_two_pieces_reasons_of_what_was_measured_are_dropped():
     assert joined.failures == {"split": "no NIXL", "eager": "died"}
 
 
-def test_a_split_divides_the_threads():
+def test_workers_of_a_split_take_turns_on_all_threads():
     whole = SERVERS["eagleray"](Path("model"), OPTIONS, 8123).command
     split = SERVERS["eagleray-split"](Path("model"), OPTIONS, 8133).command
     assert "decode.num_threads=2" in whole and whole[whole.index("--prefill") + 1] == "0"
-    assert {"prefill.num_threads=1", "decode.num_threads=1"} <= set(split)
+    assert {"prefill.num_threads=2", "decode.num_threads=2", "cores=shared"} <= set(split)
     assert split[split.index("--prefill") + 1] == "1"
     assert "router.policy=round_robin" in whole
     assert whole[whole.index("--port") + 1] == "8123" and split[split.index("--port") + 1] == "8133"
