@@ -28,8 +28,8 @@ _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 @dataclass(frozen=True)
 class ProductLimit:
-    """Operations per second on operands in the first-level cache: as float32 and int16 where no instruction takes them as
-    they are; 0 where none takes those."""
+    """Operations per second on operands in the first-level cache: as float32 and int16 where no instruction takes them
+    as they are; 0 where none takes those."""
 
     bfloat16_flop_per_s: float
     int8_op_per_s: float
