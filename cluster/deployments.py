@@ -48,6 +48,7 @@ class WorkerReplica:
         self._role = Role(role)
         self._new_executor = new_executor
         self._stopped = threading.Event()
+        self._look: asyncio.Task[None] | None = None  # ends when held calls look again at what they wait for
         worker_id = serve.get_replica_context().replica_id.unique_id
         clock = SystemClock()
         progress = ProgressReporter(progress_address, f"{role} {worker_id}", clock)
@@ -71,7 +72,7 @@ class WorkerReplica:
     async def hold(self, request_id: str, target: str | None = None) -> None:
         """Lasts as long as the worker serves the request, so that Serve sees the work when it scales and drains."""
         while self._worker.serves(request_id):
-            await asyncio.sleep(HOLD_INTERVAL_S)
+            await self._next_look()
 
     async def __del__(self) -> None:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
@@ -83,6 +84,12 @@ class WorkerReplica:
     @property
     def _worker(self) -> Worker:
         return self._process.worker
+
+    async def _next_look(self) -> None:
+        """All that wait are woken at once: each on its own would wake the process as often as a step does."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(asyncio.sleep(HOLD_INTERVAL_S))
+        await asyncio.wait([self._look])
 
     def _build(self, worker_id: str, clock: Clock, progress: ProgressReporter, phases: StartPhases) -> WorkerProcess:
         from eagleray.cluster.worker_process import WorkerPlace, build_worker_process  # torch: seconds
