@@ -10,6 +10,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.routing import request_response
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -18,6 +19,10 @@ class BodyRoute(APIRoute):
     """Calls ``endpoint(body, request)``. The framework documents the body, but reads it here: its own way, through
     dependencies that these endpoints do not have, takes longer than everything else that is done for a short prompt
     before it is tokenised."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **rest: Any) -> None:
+        super().__init__(path, endpoint, **rest)
+        self.app = request_response(self.get_route_handler())  # without a stack of what dependencies leave open
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         model, endpoint = self.body_field and self.body_field.field_info.annotation, self.endpoint

@@ -25,12 +25,13 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T:
     task = asyncio.current_task()
     assert task is not None
     num_cancelled = task.cancelling()
-    has_hung_up = False
+    is_working, has_hung_up = True, False
 
     def hang_up(watching: asyncio.Task[None]) -> None:
         nonlocal has_hung_up
-        has_hung_up = True
-        task.cancel()
+        if is_working:  # else this was on its way already when the work ended
+            has_hung_up = True
+            task.cancel()
 
     watching = asyncio.create_task(_disconnected(receive))
     watching.add_done_callback(hang_up)
@@ -41,7 +42,7 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T:
             raise HungUp from None
         raise
     finally:
-        watching.remove_done_callback(hang_up)
+        is_working = False
         watching.cancel()
 
 

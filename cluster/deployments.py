@@ -64,7 +64,7 @@ class WorkerReplica:
         """Tells every ingress where to connect. Asked for once by Serve, when the replica is ready."""
         return {"address": self._worker.address, "role": self._role.value}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:  # a plain function would wake a thread of Serve's each second
         """Serve replaces the replica when this raises."""
         if not self._worker.is_healthy:
             raise RuntimeError(f"{self._worker.worker_id} has stopped computing: {self._worker.failure!r}")
@@ -125,7 +125,7 @@ class IngressReplica:
         """http://host:port that it listens on."""
         return self._process.address
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         self._process.check_health()
 
