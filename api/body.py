@@ -10,6 +10,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.routing import request_response
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -37,13 +38,13 @@ class BodyRoute(APIRoute):
 
 async def _read_body(request: Request, model: type[Model]) -> Model:
     """Raises ``RequestValidationError`` as the framework does, whose shape the error handlers know."""
-    data = await request.body()
     try:
+        data = await request.body()
         values = json.loads(data) if data else None
     except json.JSONDecodeError as error:
         detail = {"type": "json_invalid", "loc": ("body", error.pos), "ctx": {"error": error.msg}}
         raise RequestValidationError([detail]) from None
-    except (ValueError, RecursionError):  # not UTF-8, or nested too deeply
+    except (ClientDisconnect, ValueError, RecursionError):  # not all of it, not UTF-8, or nested too deeply
         raise HTTPException(400, "There was an error parsing the body") from None
     try:
         return model.model_validate(values)

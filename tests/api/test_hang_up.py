@@ -94,3 +94,20 @@ async def test_who_is_cancelled_while_the_client_waits_is_not_told_of_a_hang_up(
     with pytest.raises(asyncio.CancelledError):
         await asking
     assert ended.is_set()
+
+
+async def test_hanging_up_in_the_middle_of_the_body_is_no_failure_of_the_server(app, service, caplog) -> None:
+    arriving = [{"type": "http.request", "body": b'{"model"', "more_body": True}, {"type": "http.disconnect"}]
+    statuses: list[int] = []
+
+    async def receive() -> dict[str, object]:
+        return arriving.pop(0)
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"99")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    await app(scope, receive, send)
+    assert statuses == [400] and service.specs == [] and "a request failed" not in caplog.text
