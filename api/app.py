@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
 
+from eagleray.api.body import BodyRoute
 from eagleray.api.chat import ChatFormat, prepare_chat
 from eagleray.api.completions import CompletionFormat, prepare_completion
 from eagleray.api.context import ApiContext, ApiSettings
@@ -25,6 +26,9 @@ from eagleray.router.service import GenerationService
 from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig
+
 Body = TypeVar("Body", bound=GenerationRequest)
 Prepare = Callable[[Body, ApiContext, str | None], PreparedRequest]
 # 422 is never sent, but the framework documents its own shape for it where we give none.
@@ -38,10 +42,12 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application."""
     context = ApiContext(service, tokenizer, template, settings, clock)
-    app = FastAPI(title="eagleray", docs_url=None, redoc_url=None)
+    # Spans and metrics are the router's; the framework's own would look for them in every request.
+    own_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+    app = FastAPI(title="eagleray", docs_url=None, redoc_url=None, telemetry=own_telemetry)
+    app.router.route_class = BodyRoute
     app.add_middleware(FrontDoor, max_body_bytes=settings.max_body_bytes, api_key=settings.api_key, clock=clock)
     add_error_handlers(app)
-    app.include_router(health_routes(context))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
@@ -53,6 +59,7 @@ def create_app(
         prepared = await _prepared(prepare_completion, body, request, context)
         return await respond(request, prepared, service, CompletionFormat(prepared, context))
 
+    app.include_router(health_routes(context))  # last: routes are tried in order
     return app
 
 

@@ -17,18 +17,33 @@ class HungUp(Exception):
 
 async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T:
     """Result of ``work``. When the client disconnects first, or we are cancelled, ``work`` is cancelled and has
-    ended when this returns. Raises ``HungUp``. The request's body must have been read."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(receive))
+    ended when this returns. Raises ``HungUp``. The request's body must have been read.
+
+    ``work`` runs in the caller's task, as under ``asyncio.timeout``: a task of its own would have to be woken, and
+    then its caller, for the first token of every answer.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    num_cancelled = task.cancelling()
+    is_working, has_hung_up = True, False
+
+    def hang_up(watching: asyncio.Task[None]) -> None:
+        nonlocal has_hung_up
+        if is_working:  # else this was on its way already when the work ended
+            has_hung_up = True
+            task.cancel()
+
+    watching = asyncio.create_task(_disconnected(receive))
+    watching.add_done_callback(hang_up)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise HungUp
+        return await work
+    except asyncio.CancelledError:
+        if has_hung_up and task.uncancel() <= num_cancelled:
+            raise HungUp from None
+        raise
     finally:
-        working.cancel()
+        is_working = False
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -50,6 +50,7 @@ class WorkerReplica:
         self._role = Role(role)
         self._new_executor, self._turns_folder = new_executor, turns_folder
         self._stopped = threading.Event()
+        self._look: asyncio.Task[None] | None = None  # ends when held calls look again at what they wait for
         worker_id = serve.get_replica_context().replica_id.unique_id
         clock = SystemClock()
         progress = ProgressReporter(progress_address, f"{role} {worker_id}", clock)
@@ -65,7 +66,7 @@ class WorkerReplica:
         """Tells every ingress where to connect. Asked for once by Serve, when the replica is ready."""
         return {"address": self._worker.address, "role": self._role.value}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:  # a plain function would wake a thread of Serve's each second
         """Serve replaces the replica when this raises."""
         if not self._worker.is_healthy:
             raise RuntimeError(f"{self._worker.worker_id} has stopped computing: {self._worker.failure!r}")
@@ -73,7 +74,7 @@ class WorkerReplica:
     async def hold(self, request_id: str, target: str | None = None) -> None:
         """Lasts as long as the worker serves the request, so that Serve sees the work when it scales and drains."""
         while self._worker.serves(request_id):
-            await asyncio.sleep(HOLD_INTERVAL_S)
+            await self._next_look()
 
     async def __del__(self) -> None:
         """Serve waits for this when it stops a replica: requests that are here finish first."""
@@ -85,6 +86,12 @@ class WorkerReplica:
     @property
     def _worker(self) -> Worker:
         return self._process.worker
+
+    async def _next_look(self) -> None:
+        """All that wait are woken at once: each on its own would wake the process as often as a step does."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(asyncio.sleep(HOLD_INTERVAL_S))
+        await asyncio.wait([self._look])
 
     def _build(self, worker_id: str, clock: Clock, progress: ProgressReporter, phases: StartPhases) -> WorkerProcess:
         from eagleray.cluster.worker_process import WorkerPlace, build_worker_process  # torch: seconds
@@ -121,7 +128,7 @@ class IngressReplica:
         """http://host:port that it listens on."""
         return self._process.address
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         self._process.check_health()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ import uvicorn
 
 GRACEFUL_SHUTDOWN_S: Final = 5  # answers under way may take so long to end
 STOP_DEADLINE_S: Final = GRACEFUL_SHUTDOWN_S + 2.0
+TICK_S: Final = 1.0
 
 
 class HttpServer:
@@ -28,7 +30,7 @@ class HttpServer:
             proxy_headers=False,  # nobody asks who the client is
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
 
     def start(self) -> asyncio.Task[None]:
         """The task that serves; it ends early only when serving is not possible."""
@@ -42,7 +44,25 @@ class HttpServer:
 
     async def aclose(self) -> None:
         """Take no new connection, let answers end for ``GRACEFUL_SHUTDOWN_S``, then break them off."""
-        self._server.should_exit = True
+        self._server.stop()
         await asyncio.wait([self._task], timeout=STOP_DEADLINE_S)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """One that looks up once a second, for the date that it sends, and not ten times for whether to stop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # 0: a whole second
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._stopping.wait()

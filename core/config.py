@@ -382,5 +382,7 @@ def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> 
     """Set what Ray reads from the environment, unless the user has. To be called before ray is imported."""
     target = os.environ if environ is None else environ
     target.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server should not phone home unasked
+    # Else every replica hands Serve's counts to Ray's metrics ten times a second; Ray reports them every ten seconds.
+    target.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "10000")
     # Workers without GPUs leave CUDA_VISIBLE_DEVICES alone.
     target.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

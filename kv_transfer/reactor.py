@@ -61,12 +61,14 @@ class _State(Enum):
 
 
 class Reactor:
-    """Runs until ``stop``. ``on_tick`` is called on the reactor's thread, regularly and after each request to it."""
+    """Runs until ``stop``. ``on_tick`` is called on the reactor's thread, regularly and after each request to it, and
+    returns whether it waits for a moment to come. While neither it nor a handler does, the reactor sleeps."""
 
-    def __init__(self, name: str, num_threads: int, on_tick: Callable[[], None]) -> None:
+    def __init__(self, name: str, num_threads: int, on_tick: Callable[[], bool]) -> None:
         self._on_tick = on_tick
         self._states: dict[Handler, _State] = {}
-        self._lock = threading.Lock()  # around states
+        self._timeless: set[Handler] = set()
+        self._lock = threading.Lock()  # around these two
         self._requests: deque[Callable[[], None]] = deque()  # from any thread to the reactor's
         self._ready: queue.SimpleQueue[Handler | None] = queue.SimpleQueue()
         self._stopping = False
@@ -83,10 +85,12 @@ class Reactor:
         for thread in self._threads:
             thread.start()
 
-    def add(self, handler: Handler) -> None:
+    def add(self, handler: Handler, *, needs_ticks: bool = True) -> None:
         """Take on a handler and serve it soon. Thread-safe, as are ``poke`` and ``wake``."""
         with self._lock:
             self._states[handler] = _State.IDLE
+            if not needs_ticks:
+                self._timeless.add(handler)
         self.poke(handler)
 
     def poke(self, handler: Handler) -> None:
@@ -113,21 +117,24 @@ class Reactor:
     # ---- the reactor's thread
 
     def _run(self) -> None:
+        timeout_s: float | None = _TICK_S
         while not self._stopping or self._states:
-            self._select()
+            self._select(timeout_s)
             while self._requests:
                 run_guarded(self._requests.popleft())
             for handler in list(self._states):
                 self._tick(handler)
-            run_guarded(self._on_tick)
+            is_waiting = run_guarded(self._on_tick)
+            with self._lock:
+                timeout_s = _TICK_S if is_waiting or self._states.keys() - self._timeless else None
         for _ in self._threads[1:]:
             self._ready.put(None)
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
 
-    def _select(self) -> None:
-        for key, _ in self._selector.select(_TICK_S):
+    def _select(self, timeout_s: float | None) -> None:
+        for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_reader.recv(4096)

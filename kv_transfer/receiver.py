@@ -34,7 +34,7 @@ class KVReceiver:
         self._pulls: dict[str, Pull] = {}
         self._lock = threading.Lock()  # around pulls and is_stopped
         self._is_stopped = False
-        self._reactor = Reactor("kv-receiver", config.num_threads, on_tick=lambda: None)
+        self._reactor = Reactor("kv-receiver", config.num_threads, on_tick=lambda: False)
 
     def pull(
         self,

@@ -144,6 +144,11 @@ class SourceLedger:
             else:
                 self._end(lease, f"the reader made no progress for lease_s={self._lease_s:g}", now_s)
 
+    @property
+    def has_leases(self) -> bool:
+        """Ended ones that are remembered count."""
+        return bool(self._leases)
+
     def take_released(self) -> list[str]:
         """Requests released since the last call: each opened request appears once, ever."""
         released, self._released = self._released, []

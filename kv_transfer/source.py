@@ -56,7 +56,7 @@ class KVSource:
         self._listener = _Listener(region.address, self._accept, self._state.stopping)
         self._region = msgspec.structs.replace(region, address=self._listener.address)
         self._reactor = Reactor("kv-source", config.num_threads, self._deliver)
-        self._reactor.add(self._listener)
+        self._reactor.add(self._listener, needs_ticks=False)
 
     @property
     def region(self) -> KVRegion:
@@ -109,12 +109,14 @@ class KVSource:
         else:
             self._reactor.poke(reader)
 
-    def _deliver(self) -> None:
+    def _deliver(self) -> bool:
+        """True while there is a lease, which may expire."""
         with self._state.lock:
             self._state.ledger.expire(self._state.clock.now_s())
-            released = self._state.ledger.take_released()
+            released, has_leases = self._state.ledger.take_released(), self._state.ledger.has_leases
         for request_id in released:
             run_guarded(functools.partial(self._on_released, request_id))
+        return has_leases
 
 
 class _Listener:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from eagleray.core.errors import ServiceUnavailable, WorkerLost
 from eagleray.core.messages import Submit, TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.router.journal import Journal
-from eagleray.router.mailbox import Mailbox
 from eagleray.router.worker_client import WorkerClient
 
 if TYPE_CHECKING:
@@ -52,12 +51,14 @@ class AttemptBudget:
 
 
 class Attempt:
-    """One try. ``submit``, then ``outputs``, then in any case ``end``."""
+    """One try. ``submit``, then ``follow``, then in any case ``end``."""
 
     def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
         self._coordinator = coordinator
         self._spec = spec
-        self._inbox: Mailbox[TokenOutput | WorkerLost] = Mailbox()
+        self._take: Callable[[TokenOutput | WorkerLost], None] | None = None  # while it is followed
+        self._early: list[TokenOutput | WorkerLost] = []  # what came before
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._accepted: list[WorkerClient] = []
         self._heard_s = 0.0  # when something came last, on the loop's clock
         self._alarm: asyncio.TimerHandle | None = None
@@ -92,15 +93,15 @@ class Attempt:
             note(route.decode, self._spec.request_id, 0, num_tokens)
 
     async def _submit(self, client: WorkerClient, submit: Submit) -> None:
-        await client.submit(submit, self._inbox.put)
+        await client.submit(submit, self._hear)
         self._accepted.append(client)
         worker_id, request_id = client.welcome.worker_id, submit.spec.request_id
         self._coordinator.pending.note_accepted(worker_id, request_id, client.snapshot)
         self._coordinator.on_placed(worker_id, request_id)
 
-    async def outputs(self, journal: Journal, budget: AttemptBudget) -> AsyncIterator[list[TokenOutput]]:
-        """Outputs of both workers, all that have come at a time, until ``journal`` has everything; doubles and early
-        ones among them.
+    async def follow(self, journal: Journal, budget: AttemptBudget, emit: Callable[[TokenOutput], None]) -> None:
+        """Until ``journal`` has everything. ``emit`` gets what is new and in order at once, as it comes from either
+        worker: no task has to be woken for it.
 
         A lost prefill worker is the decode worker's affair: its pull breaks off and it computes what is missing. Only
         if it had taken over already, and the first token was lost on its way here, nobody will say that token again.
@@ -109,37 +110,58 @@ class Attempt:
         """
         decode_id = self._accepted[0].welcome.worker_id
         prefill_is_there = len(self._accepted) > 1
-        loop = asyncio.get_running_loop()
-        self._heard_s = loop.time()
-        self._watch_silence(decode_id)
-        while True:
-            items = await self._inbox.take()
-            self._heard_s = loop.time()
-            if outputs := [item for item in items if isinstance(item, TokenOutput)]:
-                yield outputs
-            if journal.is_finished:
-                return
-            for item in items:
-                if isinstance(item, WorkerLost):
-                    budget.note_lost(item)
-                    if item.worker_id == decode_id:
-                        raise item
-                    prefill_is_there = False
+
+        def take(item: TokenOutput | WorkerLost) -> None:
+            nonlocal prefill_is_there
+            if isinstance(item, TokenOutput):
+                for new in journal.take(item):
+                    emit(new)
+                if journal.is_finished:
+                    self._over.set_result(None)
+                    return
+            else:
+                budget.note_lost(item)
+                if item.worker_id == decode_id:
+                    raise item
+                prefill_is_there = False
             may_be_filled = prefill_is_there and journal.request.num_tokens == len(self._spec.token_ids)
             if journal.has_gap and not may_be_filled:
                 raise WorkerLost(decode_id, "tokens are missing that no worker will say again")
+
+        self._take = take
+        early, self._early = self._early, []
+        for item in early:
+            self._hear(item)
+        self._heard_s = asyncio.get_running_loop().time()
+        self._watch_silence(decode_id)
+        await self._over
+
+    def _hear(self, item: TokenOutput | WorkerLost) -> None:
+        """The workers' sink: what goes wrong here is the attempt's, not the connection's."""
+        if self._over.done():
+            return
+        if self._take is None:
+            self._early.append(item)
+            return
+        self._heard_s = asyncio.get_running_loop().time()
+        try:
+            self._take(item)
+        except Exception as error:
+            self._over.set_exception(error)
 
     def _watch_silence(self, decode_id: str) -> None:
         """One timer for the whole attempt, rather than one for each wait."""
         silence_s, loop = self._coordinator.config.silence_deadline_s, asyncio.get_running_loop()
         left_s = self._heard_s + silence_s - loop.time()
         if left_s <= 0:
-            self._inbox.put(WorkerLost(decode_id, f"no token for {silence_s} s"))
+            self._hear(WorkerLost(decode_id, f"no token for {silence_s} s"))
         else:
             self._alarm = loop.call_later(left_s, self._watch_silence, decode_id)
 
     def end(self) -> None:
         """Leave nothing behind on any worker. Workers that have ended the request ignore it."""
+        if not self._over.cancel() and not self._over.cancelled():  # from here on nothing is heard
+            self._over.exception()  # known, or of no interest to who has hung up: nobody need be warned of it
         if self._alarm is not None:
             self._alarm.cancel()
         self._coordinator.pending.forget(self._spec.request_id)

@@ -8,7 +8,7 @@ emitted as known tokens. The journal drops what comes twice. There is nothing el
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -60,22 +60,25 @@ class RoutedGeneration:
         running, outcome = 1, "aborted"
         try:
             while running:
-                for item in await self._items.take():
-                    if self._is_closed:
-                        return  # type: ignore[unreachable]  # mypy forgets that others run during an await
-                    if isinstance(item, BaseException):
-                        outcome = "error"
-                        raise item
-                    if item is None:
-                        running -= 1
-                        continue
+                items = await self._items.take()
+                if self._is_closed:
+                    return  # type: ignore[unreachable]  # mypy forgets that others run during an await
+                outputs = [item for item in items if isinstance(item, TokenOutput)]
+                for output in _merged_by_choice(outputs):
                     if len(self._tasks) == 1 and len(self._answers) > 1:
                         # The prompt is computed and cached now; the other choices find it.
                         for answer in self._answers[1:]:
                             self._start(answer)
                         running += len(self._answers) - 1
-                    self._note(item)
-                    yield item
+                    self._note(output)
+                    yield output
+                    if self._is_closed:
+                        return  # type: ignore[unreachable]
+                for item in items:
+                    if isinstance(item, BaseException):
+                        outcome = "error"
+                        raise item
+                running -= items.count(None)
             outcome = "finished"
         finally:
             await self._end(outcome)
@@ -96,8 +99,7 @@ class RoutedGeneration:
 
     async def _follow(self, answer: Answer) -> None:
         try:
-            async for output in answer.run():
-                self._items.put(output)
+            await answer.run(self._items.put)
         except Exception as error:
             self._items.put(error)
         finally:
@@ -150,28 +152,27 @@ class Answer:
         self.num_attempts = 0
         self.route: Route | None = None
 
-    async def run(self) -> AsyncIterator[TokenOutput]:
-        """New outputs in order, to the one with ``finish_reason``."""
+    async def run(self, emit: Callable[[TokenOutput], None]) -> None:
+        """``emit`` new outputs in order, to the one with ``finish_reason``."""
+
+        def emit_marked(output: TokenOutput) -> None:
+            self._budget.note_token()
+            self._mark(output)
+            emit(output)
+
         while not self._journal.is_finished:
             self._budget.begin()
             self.num_attempts += 1
             if self.num_attempts > 1:
                 self._coordinator.metrics.note_resumed()
             attempt = await self._place()
+            self._coordinator.num_running += 1
             try:
-                self._coordinator.num_running += 1
-                try:
-                    async for outputs in attempt.outputs(self._journal, self._budget):
-                        ready = [new for output in outputs for new in self._journal.take(output)]
-                        for new in merged(ready):
-                            self._budget.note_token()
-                            self._mark(new)
-                            yield new
-                finally:
-                    self._coordinator.num_running -= 1
+                await attempt.follow(self._journal, self._budget, emit_marked)
             except WorkerLost:
                 continue  # what was emitted is known; go on from there
             finally:
+                self._coordinator.num_running -= 1
                 attempt.end()
                 self._journal.forget_early()
 
@@ -251,3 +252,13 @@ class Answer:
                 computing: output.timing.prefill_s,
             },
         )
+
+
+def _merged_by_choice(outputs: list[TokenOutput]) -> list[TokenOutput]:
+    """What has come at a time, joined: a reader that is behind is told less often."""
+    if len(outputs) < 2:
+        return outputs
+    by_choice: dict[int, list[TokenOutput]] = {}
+    for output in outputs:
+        by_choice.setdefault(output.choice, []).append(output)
+    return [joined for of_choice in by_choice.values() for joined in merged(of_choice)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -12,8 +13,11 @@ from eagleray.engine.engine import Engine, StepOutcome
 
 Command = Callable[[Engine], None]
 
-# While there is nothing to compute the thread looks up this often, to let the worker tell that it lives.
-IDLE_TICK_S: Final = 0.1
+# While there is nothing to compute the thread looks up this often, to let the worker tell that it lives: each look
+# wakes every ingress as well, and on a quiet machine a process that was asleep needs most of a millisecond for it.
+IDLE_TICK_S: Final = 0.25
+# The first look after something was done: what others know of the worker is out of date.
+FIRST_IDLE_TICK_S: Final = 0.1
 
 
 class StepLoop:
@@ -33,8 +37,10 @@ class StepLoop:
         self._on_step, self._on_tick, self._on_failure = on_step, on_tick, on_failure
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._turn_start_s = self._step_start_s = clock.now_s()
+        self._step_start_s = clock.now_s()
+        self._turn_start_s: float | None = None  # None: the thread waits for something to do
         self._is_idle = True  # nothing is being computed
+        self._has_settled = True  # and nothing was done since the last tick
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
 
     @property
@@ -43,12 +49,12 @@ class StepLoop:
 
     @property
     def step_running_s(self) -> float:
-        """How long the turn under way has been running: one step, commands, one tick. From any thread; an idle turn is
-        over after ``IDLE_TICK_S``."""
-        return self._clock.now_s() - self._turn_start_s
+        """How long the turn under way has been running: one step, commands, one tick; 0 while there is nothing to do.
+        From any thread."""
+        start_s = self._turn_start_s
+        return 0.0 if start_s is None else self._clock.now_s() - start_s
 
     def start(self) -> None:
-        self._turn_start_s = self._clock.now_s()
         self._thread.start()
 
     def call(self, command: Command) -> None:
@@ -76,7 +82,8 @@ class StepLoop:
         self._engine.wait()
         step_s = self._clock.now_s() - self._step_start_s
         try:
-            self._run_commands(wait=self._is_idle)
+            has_commands = self._run_commands(wait=self._is_idle)
+            self._has_settled = self._is_idle and not has_commands
             self._step_start_s = self._clock.now_s()
             self._is_idle = not self._engine.begin()
         finally:
@@ -85,12 +92,21 @@ class StepLoop:
                 self._on_step(outcome, step_s)
         self._on_tick()
 
-    def _run_commands(self, wait: bool) -> None:
-        """All commands that are there; with ``wait``, give the first one a while to come."""
+    def _run_commands(self, wait: bool) -> bool:
+        """All commands that are there; with ``wait``, give the first one a while to come. False: there was none."""
         try:
-            command = self._commands.get(timeout=IDLE_TICK_S) if wait else self._commands.get_nowait()
+            command = self._next_command() if wait else self._commands.get_nowait()
+        except queue.Empty:
+            return False
+        with contextlib.suppress(queue.Empty):
             while True:
                 command(self._engine)
                 command = self._commands.get_nowait()
-        except queue.Empty:
-            pass
+        return True
+
+    def _next_command(self) -> Command:
+        self._turn_start_s = None
+        try:
+            return self._commands.get(timeout=IDLE_TICK_S if self._has_settled else FIRST_IDLE_TICK_S)
+        finally:
+            self._turn_start_s = self._clock.now_s()

@@ -37,7 +37,7 @@ from eagleray.workers.hand_over import HandOver, Schedule
 from eagleray.workers.meter import StepMeter
 from eagleray.workers.step_loop import StepLoop
 
-# Ingresses hear of a worker this often even when it has nothing to say; what stays silent longer has stopped.
+# Ingresses hear of a worker that computes this often at most, whatever it has to say; of an idle one at its idle ticks.
 SNAPSHOT_INTERVAL_S: Final = 0.1
 STOP_DEADLINE_S: Final = 5.0
 _COMPUTED_ELSEWHERE: Final = frozenset({RequestState.RESERVED, RequestState.HANDED_OVER})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import selectors
 import socket
 import threading
@@ -45,7 +46,7 @@ class Recorder:
 
 @pytest.fixture
 def reactor() -> Iterator[Reactor]:
-    reactor = Reactor("test", 4, on_tick=lambda: None)
+    reactor = Reactor("test", 4, on_tick=lambda: False)
     yield reactor
     reactor.stop()
 
@@ -131,3 +132,35 @@ def test_a_handler_that_fails_is_finished_and_the_others_go_on(reactor: Reactor)
     bad.finished.wait()
     reactor.add(good)
     good.finished.wait()
+
+
+def test_it_looks_up_regularly_only_while_somebody_waits_for_a_moment_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            timeouts.put(timeout)
+            return super().select(timeout)
+
+    def until(ticks: bool) -> None:
+        while (timeouts.get(timeout=5) is not None) is not ticks:
+            pass
+
+    monkeypatch.setattr(selectors, "DefaultSelector", Selector)
+    waits = threading.Event()
+    reactor = Reactor("test", 1, on_tick=waits.is_set)
+    until(ticks=False)
+    timeless, timed = Recorder(), Recorder()
+    reactor.add(timeless, needs_ticks=False)
+    timeless.served.wait(1)
+    until(ticks=False)
+    reactor.add(timed)
+    until(ticks=True)
+    timed.over = True
+    timed.finished.wait(1)
+    until(ticks=False)
+    waits.set()
+    reactor.wake()
+    until(ticks=True)
+    timeless.over = True
+    reactor.stop()

@@ -348,6 +348,22 @@ async def test_tokens_that_a_lost_worker_said_out_of_order_are_not_known_to_the_
     assert answering.tokens == [100, 101]
 
 
+async def test_a_decode_worker_that_is_lost_while_the_prefill_worker_is_asked_is_replaced(
+    stage: Stage, until: Until
+) -> None:
+    stage.p1.may_reply.clear()
+    answering = stage.start()
+    await until(lambda: stage.p1.submits)
+    stage.d1.lose()
+    stage.p1.may_reply.set()
+    await until(lambda: stage.d2.open_requests and stage.p1.open_requests)
+    stage.p1.say(0, 100)
+    stage.d2.say(1, 101, finish=LENGTH)
+    await answering.end()
+    assert answering.tokens == [100, 101]
+    assert answering.generation.account is not None and answering.generation.account.attempts == 2
+
+
 async def test_a_lost_prefill_worker_is_the_decode_workers_affair(stage: Stage, until: Until) -> None:
     answering = stage.start()
     await until(lambda: stage.p1.open_requests)

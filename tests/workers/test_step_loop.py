@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from eagleray.core.clock import SystemClock
+from eagleray.core.clock import Clock, ManualClock, SystemClock
 from eagleray.core.config import EngineConfig
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ from eagleray.engine.execution.fake import FakeExecutor
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
+from eagleray.workers import step_loop
 from eagleray.workers.step_loop import StepLoop
 
 DEADLINE_S = 5.0
@@ -56,20 +58,26 @@ class GatedStep:
 class Bench:
     """A loop and what it told."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self.executor = GatedExecutor()
+        self.num_ticks = 0
         engine = Engine(
             self.executor, EngineConfig(), SystemClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, ())
         )
         self.told: list[object] = []  # positions of tokens, and failures, in order
         self.failed = threading.Event()
         self.changed = threading.Condition()
-        self.loop = StepLoop(engine, SystemClock(), self._on_step, lambda: None, self._on_failure)
+        self.loop = StepLoop(engine, clock or SystemClock(), self._on_step, self._on_tick, self._on_failure)
 
     def _on_step(self, outcome: StepOutcome, step_s: float) -> None:
         assert step_s >= 0
         with self.changed:
             self.told.extend(output.position for output in outcome.outputs)
+            self.changed.notify_all()
+
+    def _on_tick(self) -> None:
+        with self.changed:
+            self.num_ticks += 1
             self.changed.notify_all()
 
     def _on_failure(self, error: BaseException) -> None:
@@ -133,3 +141,35 @@ def test_what_the_last_step_brought_is_told_even_if_a_command_fails_after_it(ben
     bench.executor.gate.set()
     assert bench.failed.wait(DEADLINE_S)
     assert bench.told[0] == 0 and isinstance(bench.told[1], ZeroDivisionError)
+
+
+def test_a_loop_that_has_nothing_to_do_is_in_no_step_however_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "IDLE_TICK_S", 60.0)
+    monkeypatch.setattr(step_loop, "FIRST_IDLE_TICK_S", 0.0)
+    clock = ManualClock()
+    bench = Bench(clock)
+    bench.loop.start()
+    bench.loop.call(lambda engine: None)
+    bench.until(lambda: bench.num_ticks == 2)  # after the command, and once more
+    clock.advance(10.0)
+    deadline_s = time.monotonic() + DEADLINE_S
+    while bench.loop.step_running_s:  # until it has begun to wait
+        assert time.monotonic() < deadline_s
+
+    def be_long(engine: Engine) -> None:
+        clock.advance(3.0)
+        bench.told.append(bench.loop.step_running_s)
+
+    bench.loop.call(be_long)
+    bench.until(lambda: bench.num_ticks >= 3)
+    assert bench.told == [3.0]
+    bench.loop.stop(DEADLINE_S)
+
+
+def test_after_the_last_thing_done_others_are_told_sooner_than_in_idleness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "IDLE_TICK_S", 60.0)
+    bench = Bench()
+    bench.loop.start()
+    bench.loop.call(lambda engine: None)
+    bench.until(lambda: bench.num_ticks >= 2)
+    bench.loop.stop(DEADLINE_S)
