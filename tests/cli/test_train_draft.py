@@ -12,6 +12,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.text.fake import save_byte_tokenizer
+from eagleray.training import run
 from eagleray.training.trainer import Trainer
 
 TARGET = {
@@ -46,6 +47,19 @@ def test_a_head_is_trained_on_own_samples_and_served(
     llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
     [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
+
+
+def test_the_head_is_written_once_for_each_time_that_it_is_measured(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+
+    def export_head(settings: run.RunSettings, trainer: Trainer) -> None:
+        written.append(settings.output)
+
+    monkeypatch.setattr(run, "export_head", export_head)
+    assert main(options) == 0
+    assert len(written) == capsys.readouterr().out.count("held out: accepted") > 1
 
 
 def test_a_run_is_gone_on_with_only_when_asked_to(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
