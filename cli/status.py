@@ -103,7 +103,8 @@ def _guessing(workers: tuple[WorkerSnapshot, ...]) -> Iterator[Text]:
         share = acceptance.num_drafts / acceptance.num_steps
         yield Text(
             f"{worker.worker_id}  {acceptance.tokens_per_step:.2f} tokens per step, "
-            f"{acceptance.acceptance_length:.2f} in the {share:.0%} that had guesses; accepted by position: {rates}; "
+            f"{acceptance.acceptance_length:.2f} in the {share:.0%} with guesses; "
+            f"{acceptance.num_accepted_tokens:,} of {acceptance.num_draft_tokens:,} accepted, by position {rates}; "
             f"verifying {acceptance.verify_s:,.1f} s, guessing {acceptance.draft_s:,.1f} s"
         )
 

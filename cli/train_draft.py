@@ -104,11 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
     speed = _Speed(clock)
     for progress in trainer.run():
         speed.note(progress)
-        if progress.held_out is not None:
+        if progress.held_out is not None and progress.step < progress.num_steps:
             export_head(settings, trainer)
         if progress.held_out is not None or progress.step % _REPORTED_STEPS == 0:
             show(f"{speed.line(progress)}{_acceptance(progress.held_out)}")
-    export_head(settings, trainer)  # again: a run that was interrupted behind its last step has none of it
+    export_head(settings, trainer)  # not in the loop: a run that was interrupted behind its last step has none of it
     show(f"the head is in {settings.output}; serve it with")
     model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
     method = f"--set speculation.method={settings.method}"

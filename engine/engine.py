@@ -226,13 +226,14 @@ class Engine:
         """Tell who decides how much to guess what came of it."""
         # Not those that had no guesses, or were cut short, for want of room or because they have just come here: that
         # does not tell how often guesses come true. Where none was found, none did.
-        gained = [
-            len(run.new.sampled)
+        counts = [
+            (len(run.run.draft or ()), len(run.new.sampled))
             for run in step.runs
             if run.new is not None and self._drafted.get(run.request.request_id) == len(run.run.draft or ())
         ]
-        if self._guessed is not None and gained:
-            self._draft_policy.note_acceptance(self._guessed, gained)
+        if self._guessed is not None and counts:
+            num_guesses, gained = zip(*counts, strict=True)
+            self._draft_policy.note_acceptance(self._guessed, sum(num_guesses), gained)
         drafts = step.result.drafts
         self._drafted = {
             run.run.spec.request_id: len(drafts.get(run.run.spec.request_id, ()))

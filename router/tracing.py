@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from opentelemetry.propagate import extract
@@ -88,7 +88,7 @@ class OpenTelemetryTracer:
         root.end(at(segments[-1][2]))
 
 
-def _acceptance_attributes(acceptance: Acceptance | None) -> dict[str, int | float]:
+def _acceptance_attributes(acceptance: Acceptance | None) -> dict[str, int | float | Sequence[float]]:
     """Of the whole request. One that was continued elsewhere has several spans of decoding; the last of them tells."""
     if acceptance is None:
         return {}
@@ -97,6 +97,7 @@ def _acceptance_attributes(acceptance: Acceptance | None) -> dict[str, int | flo
         "eagleray.spec_decode.draft_tokens": acceptance.num_draft_tokens,
         "eagleray.spec_decode.accepted_tokens": acceptance.num_accepted_tokens,
         "eagleray.spec_decode.acceptance_length": acceptance.acceptance_length,
+        "eagleray.spec_decode.rate_per_position": acceptance.rate_per_position,
         "eagleray.spec_decode.verify_s": acceptance.verify_s,
         "eagleray.spec_decode.draft_s": acceptance.draft_s,
     }

@@ -129,8 +129,9 @@ class Scheduler:
         self._give_back_for_guesses()
         lacking_one, lacking_many = self._by_lack()
         never_guesses = isinstance(self._draft_policy, NoDrafts)  # nobody need ask what there is room for
-        rows_for_guesses = 0 if never_guesses else self._rows_for_guesses(lacking_one, lacking_many)
-        num_decoding = len(lacking_one) or self._num_that_begin(lacking_many)
+        prompts = [] if never_guesses else self._prompts(len(lacking_one), lacking_many)
+        rows_for_guesses = 0 if never_guesses else self._rows_for_guesses(len(lacking_one), prompts)
+        num_decoding = len(lacking_one) or self._num_that_begin(prompts)
         shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
@@ -179,40 +180,47 @@ class Scheduler:
             (many if request.num_uncomputed_tokens > 1 else one).append(request)
         return one, many
 
-    def _rows_for_guesses(self, lacking_one: list[Request], lacking_many: list[Request]) -> int:
-        """What known tokens leave of the budget: first one of each request that lacks no more, then prompts, begun and
-        about to be. Those may take half of the rest at most, as guesses may: neither keeps the other waiting for ever.
-        """
-        left = max(0, self._config.max_num_batched_tokens - len(lacking_one))
-        half = -(-left // 2)
-        begun = sum(request.num_uncomputed_tokens for request in lacking_many)
-        return left - min(begun + self._tokens_to_admit(half - begun), half)
+    def _prompts(self, num_decoding: int, lacking_many: list[Request]) -> list[tuple[Request, int]]:
+        """What else there is to compute for, begun and about to be, with the tokens that are missing: enough of it to
+        know what is left for guesses, and who begins to decode if nobody does yet."""
+        left = max(0, self._config.max_num_batched_tokens - num_decoding)
+        begun = [(request, request.num_uncomputed_tokens) for request in lacking_many]
+        enough = (_half(left) if num_decoding else left) - sum(num_tokens for _, num_tokens in begun)
+        return begun + self._to_admit(enough)
 
-    def _num_that_begin(self, lacking_many: list[Request]) -> int:
+    def _rows_for_guesses(self, num_decoding: int, prompts: list[tuple[Request, int]]) -> int:
+        """What known tokens leave of the budget: first one of each request that lacks no more, then prompts. Those may
+        take half of the rest at most, as guesses may: neither keeps the other waiting for ever."""
+        left = max(0, self._config.max_num_batched_tokens - num_decoding)
+        return left - min(sum(num_tokens for _, num_tokens in prompts), _half(left))
+
+    def _num_that_begin(self, prompts: list[tuple[Request, int]]) -> int:
         """Requests that will decode after this step, if none does yet: their first guesses are made in it."""
         budget, count = self._config.max_num_batched_tokens, 0
-        for request in (*lacking_many, *self._waiting)[: self._config.max_num_seqs]:
-            budget -= request.num_uncomputed_tokens
+        for request, num_tokens in prompts:
+            budget -= num_tokens
             if budget < 0:
                 break
             count += request.output_limit is None
         return count
 
-    def _tokens_to_admit(self, enough: int) -> int:
-        """Tokens to compute of those waiting whom seats and blocks allow; counted until there are ``enough``."""
+    def _to_admit(self, enough: int) -> list[tuple[Request, int]]:
+        """Those waiting whom seats and blocks allow, with the tokens to compute; until these are ``enough``."""
         if self._swapped:
-            return 0
-        num_tokens = num_blocks = 0
+            return []
+        found: list[tuple[Request, int]] = []
+        num_blocks = 0
         for request in self._waiting[: max(0, self._config.max_num_seqs - len(self._running))]:
-            if num_tokens >= enough:
+            if enough <= 0:
                 break
             matched = self._kv.match_prefix(request)
             room = self._kv.room_for(request, request.num_tokens + 1, matched) - num_blocks
             if room < self._blocks_to_keep_free():
                 break  # nobody overtakes
             num_blocks = self._kv.pool.num_free - room
-            num_tokens += request.num_tokens - len(matched) * self._kv.block_size_tokens
-        return num_tokens
+            found.append((request, request.num_tokens - len(matched) * self._kv.block_size_tokens))
+            enough -= found[-1][1]
+        return found
 
     def _share_out(self, requests: list[Request], num_rows: int) -> None:
         """Cut the guesses to be verified to ``num_rows``."""
@@ -361,3 +369,7 @@ class Scheduler:
         self._kv.adopt_prefix(request, matched)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed_tokens, request.spec.num_prompt_tokens)
+
+
+def _half(num_tokens: int) -> int:
+    return -(-num_tokens // 2)

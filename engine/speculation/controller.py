@@ -29,6 +29,7 @@ _MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what 
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
+_MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then medians have to do
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
@@ -70,8 +71,9 @@ class DraftPolicy(Protocol):
         """Slots of KV that guessing takes after a request's last known token."""
         ...
 
-    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
-        """Requests for which ``shape`` was guessed got so many tokens each."""
+    def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
+        """Requests for which ``shape`` was asked for got so many tokens each; ``num_guesses`` were found for all of
+        them together."""
         ...
 
     def note_times(self, times: StepTimes) -> None:
@@ -90,7 +92,7 @@ class NoDrafts:
     def slots_needed(self, shape: DraftShape) -> int:
         return 0
 
-    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
+    def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         pass
 
     def note_times(self, times: StepTimes) -> None:
@@ -117,7 +119,7 @@ class FixedDrafts:
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self.has_network else 0
 
-    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
+    def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         pass
 
     def note_times(self, times: StepTimes) -> None:
@@ -139,6 +141,7 @@ class AdaptiveDrafts:
         self._level_s = _Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
+        self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
         self._num_steps = 0
         self._last_trial = 0
         self._chosen = self._usual = self._none
@@ -162,29 +165,32 @@ class AdaptiveDrafts:
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self._has_network else 0
 
-    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
-        self._options[shape].acceptance.note([count - 1 for count in num_tokens], shape.depth)
+    def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
+        acceptance = self._options[shape].acceptance
+        acceptance.note([count - 1 for count in num_tokens], shape.depth)
+        # Of the same requests whose tokens count: another's guesses were cut, or it came too late to be guessed for.
+        acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 
     def note_times(self, times: StepTimes) -> None:
         size, step = times.num_requests, self._num_steps
-        if self._is_usual((size, times.num_rows)):
+        if self._is_usual((size, times.num_rows), _size_class(times.num_rows)):
             self._verify_s.note(times.num_rows, times.verify_s, step)
             self._is_measured |= times.verified == self._chosen.shape
-        if times.verified is not None:
-            share = (times.num_rows - size) / (size * times.verified.max_nodes)
-            acceptance = self._options[times.verified].acceptance
-            acceptance.share_found += _SMOOTHING * (share - acceptance.share_found)
         if times.drafted is None:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
-        elif not times.num_caught_up and self._is_usual((size, times.drafted)):
+        elif not times.num_caught_up and self._is_usual((size, times.drafted), (_size_class(size), times.drafted)):
             self._options[times.drafted].draft_s.note(size, times.draft_s, step)
             self._level_s.note(size, times.draft_s / times.drafted.depth, step)
 
-    def _is_usual(self, kind: Hashable) -> bool:
-        """What takes long at first says nothing of how long it takes from then on."""
+    def _is_usual(self, kind: Hashable, like: Hashable) -> bool:
+        """What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one
+        kind, nothing would ever be measured: of those that are ``like`` each other only the first ones are left out."""
         self._num_seen[kind] += 1
-        return self._num_seen[kind] > _UNUSUAL_TIMES
+        if self._num_seen[kind] > _UNUSUAL_TIMES:
+            return True
+        self._num_left_out[like] += 1
+        return self._num_left_out[like] > _MOST_LEFT_OUT
 
     def _decide(self, num_decoding: int, max_rows: int) -> None:
         costs = {
@@ -206,10 +212,12 @@ class AdaptiveDrafts:
 
     def _best(self, costs: Mapping[_Option, float]) -> _Option:
         """What it was before, unless another choice promises more than measurements are wrong by."""
-        best = min(costs, key=costs.__getitem__)
-        if not self._verify_s.has_any or _GAIN_TO_GUESS * costs[best] >= costs[self._none]:
+        promising = [option for option in costs if _GAIN_TO_GUESS * costs[option] < costs[self._none]]
+        if not self._verify_s.has_any or not promising:
             return self._none
-        return self._usual if costs[self._usual] <= _GAIN_TO_CHANGE * costs[best] else best
+        best = min(promising, key=costs.__getitem__)
+        is_as_good = self._usual in promising and costs[self._usual] <= _GAIN_TO_CHANGE * costs[best]
+        return self._usual if is_as_good else best
 
     def _due_for_trial(self, costs: Mapping[_Option, float], best: _Option, num_decoding: int) -> _Option | None:
         """What else to try now. Each other choice may lose the same share of the time, so that what loses little is
@@ -274,6 +282,10 @@ class _Acceptance:
                 num_true = sum(1 for accepted in num_accepted if accepted > level)
                 self._true[level] = kept * self._true[level] + num_true
                 self._all[level] = kept * self._all[level] + num_all
+
+    def note_found(self, share: float) -> None:
+        """Of the guesses that a step asked for."""
+        self.share_found += _SMOOTHING * (share - self.share_found)
 
     def tokens_per_step(self, depth: int) -> float:
         tokens = reached = 1.0

@@ -57,7 +57,7 @@ def test_a_worker_that_guesses_has_a_line_of_what_came_of_it() -> None:
         for worker in STATUS.workers
     )
     assert shown(msgspec.structs.replace(STATUS, workers=workers))[-1] == (
-        "d1 2.20 tokens per step, 2.50 in the 80% that had guesses; accepted by position: 80% 50% 20%; "
+        "d1 2.20 tokens per step, 2.50 in the 80% with guesses; 120 of 240 accepted, by position 80% 50% 20%; "
         "verifying 12.5 s, guessing 1.2 s"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.text.fake import save_byte_tokenizer
+from eagleray.training import run
 from eagleray.training.trainer import Trainer
 
 TARGET = {
@@ -21,12 +23,21 @@ TARGET = {
 }  # fmt: skip
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 16},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+}
+
+
 @pytest.fixture
-def options(tmp_path: Path) -> list[str]:
-    """Of a run of a few steps on ten prompts."""
+def options(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
+    """Of a run of a few steps on ten prompts; its parameter is the target's family."""
     folder = tmp_path / "target"
     folder.mkdir()
-    save_random_checkpoint(folder, TARGET, seed=1)
+    family = getattr(request, "param", None)
+    changes = {} if family is None else FAMILIES[family] | {"model_type": family}
+    save_random_checkpoint(folder, TARGET | changes, seed=1)
     save_byte_tokenizer(folder)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"number {number}"}) + "\n" for number in range(10)))
@@ -46,6 +57,28 @@ def test_a_head_is_trained_on_own_samples_and_served(
     llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
     [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
+
+
+@pytest.mark.parametrize("options", FAMILIES, indirect=True)
+def test_a_head_for_another_family_is_trained_and_served(options: list[str], tmp_path: Path) -> None:
+    assert main(options) == 0
+    speculation = {"method": "eagle3", "model": str(tmp_path / "head"), "adaptive": False}
+    llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
+    [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 5
+
+
+def test_the_head_is_written_once_for_each_time_that_it_is_measured(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+
+    def export_head(settings: run.RunSettings, trainer: Trainer) -> None:
+        written.append(settings.output)
+
+    monkeypatch.setattr(run, "export_head", export_head)
+    assert main(options) == 0
+    assert len(written) == capsys.readouterr().out.count("held out: accepted") > 1
 
 
 def test_a_run_is_gone_on_with_only_when_asked_to(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,7 @@ async def test_the_span_of_decoding_tells_what_came_of_guesses(exported: Exporte
     assert attributes["eagleray.spec_decode.draft_tokens"] == told.num_draft_tokens
     assert attributes["eagleray.spec_decode.accepted_tokens"] == told.num_accepted_tokens
     assert attributes["eagleray.spec_decode.acceptance_length"] == told.acceptance_length
+    assert attributes["eagleray.spec_decode.rate_per_position"] == told.rate_per_position != ()
 
 
 async def test_without_guesses_spans_say_nothing_of_them(exported: Exported) -> None:

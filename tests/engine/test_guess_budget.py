@@ -111,6 +111,19 @@ def test_the_step_that_ends_prompts_guesses_for_their_requests(new_bench: Callab
     assert policy.num_decoding == [0, 2]
 
 
+def test_of_a_prompt_that_is_cached_only_the_rest_keeps_its_request_from_being_guessed_for(
+    new_bench: Callable[..., Any],
+) -> None:
+    policy = Asked()
+    bench = new_bench(policy, max_num_batched_tokens=100)
+    first = bench.add("first", 150)
+    bench.step(), bench.step()
+    bench.scheduler.end(first, RequestState.FINISHED)
+    bench.add("again", 150)
+    (run,) = bench.step().runs
+    assert run.samples and policy.num_decoding[-1] == 1
+
+
 def cached_after(bench: Any, request: Request) -> Request:
     bench.step()
     return request

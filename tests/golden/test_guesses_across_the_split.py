@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from agreeing_draft import save_agreeable_target, save_agreeing_draft
 
 from eagleray.cluster.local import LocalCluster
 from eagleray.core.clock import SystemClock
@@ -37,7 +38,6 @@ from eagleray.engine.speculation.verify import accepted_nodes
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.kv_transfer.transports.loopback import LoopbackTransport
 from eagleray.kv_transfer.transports.select import make_transports
-from eagleray.models.draft_heads.agreeing_draft import save_agreeable_target, save_agreeing_draft
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.registry import load_model_config
 from eagleray.text.fake import byte_tokenizer

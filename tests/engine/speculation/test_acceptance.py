@@ -92,11 +92,13 @@ class Following:
         self.slots_needed, self.note_times = always.slots_needed, always.note_times
         self.shape = shape
         self.gained: list[list[int]] = []
+        self.num_guesses: list[int] = []
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return self.shape
 
-    def note_acceptance(self, shape: DraftShape, num_tokens: Sequence[int]) -> None:
+    def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
+        self.num_guesses.append(num_guesses)
         self.gained.append(list(num_tokens))
 
 
@@ -122,6 +124,7 @@ def test_a_step_without_guesses_after_a_hand_over_does_not_count_as_refusal() ->
     while engine.has_work:
         engine.step()
     assert {count for gained in policy.gained for count in gained} == {4}
+    assert policy.num_guesses == [3 * len(gained) for gained in policy.gained]  # nor as guesses that were not found
 
 
 def test_guesses_cut_for_want_of_budget_do_not_count_as_refused() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agreeing_draft import STRIDE, save_agreeable_target, save_agreeing_draft
 
 from eagleray import LLM, SamplingParams
 from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.errors import ConfigError
 from eagleray.engine.engine import StepOutcome
 from eagleray.engine.request_output import CompletionOutput
-from eagleray.models.draft_heads.agreeing_draft import STRIDE, save_agreeable_target, save_agreeing_draft
 from eagleray.text.fake import FIRST_BYTE_ID, save_byte_tokenizer
 
 TARGET = {

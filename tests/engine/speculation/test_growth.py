@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from eagleray.engine.speculation.growth import Level, grow_trees
+from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.tree import DraftShape, DraftTree, fixed_tree
+from eagleray.kernels.sampling.api import guess_tokens
+from eagleray.kernels.sampling.batch import SharedNoise
 
 VOCAB = 7
 
@@ -100,6 +103,33 @@ def test_noise_changes_what_is_guessed_at_its_depth() -> None:
             return scaled_BFC + 100.0 * (target_ids_BFC == depth)
 
     assert grow_trees(PathGuesser([1]), DraftShape(3), FavourDepth())[0].token_ids == (1, 2, 3)
+
+
+def test_of_many_tokens_that_are_about_as_likely_the_one_that_noise_favours_is_guessed() -> None:
+    """As a chain's guesses are: they are chosen among all tokens."""
+    num_requests, vocab_size = 32, 250
+    logits_BV = torch.randn(num_requests, vocab_size, generator=torch.Generator().manual_seed(1))
+
+    class Flat:
+        def root_logits(self) -> Tensor:
+            return logits_BV
+
+        def expand(self, level: Level) -> Tensor:
+            return logits_BV[:, None].expand(-1, level.token_ids_BF.shape[1], -1)
+
+        def target_ids(self, token_ids: Tensor) -> Tensor:
+            return token_ids
+
+    seed = torch.arange(num_requests)
+    zero, temperature = torch.zeros_like(seed), torch.ones(num_requests)
+    trees = grow_trees(Flat(), DraftShape(2, 2, 6), ChoiceNoise(temperature, temperature > 0, seed, zero, zero))
+    for depth in (1, 2):
+        chosen = guess_tokens(logits_BV, SharedNoise(temperature, seed, zero, zero + depth - 1), None).tolist()
+        assert all(token in guesses_at(tree, depth) for tree, token in zip(trees, chosen, strict=True))
+
+
+def guesses_at(tree: DraftTree, depth: int) -> set[int]:
+    return {token for token, of_node in zip(tree.token_ids, tree.depths, strict=True) if of_node == depth}
 
 
 def test_a_guesser_with_a_part_of_the_vocabulary_is_translated() -> None:
