@@ -29,6 +29,8 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T:
 
     def hang_up(watching: asyncio.Task[None]) -> None:
         nonlocal has_hung_up
+        if not watching.cancelled():
+            watching.exception()  # a connection that fails is one that has ended
         if is_working:  # else this was on its way already when the work ended
             has_hung_up = True
             task.cancel()
@@ -38,12 +40,14 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T:
     try:
         return await work
     except asyncio.CancelledError:
-        if has_hung_up and task.uncancel() <= num_cancelled:
+        if has_hung_up and task.cancelling() - 1 <= num_cancelled:
             raise HungUp from None
         raise
     finally:
         is_working = False
         watching.cancel()
+        if has_hung_up:  # also where the work made something else of it
+            task.uncancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 import threading
@@ -100,6 +102,7 @@ class LocalService:
         """Returns when requests can be served. Raises ``ConfigError`` or ``EagleRayError`` saying what failed."""
         self._redis: SupervisedRedis | None = None
         self._turns_folder: Path | None = None
+        self._turns_lock: int | None = None
         self._report = StartReport(clock, on_progress)
         self._on_progress, self._new_executor = on_progress, new_executor
         # A checkpoint that cannot be served, or does not fit, is refused before anything starts.
@@ -128,6 +131,9 @@ class LocalService:
             self._redis.stop()
         if self._turns_folder is not None:
             shutil.rmtree(self._turns_folder, ignore_errors=True)
+        if self._turns_lock is not None:
+            os.close(self._turns_lock)
+            self._turns_lock = None
 
     @property
     def address(self) -> str:
@@ -146,6 +152,9 @@ class LocalService:
         config = with_cores(config, num_cores)
         if config.cores == "shared":
             self._turns_folder = Path(tempfile.mkdtemp(prefix="eagleray-turns-"))
+            # What cleans folders of temporary files leaves alone those that somebody has locked (tmpfiles.d(5)).
+            self._turns_lock = os.open(self._turns_folder, os.O_RDONLY)
+            fcntl.flock(self._turns_lock, fcntl.LOCK_SH)
         self._on_progress(describe_cores(config, num_cores))
         return config
 

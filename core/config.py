@@ -237,8 +237,8 @@ class Config(_Frozen):
     cores: Literal["auto", "own", "shared"] = Field(
         "auto",
         description="own: each worker computes whenever it can; shared: workers of one machine take turns, step by "
-        "step, each with all its threads; auto: shared where prefill and decode workers have fewer than two cores "
-        "each and no num_threads is set",
+        "step, each with all its threads; auto: shared where one prefill and one decode worker have fewer than "
+        "two cores each and no num_threads is set",
     )
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
@@ -368,7 +368,8 @@ def with_cores(config: Config, num_cores: int) -> Config:
     num_workers, cores = sum(pool.replicas for pool in pools), config.cores
     if cores == "auto":
         is_unset = all(pool.num_threads is None for pool in pools)
-        is_short = config.prefill.replicas > 0 and num_cores < 2 * num_workers
+        # With more workers each would wait for the chunks of several: until then, on its own.
+        is_short = all(pool.replicas == 1 for pool in pools) and num_cores < 2 * num_workers
         cores = "shared" if is_unset and is_short else "own"
     num_threads = num_cores if cores == "shared" else max(1, num_cores // num_workers)
 

@@ -124,9 +124,9 @@ class Reactor:
                 run_guarded(self._requests.popleft())
             for handler in list(self._states):
                 self._tick(handler)
-            is_waiting = run_guarded(self._on_tick)
+            is_waiting = run_guarded(self._on_tick)  # None: it failed, and nobody knows
             with self._lock:
-                timeout_s = _TICK_S if is_waiting or self._states.keys() - self._timeless else None
+                timeout_s = _TICK_S if is_waiting is not False or self._states.keys() - self._timeless else None
         for _ in self._threads[1:]:
             self._ready.put(None)
         self._selector.close()
@@ -151,6 +151,7 @@ class Reactor:
                 return
             if over:
                 del self._states[handler]
+                self._timeless.discard(handler)
             else:
                 self._states[handler] = _State.QUEUED
         self._unwatch(handler)
@@ -194,6 +195,7 @@ class Reactor:
                     self._states[handler] = _State.IDLE
                 else:
                     del self._states[handler]
+                    self._timeless.discard(handler)
             if not goes_on:
                 run_guarded(handler.finish)
                 self.wake()

@@ -36,10 +36,10 @@ class ProductLimit:
 
     def __str__(self) -> str:
         if not self.bfloat16_flop_per_s:
-            return "the CPU has no instruction for products of AVX2 and more"
+            return "the CPU has neither AVX2 nor more"
         return (
             f"from the first-level cache the units multiply {self.bfloat16_flop_per_s / 1e12:.2f} TFLOP/s in bfloat16 "
-            f"and {self.int8_op_per_s / 1e12:.2f} TOP/s in int8"
+            f"and {self.int8_op_per_s / 1e12:.2f} TOP/s in int8 (in float32 and int16 if nothing takes these)"
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Final, Protocol
 
+from eagleray.engine.execution.control_groups import CONTROL_GROUPS, PROC, lines_of, own_groups
 from eagleray.kernels.helper_threads import end_helper_threads
 
 _logger: Final = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class SharedCores:
                 self._pass_on()
 
     def close(self) -> None:
+        """The files stay open as long as the process: a step that nobody waits for may still be in its turn."""
         self._asked.put(None)
 
     def _take_now(self) -> bool:
@@ -104,8 +106,8 @@ class SharedCores:
                     return True
         if not self.num_without_turn:
             _logger.warning(
-                "another worker of this machine has kept the cores for more than %g s, a quarter of "
-                "engine.step_deadline_s: this one computes beside it; set cores: own if that goes on",
+                "other workers of this machine have kept the cores for more than %g s, a quarter of "
+                "engine.step_deadline_s: this one computes beside them; set cores: own if that goes on",
                 self._deadline_s,
             )
         self.num_without_turn += 1
@@ -122,8 +124,6 @@ class SharedCores:
             self._has_waited.set()
             if is_wanted:
                 asked.set_result(None)
-        os.close(self._next)
-        os.close(self._cores)
 
     def _pass_on(self) -> None:
         try:
@@ -134,6 +134,15 @@ class SharedCores:
         fcntl.flock(self._cores, fcntl.LOCK_UN)
 
 
-def count_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores(proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int:
+    """Those that this process may use: by its affinity, or as many as the tightest control group around it gives time
+    of, whichever is less."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in own_groups("cpu", proc, control_groups):
+        # Microseconds of time in so many, of the second version of control groups and of the first.
+        limits = " ".join(lines_of(folder / "cpu.max")).split() or [
+            line for name in ("quota", "period") for line in lines_of(folder / f"cpu.cfs_{name}_us")
+        ]
+        if len(limits) == 2 and limits[0] not in ("max", "-1"):
+            num_cores = min(num_cores, max(1, int(limits[0]) // int(limits[1])))
+    return num_cores

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-_PROC: Final = Path("/proc")
-_CONTROL_GROUPS: Final = Path("/sys/fs/cgroup")
+from eagleray.engine.execution.control_groups import CONTROL_GROUPS, PROC, lines_of, own_groups
+
 _M_TRIM_THRESHOLD: Final = -1  # of mallopt in glibc's <malloc.h>
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_THRESHOLD_BYTES: Final = 32 * 2**20  # that glibc takes for the second
 _KEPT_BYTES: Final = 256 * 2**20  # a step's activations: more of them goes back to the system
 
 
-def available_host_bytes(proc: Path = _PROC, control_groups: Path = _CONTROL_GROUPS) -> int | None:
+def available_host_bytes(proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int | None:
     """Memory that can be had without swapping: what the kernel estimates, or what the tightest control group around
     this process leaves, whichever is less. None if neither is known."""
     bounds = [*_machine_available_bytes(proc), *_groups_available_bytes(proc, control_groups)]
@@ -33,44 +33,21 @@ def keep_freed_memory() -> None:
 
 
 def _machine_available_bytes(proc: Path) -> Iterator[int]:
-    for line in _lines(proc / "meminfo"):
+    for line in lines_of(proc / "meminfo"):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
 
 
 def _groups_available_bytes(proc: Path, control_groups: Path) -> Iterator[int]:
-    """Of the process's own group and all groups above it, of both versions of control groups."""
-    for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, limit, used = control_groups, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, used = control_groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be the host's, which does not exist here: then its own group is the root.
-        folders = [root, *(root.joinpath(*parts) for parts in _prefixes(path))]
-        for folder in folders:
-            yield from _group_available_bytes(folder, limit, used)
-
-
-def _prefixes(path: str) -> Iterator[tuple[str, ...]]:
-    parts = [part for part in path.split("/") if part]
-    for count in range(1, len(parts) + 1):
-        yield tuple(parts[:count])
+    for folder in own_groups("memory", proc, control_groups):
+        yield from _group_available_bytes(folder, "memory.max", "memory.current")
+        yield from _group_available_bytes(folder, "memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def _group_available_bytes(folder: Path, limit: str, used: str) -> Iterator[int]:
-    limits, uses = _lines(folder / limit), _lines(folder / used)
+    limits, uses = lines_of(folder / limit), lines_of(folder / used)
     if not limits or not uses or limits[0] == "max":
         return
     # Cached files count as used, and go when memory is needed.
-    cached = (int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.startswith("inactive_file "))
+    cached = (int(line.split()[1]) for line in lines_of(folder / "memory.stat") if line.startswith("inactive_file "))
     yield max(0, int(limits[0]) - max(0, int(uses[0]) - next(cached, 0)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []

@@ -1,6 +1,6 @@
 /* Linear layers with weights in panels: bfloat16, int8 with int8 activations (W8A8), and int8 or int4 weights that are
- * turned into bfloat16 on the way to the inner loop. Every integer up to 8 bits is exact in bfloat16; scales are
- * applied to sums, in float32.
+ * turned into bfloat16, or into float32 where no instruction takes that, on the way to the inner loop. Every integer up
+ * to 8 bits is exact in both; scales are applied to sums, in float32.
  *
  * What a row gets does not depend on the other rows or on the number of threads, bit for bit.
  */

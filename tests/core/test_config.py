@@ -59,7 +59,7 @@ CORES: dict[str, tuple[dict[str, Any], int, tuple[str, int | None, int | None]]]
     "a pair with an odd core": (PAIR, 3, ("shared", 3, 3)),
     "a pair on one core": (PAIR, 1, ("shared", 1, 1)),
     "a pair with two cores each": (PAIR, 4, ("own", 2, 2)),
-    "four workers with a core each": ({}, 4, ("shared", 4, 4)),
+    "four workers with a core each": ({}, 4, ("own", 1, 1)),
     "aggregated workers": ({"prefill": {"replicas": 0}, "decode": {"replicas": 2}}, 2, ("own", 1, 1)),
     "more workers than cores, on their own": ({"cores": "own"}, 2, ("own", 1, 1)),
     "shared wherever it runs": ({**PAIR, "cores": "shared"}, 16, ("shared", 16, 16)),

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from eagleray.engine.execution.core_turns import SharedCores
+from eagleray.engine.execution.core_turns import SharedCores, count_cores
 
 LONG_S = 60.0  # nobody waits so long
 WORKER = """
@@ -72,13 +74,15 @@ def wait_for_one_who_waits(tmp_path: Path) -> Iterator[Callable[[], None]]:
     next_file = os.open(tmp_path / "next", os.O_RDWR | os.O_CREAT)
 
     def wait() -> None:
-        while True:
+        deadline_s = time.monotonic() + LONG_S
+        while time.monotonic() < deadline_s:
             try:
                 fcntl.flock(next_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
             fcntl.flock(next_file, fcntl.LOCK_UN)
             os.sched_yield()
+        raise AssertionError("nobody waits")
 
     yield wait
     os.close(next_file)
@@ -138,13 +142,12 @@ def test_a_worker_that_stands_still_in_its_turn_delays_others_once_until_it_goes
         other.leave()
     stopped.process.send_signal(signal.SIGCONT)
     stopped.leave()
-    num_without_turn = 3
-    while True:
+    deadline_s, before, num_without_turn = time.monotonic() + LONG_S, 0, 3
+    while num_without_turn != before:
+        assert time.monotonic() < deadline_s
         other.enter()
         before, num_without_turn = num_without_turn, other.entered()
         other.leave()
-        if num_without_turn == before:
-            break
 
 
 def test_the_first_step_without_a_turn_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,3 +179,59 @@ def test_a_step_that_fails_ends_its_turn(tmp_path: Path) -> None:
         assert other.num_without_turn == 0
     failing.close()
     other.close()
+
+
+def test_a_worker_that_closes_within_its_turn_keeps_it_to_the_end(tmp_path: Path) -> None:
+    closing, other = SharedCores(tmp_path, LONG_S), SharedCores(tmp_path, deadline_s=0.05)
+    with closing.turn():
+        closing.close()
+        with other.turn():
+            assert other.num_without_turn == 1
+    other.close()
+
+
+def test_who_passes_a_turn_on_ends_the_threads_that_helped_it(
+    tmp_path: Path, new_worker: Callable[..., Worker], wait_for_one_who_waits: Callable[[], None]
+) -> None:
+    turns, waiting = SharedCores(tmp_path, LONG_S), new_worker()
+    torch.set_num_threads(2)
+    with turns.turn():
+        num_before = _num_threads()
+        torch.ones(2_000_000).exp_()
+        assert _num_threads() > num_before
+        waiting.enter()
+        wait_for_one_who_waits()
+    assert _num_threads() <= num_before
+    assert waiting.entered() == 0
+    turns.close()
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_cores_are_no_more_than_the_control_group_has_time_for(
+    tmp_path: Path, files: dict[str, str], most: int | None
+) -> None:
+    line, folder = (
+        ("0::/pod", tmp_path / "groups" / "pod")
+        if "cpu.max" in files
+        else ("4:cpu,cpuacct:/", tmp_path / "groups" / "cpu")
+    )
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(line + "\n")
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text + "\n")
+    assert count_cores(tmp_path, tmp_path / "groups") == (most or len(os.sched_getaffinity(0)))
