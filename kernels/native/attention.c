@@ -16,6 +16,7 @@
 
 enum {
     KEYS = 64,       /* positions in one tile of keys */
+    KEYS_APART = 80, /* elements between dimensions of transposed keys: a power of two would crowd a few sets of the cache */
     SPLIT_TILES = 8, /* tiles whose softmax runs on before it is joined to what came before */
     SPLIT_KEYS = KEYS * SPLIT_TILES,
     ROUND_SPLITS = 128, /* that are computed before they are joined: 6 MB */
@@ -23,7 +24,7 @@ enum {
 
 struct scratch {
     float query[QUERY_ROWS * MAX_HEAD_DIM];
-    float keys[MAX_HEAD_DIM * KEYS];   /* transposed */
+    float keys[MAX_HEAD_DIM * KEYS_APART]; /* transposed */
     float values[KEYS * MAX_HEAD_DIM]; /* padded, where they must be */
     float weights[QUERY_ROWS * KEYS];
 };
@@ -38,7 +39,7 @@ static void load_query(const struct batch *batch, const struct tile *tile, float
     }
 }
 
-/* keys[i][j] = element i of key j; zero for j >= count. */
+/* keys[i][j] = element i of key j, rows KEYS_APART apart; zero for what else is in the last panel of keys. */
 INLINE void load_keys(const struct batch *batch, const void *const *source, int64_t count, float *keys,
                       const int element) {
     int64_t whole_keys = count - count % LANES, whole_dims = batch->head_dim - batch->head_dim % LANES;
@@ -50,23 +51,24 @@ INLINE void load_keys(const struct batch *batch, const void *const *source, int6
                 square[row] = load_vector(element_at(source[j + row], i, element), element);
             transpose_square(square);
 #pragma GCC unroll 16
-            for (int row = 0; row < LANES; row++) store_vector(keys + (i + row) * KEYS + j, square[row], FLOAT32);
+            for (int row = 0; row < LANES; row++) store_vector(keys + (i + row) * KEYS_APART + j, square[row], FLOAT32);
         }
     for (int64_t i = 0; i < batch->head_dim; i++)
         for (int64_t j = i < whole_dims ? whole_keys : 0; j < count; j++)
-            keys[i * KEYS + j] = load_element(source[j], i, element);
-    for (int64_t i = 0; count < KEYS && i < batch->head_dim; i++)
-        for (int64_t j = count; j < KEYS; j++) keys[i * KEYS + j] = 0.0f;
+            keys[i * KEYS_APART + j] = load_element(source[j], i, element);
+    int64_t others = ceil_divide(count, PANEL) * PANEL - count;
+    for (int64_t i = 0; others > 0 && i < batch->head_dim; i++)
+        memset(keys + i * KEYS_APART + count, 0, others * sizeof *keys);
 }
 
-/* Scores of every row for KEYS keys: query [rows][head_dim] times keys [head_dim][KEYS]. */
+/* Scores of every row for `count` keys, and others up to a whole panel: query [rows][head_dim] times keys. */
 static void score_keys(const struct batch *batch, const struct tile *tile, const float *query, const float *keys,
-                       float *scores) {
+                       int64_t count, float *scores) {
     const int64_t rows = even_share(tile->num_rows, TILE_ROWS);
-    for (int64_t column = 0; column < KEYS; column += PANEL)
+    for (int64_t column = 0; column < count; column += PANEL)
         for (int64_t row = 0; row < tile->num_rows; row += rows)
             multiply_tile((int)smaller(rows, tile->num_rows - row), batch->head_dim, query + row * batch->head_dim,
-                          batch->head_dim, (struct matrix){.first = keys + column, .stride = KEYS}, FLOAT32,
+                          batch->head_dim, (struct matrix){.first = keys + column, .stride = KEYS_APART}, FLOAT32,
                           scores + row * KEYS + column, KEYS, 0);
 }
 
@@ -156,7 +158,7 @@ INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int6
     find_keys(batch, tile, first, count, rows);
     prefetch_rows(batch, rows, count, to_value);
     load_keys(batch, rows, count, scratch->keys, element);
-    score_keys(batch, tile, scratch->query, scratch->keys, scratch->weights);
+    score_keys(batch, tile, scratch->query, scratch->keys, count, scratch->weights);
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t begin = larger(0, first_visible(batch, tile, row) - first);
         int64_t end = smaller(count, slot_of(batch, tile, row) + 1 - first);
