@@ -251,6 +251,11 @@ INLINE struct block block_of(const struct product *job, int64_t first_row, int64
     return block;
 }
 
+/* Once for all formats: a compiler takes a second for it. */
+__attribute__((noinline)) static void multiply_widened_floats(const struct block *block) {
+    multiply_block(block, WEIGHTS_WIDENED, FLOATS);
+}
+
 /* All rows of a block by one panel, over some chunks, whose weights are at b. */
 INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t num_rows, int64_t panel, int64_t chunk,
                           int64_t chunks, const uint32_t *b, float *sums, const int weights, const int numbers) {
@@ -271,10 +276,12 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         configured_rows = rows;
         if (num_rows > TILE_PAIR && next_panel < job->num_panels)
             prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights, numbers);
-        if (is_widened(job, num_rows, weights, numbers))
-            multiply_block(&block, WEIGHTS_WIDENED, numbers);
-        else
+        if (!is_widened(job, num_rows, weights, numbers))
             multiply_block(&block, weights, numbers);
+        else if (numbers == FLOATS)
+            multiply_widened_floats(&block);
+        else
+            multiply_block(&block, WEIGHTS_WIDENED, numbers);
         if (scales) add_scaled(sums, partial, scales, rows, chunk > 0);
         if (chunk + chunks < job->chunks) continue;
         /* A block later: sums that tiles have just stored cannot be read before they have reached the cache. */
