@@ -111,3 +111,19 @@ async def test_hanging_up_in_the_middle_of_the_body_is_no_failure_of_the_server(
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
     await app(scope, receive, send)
     assert statuses == [400] and service.specs == [] and "a request failed" not in caplog.text
+
+
+async def test_work_that_makes_an_error_of_a_hang_up_leaves_its_task_uncancelled() -> None:
+    async def work() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            raise ValueError from None
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(ValueError):
+        await unless_hung_up(receive, work())
+    task = asyncio.current_task()
+    assert task is not None and task.cancelling() == 0

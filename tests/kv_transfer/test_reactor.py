@@ -164,3 +164,16 @@ def test_it_looks_up_regularly_only_while_somebody_waits_for_a_moment_to_come(mo
     until(ticks=True)
     timeless.over = True
     reactor.stop()
+
+
+def test_ticks_go_on_after_one_that_failed() -> None:
+    ticks: Calls[None] = Calls()
+
+    def tick() -> bool:
+        ticks(None)
+        raise ZeroDivisionError
+
+    reactor = Reactor("test", 1, on_tick=tick)
+    reactor.wake()
+    ticks.wait(4)  # the first may be the start's, the second the request's
+    reactor.stop()
