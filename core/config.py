@@ -169,7 +169,11 @@ class RouterConfig(_Frozen):
     local_prefill_tokens: int = Field(
         32, ge=0, description="an uncached suffix up to this long is prefilled on the decode worker itself"
     )
-    stall_deadline_s: float = Field(10.0, gt=0, description="a worker that sends nothing for so long counts as dead")
+    stall_deadline_s: float = Field(
+        10.0,
+        ge=1,
+        description="a worker that sends nothing for so long counts as dead; idle ones send four times a second",
+    )
     submit_deadline_s: float = Field(5.0, gt=0, description="answer to a submit")
     silence_deadline_s: float = Field(120.0, gt=0, description="no token for so long: the request is tried elsewhere")
     queue_deadline_s: float = Field(60.0, gt=0, description="wait for a worker with room; then 503")

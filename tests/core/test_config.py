@@ -190,3 +190,8 @@ def test_the_environment_fills_in_only_what_the_configuration_leaves_open() -> N
     assert (filled.index.url, filled.telemetry.otlp_endpoint) == ("redis://there", "http://otel")
     kept = with_environment(parse_config({"index": {"url": "redis://here"}}), environment)
     assert kept.index.url == "redis://here"
+
+
+def test_a_stall_deadline_that_idle_workers_cannot_keep_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"router\.stall_deadline_s"):
+        parse_config({"router": {"stall_deadline_s": 0.3}})
