@@ -16,7 +16,10 @@
 
 enum {
     KEYS = 64,       /* positions in one tile of keys */
-    KEYS_APART = 80, /* elements between dimensions of transposed keys: a power of two would crowd a few sets of the cache */
+    /* Elements between dimensions of transposed keys, and between widened values: powers of two would crowd a few sets
+     * of the cache. */
+    KEYS_APART = 80,
+    VALUES_APART = MAX_HEAD_DIM + 16,
     SPLIT_TILES = 8, /* tiles whose softmax runs on before it is joined to what came before */
     SPLIT_KEYS = KEYS * SPLIT_TILES,
     ROUND_SPLITS = 128, /* that are computed before they are joined: 6 MB */
@@ -25,7 +28,7 @@ enum {
 struct scratch {
     float query[QUERY_ROWS * MAX_HEAD_DIM];
     float keys[MAX_HEAD_DIM * KEYS_APART]; /* transposed */
-    float values[KEYS * MAX_HEAD_DIM]; /* padded, where they must be */
+    float values[KEYS * VALUES_APART]; /* widened and padded, where that pays or must be */
     float weights[QUERY_ROWS * KEYS];
 };
 
@@ -39,19 +42,55 @@ static void load_query(const struct batch *batch, const struct tile *tile, float
     }
 }
 
-/* keys[i][j] = element i of key j, rows KEYS_APART apart; zero for what else is in the last panel of keys. */
-INLINE void load_keys(const struct batch *batch, const void *const *source, int64_t count, float *keys,
-                      const int element) {
-    int64_t whole_keys = count - count % LANES, whole_dims = batch->head_dim - batch->head_dim % LANES;
-    for (int64_t j = 0; j < whole_keys; j += LANES)
-        for (int64_t i = 0; i < whole_dims; i += LANES) {
+/* Where keys and values of a tile lie, and the keys of the one that is computed next. */
+struct rows {
+    const void *keys[KEYS], *values[KEYS], *next_keys[KEYS];
+    int64_t count, next_count;
+};
+
+INLINE int64_t count_keys(const struct tile *tile, int64_t first) { return smaller(KEYS, tile->end_key - first); }
+
+/* Of the keys from `first` on. `next` is the tile of queries that comes after the last of them. */
+static void find_rows(const struct batch *batch, const struct tile *tile, int64_t first, const struct tile *next,
+                      struct rows *rows) {
+    int64_t to_value = batch->num_kv_heads * batch->block_size * batch->head_dim, following = first + KEYS;
+    rows->count = count_keys(tile, first);
+    find_keys(batch, tile, first, rows->count, rows->keys);
+    for (int64_t j = 0; j < rows->count; j++)
+        rows->values[j] = element_at(rows->keys[j], to_value, batch->kv_element);
+    if (following >= tile->end_key) tile = next, following = next->first_key / KEYS * KEYS;
+    rows->next_count = count_keys(tile, following);
+    find_keys(batch, tile, following, rows->next_count, rows->next_keys);
+}
+
+/* Of LANES rows from `first` on, those before `end`: the share of one of `steps` steps is fetched. Pages are too short
+ * for the CPU to foresee what is read next, and it can wait for only so many rows at once. */
+INLINE void prefetch_rows(const struct batch *batch, const void *const *rows, int64_t first, int64_t end, int64_t step,
+                          int64_t steps) {
+    int64_t row_bytes = batch->head_dim * element_bytes(batch->kv_element);
+    for (int64_t j = first + step * LANES / steps; j < smaller(end, first + (step + 1) * LANES / steps); j++)
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch((const char *)rows[j] + byte, 0, 2);
+}
+
+/* keys[i][j] = element i of key j, rows KEYS_APART apart; zero for what else is in the last panel of keys. Meanwhile
+ * what is read after them is fetched. */
+INLINE void load_keys(const struct batch *batch, const struct rows *rows, float *keys, const int element) {
+    const void *const *source = rows->keys;
+    int64_t count = rows->count, steps = batch->head_dim / LANES;
+    int64_t whole_keys = count - count % LANES, whole_dims = steps * LANES;
+    for (int64_t j = 0; j < KEYS; j += LANES)
+        for (int64_t step = 0; step < steps; step++) {
+            prefetch_rows(batch, rows->values, j, count, step, steps);
+            prefetch_rows(batch, rows->next_keys, j, rows->next_count, step, steps);
+            if (j >= whole_keys) continue;
             vector square[LANES];
 #pragma GCC unroll 16
             for (int row = 0; row < LANES; row++)
-                square[row] = load_vector(element_at(source[j + row], i, element), element);
+                square[row] = load_vector(element_at(source[j + row], step * LANES, element), element);
             transpose_square(square);
 #pragma GCC unroll 16
-            for (int row = 0; row < LANES; row++) store_vector(keys + (i + row) * KEYS_APART + j, square[row], FLOAT32);
+            for (int row = 0; row < LANES; row++)
+                store_vector(keys + (step * LANES + row) * KEYS_APART + j, square[row], FLOAT32);
         }
     for (int64_t i = 0; i < batch->head_dim; i++)
         for (int64_t j = i < whole_dims ? whole_keys : 0; j < count; j++)
@@ -64,24 +103,35 @@ INLINE void load_keys(const struct batch *batch, const void *const *source, int6
 /* Scores of every row for `count` keys, and others up to a whole panel: query [rows][head_dim] times keys. */
 static void score_keys(const struct batch *batch, const struct tile *tile, const float *query, const float *keys,
                        int64_t count, float *scores) {
-    const int64_t rows = even_share(tile->num_rows, TILE_ROWS);
-    for (int64_t column = 0; column < count; column += PANEL)
-        for (int64_t row = 0; row < tile->num_rows; row += rows)
-            multiply_tile((int)smaller(rows, tile->num_rows - row), batch->head_dim, query + row * batch->head_dim,
-                          batch->head_dim, (struct matrix){.first = keys + column, .stride = KEYS_APART}, FLOAT32,
-                          scores + row * KEYS + column, KEYS, 0);
+    multiply_panels(tile->num_rows, ceil_divide(count, PANEL) * PANEL, batch->head_dim, query, batch->head_dim,
+                    (struct matrix){.first = keys, .stride = KEYS_APART}, FLOAT32, scores, KEYS, 0);
 }
 
-/* Add the values of `count` keys, weighted, to what every row has: weights [rows][KEYS] times values [count][stride].
- */
-INLINE void add_values(const struct batch *batch, const struct tile *tile, const float *weights,
-                       const void *const *values, int64_t count, float *sums, const int element) {
-    const int64_t stride = row_stride(batch), rows = even_share(tile->num_rows, TILE_ROWS);
-    for (int64_t column = 0; column < stride; column += PANEL)
-        for (int64_t row = 0; row < tile->num_rows; row += rows)
-            multiply_tile((int)smaller(rows, tile->num_rows - row), count, weights + row * KEYS, KEYS,
-                          (struct matrix){.rows = values, .column = column}, element, sums + row * stride + column,
-                          stride, 1);
+/* Values that are read more than once are widened once; those that do not fill the last panel are copied into ones that
+ * do. */
+INLINE void widen_values(const struct batch *batch, const struct rows *rows, float *widened, const int element) {
+    int64_t whole_dims = batch->head_dim - batch->head_dim % LANES, stride = row_stride(batch);
+    for (int64_t j = 0; j < rows->count; j++) {
+        float *row = widened + j * VALUES_APART;
+        for (int64_t i = 0; i < whole_dims; i += LANES)
+            store_vector(row + i, load_vector(element_at(rows->values[j], i, element), element), FLOAT32);
+        for (int64_t i = whole_dims; i < stride; i++)
+            row[i] = i < batch->head_dim ? load_element(rows->values[j], i, element) : 0.0f;
+    }
+}
+
+/* Add values, weighted, to what every row has: weights [rows][KEYS] times values [count][stride]. */
+INLINE void add_values(const struct batch *batch, const struct tile *tile, const struct rows *rows,
+                       struct scratch *scratch, float *sums, const int element) {
+    const int64_t stride = row_stride(batch);
+    if (tile->num_rows > TILE_ROWS || stride != batch->head_dim) {
+        widen_values(batch, rows, scratch->values, element);
+        multiply_panels(tile->num_rows, stride, rows->count, scratch->weights, KEYS,
+                        (struct matrix){.first = scratch->values, .stride = VALUES_APART}, FLOAT32, sums, stride, 1);
+    } else {
+        multiply_panels(tile->num_rows, stride, rows->count, scratch->weights, KEYS,
+                        (struct matrix){.rows = rows->values}, element, sums, stride, 1);
+    }
 }
 
 /* The largest of a row's scores and `highest`. */
@@ -131,53 +181,22 @@ static void weigh_row(float *scores, int first, int end, float *maximum, float *
         store_vector(values + i, load_vector(values + i, FLOAT32) * keep, FLOAT32);
 }
 
-/* Rows that do not fill the last panel are copied into ones that do. */
-INLINE void pad_values(const struct batch *batch, const void **values, int64_t count, float *padded,
-                       const int element) {
+INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int64_t first, const struct tile *next,
+                        struct scratch *scratch, struct partial *split, const int element) {
     int64_t stride = row_stride(batch);
-    for (int64_t j = 0; j < count; j++) {
-        float *row = padded + j * stride;
-        for (int64_t i = 0; i < stride; i++) row[i] = i < batch->head_dim ? load_element(values[j], i, element) : 0.0f;
-        values[j] = row;
-    }
-}
-
-/* Pages are too short for the CPU to foresee what is read next, so it is told. */
-INLINE void prefetch_rows(const struct batch *batch, const void *const *rows, int64_t count, int64_t distance) {
-    int64_t row_bytes = batch->head_dim * element_bytes(batch->kv_element);
-    for (int64_t j = 0; j < count; j++)
-        for (int64_t byte = 0; byte < row_bytes; byte += 64)
-            __builtin_prefetch((const char *)element_at(rows[j], distance, batch->kv_element) + byte, 0, 2);
-}
-
-INLINE void attend_keys(const struct batch *batch, const struct tile *tile, int64_t first, struct scratch *scratch,
-                        struct partial *split, const int element) {
-    int64_t count = smaller(KEYS, tile->end_key - first), next_count = smaller(KEYS, tile->end_key - first - KEYS);
-    int64_t stride = row_stride(batch), to_value = batch->num_kv_heads * batch->block_size * batch->head_dim;
-    const void *rows[KEYS], *next_rows[KEYS];
-    find_keys(batch, tile, first, count, rows);
-    prefetch_rows(batch, rows, count, to_value);
-    load_keys(batch, rows, count, scratch->keys, element);
-    score_keys(batch, tile, scratch->query, scratch->keys, count, scratch->weights);
+    struct rows rows;
+    find_rows(batch, tile, first, next, &rows);
+    load_keys(batch, &rows, scratch->keys, element);
+    score_keys(batch, tile, scratch->query, scratch->keys, rows.count, scratch->weights);
     for (int64_t row = 0; row < tile->num_rows; row++) {
         int64_t begin = larger(0, first_visible(batch, tile, row) - first);
-        int64_t end = smaller(count, slot_of(batch, tile, row) + 1 - first);
+        int64_t end = smaller(rows.count, slot_of(batch, tile, row) + 1 - first);
         if (tile->is_tree)
             hide_keys(scratch->weights + row * KEYS, visible_in_tree(batch, tile, row, first), &begin, &end);
         weigh_row(scratch->weights + row * KEYS, (int)begin, (int)end, &split->maximum[row], &split->weight[row],
                   split->values + row * stride, stride);
     }
-    if (next_count > 0) {
-        find_keys(batch, tile, first + KEYS, next_count, next_rows);
-        prefetch_rows(batch, next_rows, next_count, 0);
-    }
-    for (int64_t j = 0; j < count; j++) rows[j] = element_at(rows[j], to_value, element);
-    if (stride == batch->head_dim) {
-        add_values(batch, tile, scratch->weights, rows, count, split->values, element);
-    } else {
-        pad_values(batch, rows, count, scratch->values, element);
-        add_values(batch, tile, scratch->weights, rows, count, split->values, FLOAT32);
-    }
+    add_values(batch, tile, &rows, scratch, split->values, element);
 }
 
 void clear_partial(const struct batch *batch, const struct tile *tile, struct partial *partial) {
@@ -186,16 +205,16 @@ void clear_partial(const struct batch *batch, const struct tile *tile, struct pa
     for (int64_t row = 0; row < rows_of_heads(tile); row++) partial->maximum[row] = -INFINITY;
 }
 
-static void attend_loaded(const struct batch *batch, const struct tile *tile, int64_t split, struct scratch *scratch,
-                          struct partial *found) {
+static void attend_loaded(const struct batch *batch, const struct tile *tile, int64_t split, const struct tile *next,
+                          struct scratch *scratch, struct partial *found) {
     int64_t begin = larger(split * SPLIT_KEYS, tile->first_key / KEYS * KEYS);
     int64_t end = smaller((split + 1) * SPLIT_KEYS, tile->end_key);
     clear_partial(batch, tile, found);
     for (int64_t first = begin; first < end; first += KEYS)
         if (batch->kv_element == BFLOAT16)
-            attend_keys(batch, tile, first, scratch, found, BFLOAT16);
+            attend_keys(batch, tile, first, next, scratch, found, BFLOAT16);
         else
-            attend_keys(batch, tile, first, scratch, found, FLOAT32);
+            attend_keys(batch, tile, first, next, scratch, found, FLOAT32);
 }
 
 /* Add what the next split found to what those before it did. */
@@ -240,17 +259,16 @@ void store_output(const struct batch *batch, const struct tile *tile, const stru
 static void attend_split(const struct batch *batch, const struct tile *tile, int64_t split, struct partial *found) {
     struct scratch scratch;
     load_query(batch, tile, scratch.query);
-    attend_loaded(batch, tile, split, &scratch, found);
+    attend_loaded(batch, tile, split, tile, &scratch, found);
 }
 
 static void attend_tile(const struct batch *batch, const struct tile *tile, const struct tile *next) {
-    (void)next;
     struct scratch scratch;
     struct partial found, total;
     load_query(batch, tile, scratch.query);
     clear_partial(batch, tile, &total);
     for (int64_t split = tile->first_key / SPLIT_KEYS; split * SPLIT_KEYS < tile->end_key; split++) {
-        attend_loaded(batch, tile, split, &scratch, &found);
+        attend_loaded(batch, tile, split, next, &scratch, &found);
         join_split(batch, tile, &found, &total);
     }
     store_output(batch, tile, &total);
