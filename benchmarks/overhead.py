@@ -19,7 +19,8 @@ from typing import Final
 import msgspec
 from measure import Distribution, distribution
 from null_engine import MAX_MODEL_TOKENS
-from null_service import MAX_STREAMS, DirectEngine, NullService, null_service
+from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, null_service
+from process_cpu import ProcessUse
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
@@ -56,12 +57,13 @@ class PartResult:
     windows: Sequence[Window]
     direct_s: float | None
 
-    def cpu_per(self, count: Callable[[Window], int], pid: int | None = None) -> float:
-        """Median over the rounds of processor seconds per counted thing: of one process, or of all."""
-        return statistics.median(
-            sum(use.cpu_s for process, use in window.processes.items() if pid in (None, process)) / count(window)
-            for window in self.windows
-        )
+    @property
+    def unit(self) -> str:
+        """What use is divided by."""
+        return "token" if self.part.per_token else "request"
+
+    def count(self, window: Window) -> int:
+        return window.num_tokens if self.part.per_token else window.num_answers
 
     @property
     def first_event_s(self) -> Distribution:
@@ -76,8 +78,40 @@ class Run:
 
     origin: Provenance
     options: argparse.Namespace
-    processes: Mapping[int, str]
+    processes: Mapping[int, str]  # of some names there are several
     parts: Sequence[PartResult]
+
+    @property
+    def serving(self) -> list[str]:
+        """The processes that requests and tokens pass through."""
+        return [name for name in self.names if name not in (INDEX, RAY)]
+
+    @property
+    def names(self) -> list[str]:
+        beside = {INDEX: 1, RAY: 2}
+        return sorted(dict.fromkeys(self.processes.values()), key=lambda name: beside.get(name, 0))
+
+    def use(self, window: Window, names: Sequence[str]) -> ProcessUse:
+        """Of all processes of these names together."""
+        uses = [use for pid, use in window.processes.items() if self.processes[pid] in names]
+        return ProcessUse(sum(use.cpu_s for use in uses), sum(use.num_waits for use in uses))
+
+    def cpu_per(self, part: PartResult, count: Callable[[Window], float], names: Sequence[str]) -> float:
+        """Median over the rounds of processor seconds per counted thing."""
+        return statistics.median(self.use(window, names).cpu_s / count(window) for window in part.windows)
+
+    def beyond_idle(self, part: PartResult, name: str) -> tuple[float, float]:
+        """Medians of (processor seconds, waits) per token or request, less what the process needs when nothing is
+        asked."""
+        idle = next(other for other in self.parts if other.part is IDLE)
+        idle_uses = [(self.use(window, [name]), window.duration_s) for window in idle.windows]
+        idle_cpu = statistics.median(use.cpu_s / duration_s for use, duration_s in idle_uses)
+        idle_waits = statistics.median(use.num_waits / duration_s for use, duration_s in idle_uses)
+        uses = [(self.use(window, [name]), window.duration_s, part.count(window)) for window in part.windows]
+        return (
+            statistics.median((use.cpu_s - idle_cpu * duration_s) / count for use, duration_s, count in uses),
+            statistics.median((use.num_waits - idle_waits * duration_s) / count for use, duration_s, count in uses),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,8 +179,9 @@ def _streams(num_streams: int, step_us: int) -> Callable[[NullService, float], J
     return new_job
 
 
+IDLE: Final = Part("idle", _idle)
 PARTS: Final = (
-    Part("idle", _idle),
+    IDLE,
     Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT),
     Part("first token, split over two workers", _single(LONG_PROMPT), direct_prompt=LONG_PROMPT),
     Part(f"requests of one token, {CONNECTIONS} at once", _requests, per_request=True),
@@ -182,16 +217,15 @@ def _body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> 
 
 
 def sections(run: Run) -> list[Section]:
-    names = list(run.processes.values())
+    serving = run.serving
+    beside = [name for name in run.names if name not in serving]
     return [
         Section(("first token, ms", "p50", "p95", "engine alone", "added, p50", "added, p95"), _first_rows(run)),
-        Section(("processor time", "all", *names, "client"), _cpu_rows(run)),
+        Section(("where a first token's time goes, mean ms", *STAGES, "first event"), _stage_rows(run)),
+        Section(("processor time", "all that serve", *serving, *beside, "client"), _cpu_rows(run)),
+        Section(("beyond idle", *run.names), _beyond_idle_rows(run)),
         Section(("counts", "tokens/s", "tokens per event", "bytes per token", "waits per 1,000 tokens"), _counts(run)),
-        Section(("account of the server, mean ms", *ACCOUNTS), _account_rows(run)),
     ]
-
-
-ACCOUNTS: Final = ("queue_s", "prefill_s", "network_s", "time_to_first_token_s")
 
 
 def _first_rows(run: Run) -> list[Sequence[str]]:
@@ -202,22 +236,65 @@ def _first_rows(run: Run) -> list[Sequence[str]]:
     ]
 
 
-def _cpu_rows(run: Run) -> list[Sequence[str]]:
+# From the server's account, but for what lies outside it: an answer's end comes as long after the account was closed
+# as the first event comes after it was written.
+STAGES: Final[Mapping[str, Callable[[Window], float]]] = {
+    "outside the account": lambda window: statistics.fmean(window.answer_s) - window.accounts_s["total_s"],
+    "read": lambda window: window.accounts_s["queue.read_s"],
+    "routed": lambda window: window.accounts_s["queue.route_s"],
+    "decode accepts": lambda window: window.accounts_s["queue.decode_accept_s"],
+    "prefill accepts": lambda window: window.accounts_s["queue.prefill_accept_s"],
+    "step begins": lambda window: window.accounts_s["queue.first_step_s"],
+    "token said": lambda window: window.accounts_s["prefill_s"],
+    "received": lambda window: window.accounts_s["network_s"],
+    "written": lambda window: (
+        statistics.fmean(window.first_event_s)
+        - statistics.fmean(window.answer_s)
+        + window.accounts_s["total_s"]
+        - window.accounts_s["time_to_first_token_s"]
+    ),
+}
+
+
+def _stage_rows(run: Run) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for part in run.parts:
-        name = part.part.name
-        if part.part.per_token:
-            shares = [part.cpu_per(lambda window: window.num_tokens, pid) for pid in (None, *run.processes)]
-            client_s = statistics.median(window.client_cpu_s / window.num_tokens for window in part.windows)
-            rows.append((f"{name}, us per token", *(f"{1e6 * s:.1f}" for s in (*shares, client_s))))
-        elif part.part.per_request:
-            shares = [part.cpu_per(lambda window: window.num_answers, pid) for pid in (None, *run.processes)]
-            client_s = statistics.median(window.client_cpu_s / window.num_answers for window in part.windows)
-            rows.append((f"{name}, ms per request", *(f"{1e3 * s:.2f}" for s in (*shares, client_s))))
-        elif part.part.name == "idle":
-            shares = [part.cpu_per(lambda window: 1, pid) / run.options.window_s for pid in (None, *run.processes)]
-            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+        if part.direct_s is not None:
+            stages_s = [statistics.fmean(map(stage, part.windows)) for stage in STAGES.values()]
+            rows.append((part.part.name, *map(_ms, (*stages_s, sum(stages_s)))))
     return rows
+
+
+def _cpu_rows(run: Run) -> list[Sequence[str]]:
+    groups = [run.serving, *([name] for name in run.names)]
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        if part.part is IDLE:
+            shares = [run.cpu_per(part, lambda window: window.duration_s, names) for names in groups]
+            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+        elif part.part.per_token or part.part.per_request:
+            shares = [run.cpu_per(part, part.count, names) for names in groups]
+            shares.append(statistics.median(window.client_cpu_s / part.count(window) for window in part.windows))
+            rows.append((f"{part.part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in shares)))
+    return rows
+
+
+def _beyond_idle_rows(run: Run) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        if part.part is not IDLE:
+            cpu_s, waits = zip(*(run.beyond_idle(part, name) for name in run.names), strict=True)
+            rows.append((f"{part.part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in cpu_s)))
+            rows.append((f"{part.part.name}, waits per {part.unit}", *(f"{count:.2f}" for count in waits)))
+    return rows
+
+
+def _use_unit(part: PartResult) -> str:
+    return f"us per {part.unit}" if part.part.per_token else f"ms per {part.unit}"
+
+
+def _cpu(part: PartResult, seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}" if part.part.per_token else f"{1e3 * seconds:.2f}"
 
 
 def _counts(run: Run) -> list[Sequence[str]]:
@@ -227,26 +304,15 @@ def _counts(run: Run) -> list[Sequence[str]]:
             f"{sum(window.num_tokens / window.duration_s for window in part.windows) / len(part.windows):,.0f}",
             f"{sum(window.num_tokens for window in part.windows) / sum(w.num_events for w in part.windows):.2f}",
             f"{sum(window.num_bytes for window in part.windows) / sum(w.num_tokens for w in part.windows):.0f}",
-            f"{1000 * sum(map(_num_waits, part.windows)) / sum(w.num_tokens for w in part.windows):.0f}",
+            f"{1000 * _num_waits(run, part) / sum(w.num_tokens for w in part.windows):.0f}",
         )
         for part in run.parts
         if part.part.per_token
     ]
 
 
-def _num_waits(window: Window) -> int:
-    return sum(use.num_waits for use in window.processes.values())
-
-
-def _account_rows(run: Run) -> list[Sequence[str]]:
-    return [
-        (
-            part.part.name,
-            *(_ms(statistics.fmean(window.accounts_s[name] for window in part.windows)) for name in ACCOUNTS),
-        )
-        for part in run.parts
-        if part.direct_s is not None
-    ]
+def _num_waits(run: Run, part: PartResult) -> int:
+    return sum(run.use(window, run.serving).num_waits for window in part.windows)
 
 
 def _ms(seconds: float) -> str:
