@@ -9,14 +9,17 @@ compute nothing. ``results/README.md`` says how the numbers are meant.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
+from interference import MAX_OTHERS_SHARE, mark, undisturbed
 from measure import Distribution, distribution
 from null_engine import MAX_MODEL_TOKENS
 from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, null_service
@@ -51,11 +54,28 @@ class Part:
 
 @dataclass(frozen=True)
 class PartResult:
-    """Windows of all rounds, and the engine's own time to a first token where it matters."""
+    """What was seen in all rounds, each with the share of the cores that other processes used meanwhile, and the
+    engine's own time to a first token where it matters."""
 
     part: Part
-    windows: Sequence[Window]
+    measured: Sequence[tuple[Window, float]]
     direct_s: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.part.name}{mark(self.others_share)}"
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Those that nobody disturbed; all where there is none."""
+        left_alone = [window for window, share in self.measured if share <= MAX_OTHERS_SHARE]
+        return left_alone or [window for window, _ in self.measured]
+
+    @property
+    def others_share(self) -> float:
+        """The most, of the windows that count."""
+        shares = [share for _, share in self.measured]
+        return max([share for share in shares if share <= MAX_OTHERS_SHARE] or shares)
 
     @property
     def unit(self) -> str:
@@ -117,7 +137,11 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run = measure(options)
-    title = f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}"
+    others_share = max(part.others_share for part in run.parts)
+    title = (
+        f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}; others used at "
+        f"most {others_share:.1%} of the cores{mark(others_share)}"
+    )
     shown = sections(run)
     if options.markdown:
         print(f"{title}\n\n{to_markdown(shown)}")
@@ -136,14 +160,16 @@ def measure(options: argparse.Namespace) -> Run:
     direct_s = {
         prompt: statistics.median(direct.first_token_s(prompt) for _ in range(DIRECT_REPEATS)) for prompt in asked
     }
-    windows: dict[str, list[Window]] = {part.name: [] for part in PARTS}
+    measured: dict[str, list[tuple[Window, float]]] = {part.name: [] for part in PARTS}
     with null_service() as service:
         for _ in range(options.rounds):
             for part in PARTS:
-                windows[part.name].append(service.measure(part.new_job(service, options.window_s)))
+                job = part.new_job(service, options.window_s)
+                # The service's processes are below this one, and so is the client.
+                measured[part.name].append(undisturbed(partial(service.measure, job), tree_pid=os.getpid()))
         processes = service.processes
     results = [
-        PartResult(part, windows[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
+        PartResult(part, measured[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
         for part in PARTS
     ]
     return Run(origin, options, processes, results)
@@ -230,7 +256,7 @@ def sections(run: Run) -> list[Section]:
 
 def _first_rows(run: Run) -> list[Sequence[str]]:
     return [
-        (part.part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
+        (part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
         for part in run.parts
         if (own_s := part.direct_s) is not None and (first := part.first_event_s)
     ]
@@ -261,7 +287,7 @@ def _stage_rows(run: Run) -> list[Sequence[str]]:
     for part in run.parts:
         if part.direct_s is not None:
             stages_s = [statistics.fmean(map(stage, part.windows)) for stage in STAGES.values()]
-            rows.append((part.part.name, *map(_ms, (*stages_s, sum(stages_s)))))
+            rows.append((part.name, *map(_ms, (*stages_s, sum(stages_s)))))
     return rows
 
 
@@ -275,7 +301,7 @@ def _cpu_rows(run: Run) -> list[Sequence[str]]:
         elif part.part.per_token or part.part.per_request:
             shares = [run.cpu_per(part, part.count, names) for names in groups]
             shares.append(statistics.median(window.client_cpu_s / part.count(window) for window in part.windows))
-            rows.append((f"{part.part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in shares)))
+            rows.append((f"{part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in shares)))
     return rows
 
 
@@ -284,8 +310,8 @@ def _beyond_idle_rows(run: Run) -> list[Sequence[str]]:
     for part in run.parts:
         if part.part is not IDLE:
             cpu_s, waits = zip(*(run.beyond_idle(part, name) for name in run.names), strict=True)
-            rows.append((f"{part.part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in cpu_s)))
-            rows.append((f"{part.part.name}, waits per {part.unit}", *(f"{count:.2f}" for count in waits)))
+            rows.append((f"{part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in cpu_s)))
+            rows.append((f"{part.name}, waits per {part.unit}", *(f"{round(count, 2) + 0.0:.2f}" for count in waits)))
     return rows
 
 
@@ -294,13 +320,15 @@ def _use_unit(part: PartResult) -> str:
 
 
 def _cpu(part: PartResult, seconds: float) -> str:
-    return f"{1e6 * seconds:.1f}" if part.part.per_token else f"{1e3 * seconds:.2f}"
+    if part.part.per_token:
+        return f"{round(1e6 * seconds, 1) + 0.0:.1f}"
+    return f"{round(1e3 * seconds, 2) + 0.0:.2f}"  # 0.0 more: no "-0.00"
 
 
 def _counts(run: Run) -> list[Sequence[str]]:
     return [
         (
-            part.part.name,
+            part.name,
             f"{sum(window.num_tokens / window.duration_s for window in part.windows) / len(part.windows):,.0f}",
             f"{sum(window.num_tokens for window in part.windows) / sum(w.num_events for w in part.windows):.2f}",
             f"{sum(window.num_bytes for window in part.windows) / sum(w.num_tokens for w in part.windows):.0f}",
@@ -326,7 +354,13 @@ def _as_json(run: Run) -> bytes:
         "options": options,
         "processes": run.processes,
         "parts": [
-            {"name": part.part.name, "engine_alone_s": part.direct_s, "windows": part.windows} for part in run.parts
+            {
+                "name": part.part.name,
+                "engine_alone_s": part.direct_s,
+                "windows": [window for window, _ in part.measured],
+                "others_shares": [share for _, share in part.measured],
+            }
+            for part in run.parts
         ],
     }
     return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"

@@ -94,9 +94,10 @@ def _window(num_answers: int, cpu_s: float, num_waits: int) -> Window:
 
 def _tables() -> dict[str, dict[str, dict[str, str]]]:
     """Of a run of 100 requests: table -> row -> column -> cell."""
-    idle = PartResult(IDLE, [_window(0, cpu_s=0.02, num_waits=200)], None)
-    first = PartResult(PARTS[1], [_window(100, cpu_s=0.12, num_waits=500)], 1e-3)
-    requests = PartResult(PARTS[3], [_window(100, cpu_s=0.12, num_waits=500)], None)
+    idle = PartResult(IDLE, [(_window(0, cpu_s=0.02, num_waits=200), 0.01)], None)
+    quiet, disturbed = _window(100, cpu_s=0.12, num_waits=500), _window(100, cpu_s=1.0, num_waits=1000)
+    first = PartResult(PARTS[1], [(disturbed, 0.2), (quiet, 0.01)], 1e-3)
+    requests = PartResult(PARTS[3], [(quiet, 0.01)], None)
     shown = sections(Run(provenance(), argparse.Namespace(), PROCESSES, [idle, first, requests]))
     return {
         table.header[0]: {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows} for table in shown
@@ -119,3 +120,11 @@ def test_what_a_process_needs_when_idle_is_not_put_down_to_requests() -> None:
     rows = _tables()["beyond idle"]
     assert rows["first token, one worker, ms per request"]["ingress"] == "1.00"
     assert rows["first token, one worker, waits per request"]["ingress"] == "3.00"
+
+
+def test_windows_that_others_disturbed_count_only_where_there_is_no_other_and_then_the_row_is_marked() -> None:
+    quiet, disturbed = _window(1, 0.0, 0), _window(2, 0.0, 0)
+    both = PartResult(PARTS[3], [(disturbed, 0.2), (quiet, 0.05)], None)
+    assert (both.windows, both.others_share, both.name) == ([quiet], 0.05, PARTS[3].name)
+    only_disturbed = PartResult(PARTS[3], [(disturbed, 0.2)], None)
+    assert (only_disturbed.windows, only_disturbed.name) == ([disturbed], f"{PARTS[3].name} (disturbed)")
