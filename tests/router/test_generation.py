@@ -171,7 +171,9 @@ async def test_a_waiting_request_goes_to_a_worker_that_joins(until: Until, new_s
     await until(lambda: newcomer.open_requests)
     newcomer.say(0, 100, finish=LENGTH)
     await answering.end()
-    assert answering.generation.account is not None and answering.generation.account.queue_s == 3.0
+    account = answering.generation.account
+    assert account is not None and account.queue is not None
+    assert account.queue_s == account.queue.route_s == 3.0
 
 
 async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to_come_back(
