@@ -15,6 +15,7 @@ from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES
 from eagleray.engine.llm import LLM
+from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.select import select_kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.draft_config import MedusaConfig
@@ -102,16 +103,22 @@ def gather_documents(settings: RunSettings, report: OnProgress) -> Documents:
 
 
 def load_target(settings: RunSettings) -> Decoder:
-    """With the kernels that serve it. Raises ``ConfigError``."""
-    config = load_model_config(settings.model.folder)
-    dtype = TORCH_DTYPES[config.resolve_dtype(settings.model.dtype, "cpu")]
-    kernels = select_kernels("auto", dtype, "cpu", torch.get_num_threads())
-    return load_model(settings.model.folder, config, dtype, "cpu", kernels=kernels)
+    """With the kernels and in the format that serve it. Raises ``ConfigError``."""
+    model = settings.model
+    config = load_model_config(model.folder)
+    dtype = TORCH_DTYPES[config.resolve_dtype(model.dtype, "cpu")]
+    num_threads = torch.get_num_threads()
+    try:
+        kernels = select_kernels("auto", dtype, "cpu", num_threads, quantization=model.quantization)
+        return load_model(model.folder, config, dtype, "cpu", kernels=kernels)
+    except QuantizationUnsupported as error:
+        raise ConfigError("--quantization", model.quantization, f"{error}; give what will be served") from None
 
 
 def target_identity(settings: RunSettings) -> str:
-    """Of its content, and the dtype that it computes in: another target teaches something else."""
-    return f"{compute_model_identity(settings.model.folder)} {settings.model.dtype}"
+    """Of its content, and what it computes in: another target teaches something else."""
+    model = settings.model
+    return f"{compute_model_identity(model.folder, model.revision, model.quantization)} {model.dtype}"
 
 
 def build_trainer(settings: RunSettings, documents: Documents, target: Decoder) -> Trainer:
@@ -161,6 +168,7 @@ def _own_answers(
     llm = LLM(
         settings.model.path,
         dtype=settings.model.dtype,
+        quantization=settings.model.quantization,
         num_threads=torch.get_num_threads(),
         max_num_batched_tokens=_BATCHED_TOKENS,
         enable_prefix_caching=False,

@@ -18,6 +18,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.training import checkpoint
+from eagleray.training import trainer as trainer_module
 from eagleray.training.run import Documents, build_trainer, export_head, load_target
 from eagleray.training.texts import Document
 from eagleray.training.trainer import Trainer, learning_rate_share
@@ -92,6 +93,35 @@ def test_another_target_is_not_gone_on_with(new_settings: Any, new_trainer: Any,
     save_random_checkpoint(other, json.loads((other / "config.json").read_text("utf-8")), seed=4)
     with pytest.raises(ConfigError, match="--resume: target="):
         new_trainer(new_settings(model=ModelConfigSection(path=str(other)))).resume()
+
+
+@pytest.mark.parametrize("change", [{"quantization": "w8a8"}, {"dtype": "bfloat16"}, {"revision": "2"}])
+def test_a_target_that_computes_otherwise_is_not_gone_on_with(
+    new_settings: Any, new_trainer: Any, folder: Path, change: dict[str, Any]
+) -> None:
+    list(islice(new_trainer(new_settings()).run(), 6))
+    with pytest.raises(ConfigError, match="--resume: target="):
+        new_trainer(new_settings(model=ModelConfigSection(path=str(folder), **change))).resume()
+
+
+@pytest.mark.parametrize("began_in", [torch.bfloat16, torch.float32], ids=str)
+def test_a_run_goes_on_with_its_own_arithmetic_on_a_machine_that_would_begin_with_another(
+    new_settings: Any, new_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_in: torch.dtype
+) -> None:
+    other = torch.float32 if began_in == torch.bfloat16 else torch.bfloat16
+    losses, settings = {}, new_settings()
+    for dtype in (began_in, other):
+        monkeypatch.setattr(trainer_module, "fastest_dtype", lambda dtype=dtype: dtype)
+        whole = new_trainer(new_settings(output=tmp_path / str(dtype)))
+        losses[dtype] = [progress.loss for progress in islice(whole.run(), 10)]
+    assert losses[began_in] != losses[other]
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: began_in)
+    list(islice(new_trainer(settings).run(), 6))
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: other)
+    resumed = new_trainer(settings)
+    resumed.resume()
+    assert resumed.computes_in == began_in
+    assert [progress.loss for progress in islice(resumed.run(), 4)] == losses[began_in][6:]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(new_settings: Any, new_trainer: Any) -> None:
