@@ -40,6 +40,18 @@ def test_the_loss_falls(new_settings: Any, new_trainer: Any, method: str) -> Non
 
 
 @METHODS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_document_that_fills_a_batch_alone_is_learned_from(
+    new_settings: Any, new_trainer: Any, monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: dtype)
+    trainer = new_trainer(new_settings(method=method, plan={"batch_tokens": 20}))
+    before = weights_of(trainer)
+    list(islice(trainer.run(), 3))
+    assert weights_of(trainer) != before
+
+
+@METHODS
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     new_settings: Any, new_trainer: Any, tmp_path: Path, method: str
 ) -> None:
