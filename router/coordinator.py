@@ -161,8 +161,10 @@ class Coordinator:
         return again and replace(again, reason=f"{again.reason}; KV of {route.prefill} cannot be read: {difference}")
 
     async def _hashes(self, journal: Journal, client: WorkerClient) -> Sequence[BlockHash]:
-        layout = client.welcome.region.layout
-        namespace = HashNamespace(client.welcome.region.model_identity, layout.block_size_tokens, layout.digest())
+        region, layout = client.welcome.region, client.welcome.region.layout
+        namespace = HashNamespace(
+            region.model_identity, layout.block_size_tokens, layout.digest(), region.draft_identity
+        )
         root = namespace.root(journal.request.spec.tenant_salt)
         return await journal.block_hashes(root, layout.block_size_tokens)
 

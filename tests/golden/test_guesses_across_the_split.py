@@ -542,6 +542,6 @@ def test_a_prefill_worker_with_another_draft_is_not_read(
         assert tokens == oracles["eagle"].tokens["7"][:NUM_NEW_TOKENS]
         assert generation.account is not None and generation.account.prefill_worker is None
         assert "KV of prefill-1 cannot be read" in generation.account.route_reason
-        assert ("layer groups" if other is None else "model or draft") in generation.account.route_reason
+        assert ("layer groups" if other is None else "draft") in generation.account.route_reason
 
     asyncio.run(serve())
