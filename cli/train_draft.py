@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_output(settings, arguments.resume)
     import torch
 
-    from eagleray.training.run import build_trainer, export_head, gather_documents, load_target
+    from eagleray.training.run import build_trainer, export_head, gather_documents, layers_note, load_target
     from eagleray.training.trainer import fastest_dtype
 
     if arguments.num_threads is not None:
@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         if progress.held_out is not None or progress.step % _REPORTED_STEPS == 0:
             show(f"{speed.line(progress)}{_acceptance(progress.held_out)}")
     export_head(settings, trainer)  # not in the loop: a run that was interrupted behind its last step has none of it
+    if (note := layers_note(trainer)) is not None:
+        show(note)
     show(f"the head is in {settings.output}; serve it with")
     model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
     model += "" if settings.model.quantization is None else f" --quantization {settings.model.quantization}"

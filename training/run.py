@@ -19,6 +19,7 @@ from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.select import select_kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.draft_config import MedusaConfig
+from eagleray.models.draft_heads.eagle_format import LAYER_IDS, authors_capture_layers
 from eagleray.models.draft_heads.export import export_eagle3, export_medusa
 from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET
 from eagleray.models.loader import load_model
@@ -148,6 +149,21 @@ def export_head(settings: RunSettings, trainer: Trainer) -> None:
         if vocabulary_V is not None:
             tensors[DRAFT_TO_TARGET] = vocabulary_V - torch.arange(len(vocabulary_V))
         export_eagle3(settings.output, trainee.config, tensors)
+
+
+def layers_note(trainer: Trainer) -> str | None:
+    """What whoever takes an EAGLE-3 head elsewhere should know of the layers that it reads."""
+    layers, usual = trainer.teacher.capture_layers, authors_capture_layers(trainer.teacher.decoder.config.num_layers)
+    if not layers or layers == usual:
+        return None
+    return (
+        f"it reads the inputs of layers {_listed(layers)}, and says so as {LAYER_IDS} in config.json; a server that "
+        f"does not read this takes {_listed(usual)}, the authors' choice, and guesses badly"
+    )
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _answered(documents: Sequence[Document]) -> list[Document]:

@@ -90,6 +90,13 @@ def test_an_interrupted_run_says_when_this_machine_would_compute_otherwise(
     assert "goes on in torch.bfloat16, as it began; on this machine torch.float32" in capsys.readouterr().out
 
 
+def test_a_head_that_reads_other_layers_than_the_authors_says_so(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    assert "it reads the inputs of layers 0, 1, 2, and says so as eagle_aux_hidden" in capsys.readouterr().out
+
+
 def test_the_head_is_written_once_for_each_time_that_it_is_measured(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,10 +19,15 @@ from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.training import checkpoint
 from eagleray.training import trainer as trainer_module
-from eagleray.training.run import Documents, build_trainer, export_head, load_target
+from eagleray.training.run import Documents, build_trainer, export_head, layers_note, load_target
 from eagleray.training.texts import Document
 from eagleray.training.trainer import Trainer, learning_rate_share
 
+TARGET = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "torch_dtype": "float32",
+}  # fmt: skip
 METHODS = pytest.mark.parametrize("method", ["eagle3", "medusa"])
 
 
@@ -145,6 +150,17 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(new_settings: 
     with pytest.raises(ConfigError, match=r"--learning-rate=0.02: in step 7 the loss is no number"):
         list(trainer.run())
     assert trainer._checkpoint.read_bytes() == before
+
+
+def test_who_reads_the_layers_of_the_authors_or_none_needs_no_note(
+    new_settings: Any, documents: Sequence[Document], tmp_path: Path
+) -> None:
+    save_random_checkpoint(tmp_path, {**TARGET, "num_hidden_layers": 8}, seed=1)
+    for method, layers, is_noted in (("eagle3", None, False), ("eagle3", (2, 4, 7), True), ("medusa", None, False)):
+        model = ModelConfigSection(path=str(tmp_path))
+        settings = new_settings(model=model, method=method, capture_layers=layers)
+        trainer = build_trainer(settings, Documents(documents[8:], documents[:8]), load_target(settings))
+        assert (layers_note(trainer) is not None) == is_noted
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
