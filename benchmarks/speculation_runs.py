@@ -73,6 +73,7 @@ class StepTimer:
     def __init__(self, executor: LocalExecutor) -> None:
         self._executor = executor
         self.layout, self.model_identity = executor.layout, executor.model_identity
+        self.draft_identity = executor.draft_identity
         self.num_blocks, self.num_host_blocks = executor.num_blocks, executor.num_host_blocks
         self.max_model_tokens = executor.max_model_tokens
         self.begin()

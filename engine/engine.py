@@ -37,6 +37,7 @@ class EngineExecutor(Executor, Protocol):
     num_host_blocks: int
     max_model_tokens: int
     model_identity: str
+    draft_identity: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,9 @@ class Engine:
         self._clock = clock
         self._new_text_stream = new_text_stream
         block_size = executor.layout.block_size_tokens
-        self.namespace = HashNamespace(executor.model_identity, block_size, executor.layout.digest())
+        self.namespace = HashNamespace(
+            executor.model_identity, block_size, executor.layout.digest(), executor.draft_identity
+        )
         self._kv = KVManager(
             executor.num_blocks,
             block_size,

@@ -66,6 +66,7 @@ class LocalExecutor:
         num_host_blocks: int,
         model_config: ModelConfig,
         model_identity: str,
+        draft_identity: str,
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
         computes_with: str,
@@ -79,6 +80,7 @@ class LocalExecutor:
         self.num_host_blocks = num_host_blocks
         self.model_config = model_config
         self.model_identity = model_identity
+        self.draft_identity = draft_identity
         self.max_model_tokens = max_model_tokens
         self.has_draft_network = has_draft_network
         self.computes_with = computes_with
@@ -207,7 +209,8 @@ def _load(
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,
-        model_identity=identity + draft_identity(speculation),
+        model_identity=identity,
+        draft_identity=draft_identity(speculation),
         max_model_tokens=max_model_tokens,
         thread=thread,
         computes_with=kernels.description,
