@@ -96,8 +96,8 @@ class Figure:
 
     @property
     def bound_with_outside(self) -> float | None:
-        """The same with the time of every step that is neither computing nor guessing. It is about as long with guesses
-        as without, for more tokens, so that a speed-up can exceed ``bound``."""
+        """The same with the time of every step that is neither computing nor guessing. It is paid less often where
+        steps bring more tokens, so that a speed-up can exceed ``bound``."""
         if self.outside_s is None or self.plain_outside_s is None:
             return None
         return self._bound(self.outside_s, self.plain_outside_s)
