@@ -287,7 +287,8 @@ def _stage_rows(run: Run) -> list[Sequence[str]]:
     for part in run.parts:
         if part.direct_s is not None:
             stages_s = [statistics.fmean(map(stage, part.windows)) for stage in STAGES.values()]
-            rows.append((part.name, *map(_ms, (*stages_s, sum(stages_s)))))
+            first_event_s = statistics.fmean(statistics.fmean(window.first_event_s) for window in part.windows)
+            rows.append((part.name, *map(_ms, (*stages_s, first_event_s))))
     return rows
 
 

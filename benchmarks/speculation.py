@@ -47,6 +47,8 @@ _QUICK: Final = {"num_prompts": 4, "max_tokens": 32, "repeats": 2, "batches": (1
 
 def _named(option: object) -> str:
     """As results tell it: of a file its name, not where one machine keeps it."""
+    if isinstance(option, list | tuple):
+        return " ".join(map(_named, option))
     return option.name if isinstance(option, Path) else str(option)
 
 

@@ -17,7 +17,7 @@ from eagleray.core.errors import ConfigError
 
 ADAPTIVE: Final = ", adaptive"
 # What two pieces of one table may differ in: which rows they add, and where they are written.
-_OWN_OPTIONS: Final = {"draft", "random", "trees", "only", "batches", "quick", "json", "add", "markdown"}
+_OWN_OPTIONS: Final = {"random", "trees", "only", "batches", "quick", "json", "add", "markdown"}
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,11 @@ class PhaseClock:
 
 
 class QueueParts(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``queue_s`` is made of, over all attempts of the request's first choice: the parts sum to it, unless the
-    client hangs up while another worker is asked to go on."""
+    """What ``queue_s`` is made of, over all attempts of the request's first choice. The parts sum to it, unless the
+    request ends while another worker is asked to go on with it."""
 
     read_s: float  # in the ingress: the body read and checked, the template applied, tokenised
-    route_s: float  # cached prefixes looked up, workers chosen and waited for
+    route_s: float  # the rest: cached prefixes looked up, workers chosen and waited for, and some that were lost
     decode_accept_s: float  # from asking decode workers to their answers
     prefill_accept_s: float  # from asking prefill workers to their answers
     first_step_s: float  # on a worker that has accepted, until its first step

@@ -156,9 +156,10 @@ def layers_note(trainer: Trainer) -> str | None:
     layers, usual = trainer.teacher.capture_layers, authors_capture_layers(trainer.teacher.decoder.config.num_layers)
     if not layers or layers == usual:
         return None
+    where = f"{LAYER_IDS} in config.json" + (", but not where SGLang looks, which cannot read layer 0" * (0 in layers))
     return (
-        f"it reads the inputs of layers {_listed(layers)}, and says so as {LAYER_IDS} in config.json; a server that "
-        f"does not read this takes {_listed(usual)}, the authors' choice, and guesses badly"
+        f"it reads the inputs of layers {_listed(layers)}, and says so as {where}; a server that does not read this "
+        f"takes {_listed(usual)}, the authors' choice, and guesses badly"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.errors import ConfigError
+from eagleray.kernels.native.build import BFLOAT16_LEVELS, supported_levels
 from eagleray.training.acceptance import measure_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
@@ -50,7 +51,7 @@ class Progress:
 
 def fastest_dtype() -> torch.dtype:
     """Of products on this CPU: without instructions for it bfloat16 takes ten times as long as float32."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if supported_levels()[0] in BFLOAT16_LEVELS else torch.float32
 
 
 class Trainer:
@@ -90,7 +91,7 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint. Raises ``ConfigError``."""
         state = load_checkpoint(self._checkpoint, self._settings)
-        self.computes_in = state.get("computes_in", self.computes_in)  # those of earlier versions do not say
+        self.computes_in = state.get("computes_in", torch.bfloat16)  # as all did that do not say
         with torch.no_grad():
             for name, weight in self.trainee.weights.items():
                 weight.copy_(state["weights"][name])

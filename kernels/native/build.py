@@ -40,6 +40,7 @@ LEVEL_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
+BFLOAT16_LEVELS: Final = (TILE_LEVEL, "avx512_bf16")  # that multiply pairs of it
 # What of them the CPU must name, beyond what torch found it and the operating system to support.
 _CPU_FEATURES: Final = {
     TILE_LEVEL: {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
@@ -165,15 +166,15 @@ def _find_compiler() -> str | None:
 
 
 def _has_openmp(compiler: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "any.c"
-        source.write_text("int main(void) {\n#pragma omp parallel\n    {}\n    return 0;\n}\n", encoding="ascii")
-        command = [compiler, _OPENMP, str(source), "-o", str(source.with_suffix(""))]
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "any.c"
+            source.write_text("int main(void) {\n#pragma omp parallel\n    {}\n    return 0;\n}\n", encoding="ascii")
+            command = [compiler, _OPENMP, str(source), "-o", str(source.with_suffix(""))]
             done = subprocess.run(command, capture_output=True, timeout=_COMPILE_DEADLINE_S, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def _fingerprint(sources: Sequence[Path], level: str) -> str:

@@ -134,7 +134,10 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_those_that_compute_prom
 ) -> None:
     times_s = iter((10.0, 10.5, 10.75))
     monkeypatch.setattr(speculation_runs, "time", SimpleNamespace(perf_counter=lambda: next(times_s)))
-    timer = StepTimer(SimpleNamespace(layout=0, model_identity=0, num_blocks=0, num_host_blocks=0, max_model_tokens=0))  # type: ignore[arg-type]
+    executor = dict.fromkeys(
+        ("layout", "model_identity", "draft_identity", "num_blocks", "num_host_blocks", "max_model_tokens"), 0
+    )
+    timer = StepTimer(SimpleNamespace(**executor))  # type: ignore[arg-type]
     result = SimpleNamespace(verify_s=0.125, draft_s=0.0625)
     prompt, decoding = (SimpleNamespace(num_tokens=n, num_rows=n + 2, samples=True) for n in (5, 1))
     timer.note(SimpleNamespace(runs=(prompt, decoding)), result)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_a_compiler_without_openmp_builds_for_one_thread_and_the_reason_is_told(
     loaded = load_library(LEVEL, tmp_path / "cache", num_threads=2)
     assert loaded.panel_columns() > 0
     assert loaded.num_threads == 1
-    assert "threads: 1 as the compiler has no OpenMP" in select.native_kernels(loaded, torch.float32).description
+    assert "threads: 1, built without OpenMP" in select.native_kernels(loaded, torch.float32).description
 
 
 @needs_compiler
