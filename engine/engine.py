@@ -236,23 +236,25 @@ class Engine:
 
     def _note_guesses(self, step: _EndedStep, outside_s: float) -> None:
         """Tell who decides how much to guess what came of it, and what it took."""
-        # Not those that had no guesses, or were cut short, for want of room or because they have just come here: that
-        # does not tell how often guesses come true. Where none was found, none did.
-        counts = [
-            (len(run.run.draft or ()), len(run.new.sampled))
-            for run in step.runs
-            if run.new is not None and self._drafted.get(run.request.request_id) == len(run.run.draft or ())
-        ]
-        if self._guessed is not None and counts:
-            num_guesses, gained = zip(*counts, strict=True)
-            self._draft_policy.note_acceptance(self._guessed, sum(num_guesses), gained)
-        drafts = step.result.drafts
-        self._drafted = {
-            run.run.spec.request_id: len(drafts.get(run.run.spec.request_id, ()))
-            for run in step.runs
-            if run.run.may_draft
-        }
         guessed, self._guessed = self._guessed, step.plan.shape
+        if guessed is not None:
+            # Not those that had no guesses, or were cut short, for want of room or because they have just come here:
+            # that does not tell how often guesses come true. Where none was found, none did.
+            counts = [
+                (len(run.run.draft or ()), len(run.new.sampled))
+                for run in step.runs
+                if run.new is not None and self._drafted.get(run.request.request_id) == len(run.run.draft or ())
+            ]
+            if counts:
+                num_guesses, gained = zip(*counts, strict=True)
+                self._draft_policy.note_acceptance(guessed, sum(num_guesses), gained)
+        if self._guessed is not None:
+            drafts = step.result.drafts
+            self._drafted = {
+                run.run.spec.request_id: len(drafts.get(run.run.spec.request_id, ()))
+                for run in step.runs
+                if run.run.may_draft
+            }
         if step.plan.runs and step.plan.is_decode_only:
             num_rows = sum(run.num_rows for run in step.plan.runs)
             num_caught_up = sum(run.num_deferred for run in step.plan.runs if not run.defers)
