@@ -180,7 +180,8 @@ def _ratios(comparison: Comparison, ours: str, peer: str, cases: Sequence[str]) 
 
 
 _RUN_HEADER: Final = (
-    "engine", "version", "computes in", "K and V in", "tcmalloc", "start, s", "kept", "discarded", "others at most",
+    "engine", "version", "asked to compute in", "K and V in", "tcmalloc", "start, s", "kept", "discarded",
+    "others at most",
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class Contender:
     bytes_per_weight: float = 2.0
     export: str | None = None  # weight format of the OpenVINO export it reads; None: the checkpoint
     settings: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "bfloat16"  # of products; those with weights in 8 bits may be in 8 bits as well
+    dtype: str = "bfloat16"  # asked of products; those with weights in 8 bits may be in 8 bits as well, and where a CPU
+    # has no instructions for bfloat16 an engine may multiply in float32 what it keeps in bfloat16
     kv: str = "bfloat16"  # what K and V are kept in
 
     @property

@@ -48,6 +48,7 @@ class Report:
 
     origin: Provenance
     num_prompts: int
+    verification: str  # the rule
     rows: list[Row]
 
 
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{options.chats}: line {chats.index(None) + 1} has no messages; give a file of chats")
     prompts = [_question(chat) for chat in chats]
     origin = provenance()
-    rows = [row for name in options.shapes for row in measure(options, name, prompts)]
-    report = Report(origin, len(prompts), rows)
+    rows = [row for name in _shapes(options) for row in measure(options, name, prompts)]
+    report = Report(origin, len(prompts), options.verification, rows)
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if options.markdown:
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, name: str, prompts: list[list[dict[str, str]]]) -> list[Row]:
     """Of one shape, at each temperature."""
-    speculation = {"method": "eagle3", "model": options.draft, "adaptive": False, **SHAPES[name]}
+    rule = {"verification": options.verification}
+    speculation = {"method": "eagle3", "model": options.draft, "adaptive": False, **rule, **SHAPES[name]}
     llm = LLM(options.model, num_threads=options.num_threads, num_blocks=_NUM_BLOCKS, speculation=speculation)
     rows = []
     for temperature in options.temperatures:
@@ -102,7 +104,7 @@ def count(llm: LLM, prompts: list[list[dict[str, str]]], sampling: SamplingParam
 
 def sections(report: Report) -> list[Section]:
     """What a run is printed as."""
-    run = {**asdict(report.origin), "prompts": str(report.num_prompts)}
+    run = {**asdict(report.origin), "prompts": str(report.num_prompts), "verification": report.verification}
     head = ("guesses", "temperature", "tokens per step", "steps", "accepted by position")
     rows = [
         (
@@ -120,6 +122,18 @@ def sections(report: Report) -> list[Section]:
     ]
 
 
+def _shapes(options: argparse.Namespace) -> list[str]:
+    """Those that were asked for and go with the rule."""
+    if options.verification != "rejection":
+        return list(options.shapes)
+    chains = [name for name in options.shapes if "tree_branching" not in SHAPES[name]]
+    if not chains:
+        raise SystemExit("--verification rejection is for chains; name one in --shapes, or leave --verification out")
+    if len(chains) < len(options.shapes):
+        print("--verification rejection is for chains, so trees are left out", file=sys.stderr)
+    return chains
+
+
 def _question(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """All but the answer."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -134,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="folder of the model, or demo")
     parser.add_argument("--draft", default="demo", help="folder of the head, or demo")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    rules = ("target_token", "rejection")
+    parser.add_argument("--verification", choices=rules, default=rules[0], help="rule; see operations.md")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7], metavar="T")
     parser.add_argument("--num-chats", type=int, default=256, metavar="N", help="of the file, from its beginning")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each answer")

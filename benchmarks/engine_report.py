@@ -130,10 +130,27 @@ def sections(run: Run) -> list[Section]:
             ("decode, replayed, batch", "step, ms", "kernels, ms", "outside, ms", "share", "calls", "others"), splits
         ),
     ]
+    if len(run.splits) > 1:
+        shown.append(Section(("of what a step costs beside kernels", "each step", "each sequence in it"), _slopes(run)))
     for profile in run.profiles:
         name = f"{profile.name}{mark(profile.others_share)}"
         shown.append(Section((name, "ms", "TFLOP/s", "GB/s of weights"), profile.rows()))
     return [section for section in shown if section.rows]
+
+
+def _slopes(run: Run) -> list[tuple[str, str, str]]:
+    """A straight line through the smallest and the largest batch."""
+    small, *_, large = sorted(run.splits, key=lambda split: split.batch)
+
+    def line(of_small: float, of_large: float) -> tuple[float, float]:
+        per_sequence = (of_large - of_small) / (large.batch - small.batch)
+        return of_small - small.batch * per_sequence, per_sequence
+
+    outside = [f"{seconds * 1e6:,.0f}" for seconds in line(small.outside_s, large.outside_s)]
+    calls = [f"{count:,.0f}" for count in line(small.num_calls, large.num_calls)]
+    share = mark(max(small.others_share, large.others_share))
+    batches = f"batch {small.batch} to {large.batch}"
+    return [(f"outside, us, {batches}{share}", *outside), (f"calls, {batches}", *calls)]  # type: ignore[list-item]
 
 
 def _figure_row(figure: Figure) -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine, StepOutcome
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.kernels.native import build as native
 from eagleray.kernels.replay.api import ComputeAnew
 from eagleray.kernels.select import Kernels, load_best_library, native_kernels
 from eagleray.models.registry import load_model_config
@@ -29,7 +32,8 @@ from eagleray.text.tokenizer import Tokenizer
 PROMPT_TOKENS: Final = 32  # of the requests that decode
 _FIRST_ID, _NUM_IDS = 8, 240  # prompts are made of these, which every vocabulary here has
 _UNTIMED_STEPS: Final = 4  # after all requests of a batch have begun
-_PANEL_WEIGHT_BYTES: Final = {0: 2.0, 1: 1.0, 2: 0.5, 3: 1.0}  # enum weights in panel_linear.c
+_DECLARATIONS: Final = Path(native.__file__).with_name("operations.h")
+_PANEL_WEIGHT_BYTES: Final = {0: 2.0, 1: 1.0, 2: 0.5, 3: 1.0}  # enum weights in panels.h
 _ELEMENT_BYTES: Final = {0: 4.0, 1: 2.0}  # enum element in vectors.h
 
 
@@ -120,12 +124,24 @@ class _Product:
         return self.bytes_per_weight * self.in_features * self.out_features
 
 
+def _argument_names(function: str) -> list[str]:
+    """In order, as the declaration in C has them."""
+    declaration = re.search(rf"^\w+ {function}\(([^)]*)\);", _DECLARATIONS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert declaration is not None, f"{_DECLARATIONS} does not declare {function}"
+    return [argument.split()[-1].lstrip("*") for argument in declaration[1].split(",")]
+
+
+_PRODUCTS: Final = {name: _argument_names(name) for name in ("panel_linear", "linear")}
+
+
 def _product(name: str, arguments: Sequence[Any]) -> _Product | None:
-    if name == "panel_linear":
-        return _Product(arguments[14], arguments[16], arguments[17], _PANEL_WEIGHT_BYTES[arguments[4]])
-    if name == "linear":
-        return _Product(arguments[7], arguments[8], arguments[9], _ELEMENT_BYTES[arguments[3]])
-    return None
+    if name not in _PRODUCTS:
+        return None
+    named = dict(zip(_PRODUCTS[name], arguments, strict=True))
+    bytes_per_weight = (
+        _PANEL_WEIGHT_BYTES[named["weights"]] if name == "panel_linear" else _ELEMENT_BYTES[named["element"]]
+    )
+    return _Product(named["rows"], named["in_features"], named["out_features"], bytes_per_weight)
 
 
 class CallCounter:

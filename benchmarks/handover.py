@@ -13,20 +13,23 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-from provenance import provenance
+from interference import mark, undisturbed
+from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
 
@@ -67,6 +70,7 @@ class Line:
     verified: float  # a whole hand-over
     unverified: float  # without fingerprints
     first: float  # verified, into a pool that nothing was written to before
+    others_share: float  # of the cores, what other processes used meanwhile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin, lines = provenance(), list(_measure(options))
     shown = [_section(lines)]
     if options.markdown:
-        print(f"{origin.date}, {origin.cpu}, {origin.num_cores} cores, {origin.git_commit}\n\n{to_markdown(shown)}")
+        print(f"{_title(origin, lines)}\n\n{to_markdown(shown)}")
     else:
-        Console().print(to_terminal(shown))
+        Console().print(_title(origin, lines), to_terminal(shown), sep="\n", highlight=False, markup=False)
     if options.json:
         everything = {"provenance": asdict(origin), "lines": [asdict(line) for line in lines]}
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(everything)) + b"\n")
@@ -89,10 +93,13 @@ def _measure(options: argparse.Namespace) -> Iterator[Line]:
         for transport in options.transports:
             with _source(layout, transport == "loopback") as source:
                 for num_tokens in NUM_TOKENS:
-                    yield _measure_line(name, transport, source, num_tokens, options.repeats)
+                    measured = partial(_measure_line, name, transport, source, num_tokens, options.repeats)
+                    line, others_share = undisturbed(measured, tree_pid=os.getpid())
+                    yield replace(line, others_share=others_share)
 
 
 def _measure_line(layout_name: str, transport: str, source: Source, num_tokens: int, repeats: int) -> Line:
+    """``others_share`` is for whoever timed all of it to say."""
     layout = LAYOUTS[layout_name]
     num_blocks = num_tokens // layout.block_size_tokens
     num_bytes = num_blocks * layout.block_bytes
@@ -107,7 +114,7 @@ def _measure_line(layout_name: str, transport: str, source: Source, num_tokens: 
         reader.stop()
     rates = {name: num_bytes / statistics.median(values[1:]) / 1e9 for name, values in seconds.items()}
     first = num_bytes / seconds["verified"][0] / 1e9
-    return Line(layout_name, num_tokens, num_bytes, transport, first=first, **rates)
+    return Line(layout_name, num_tokens, num_bytes, transport, first=first, others_share=0.0, **rates)
 
 
 def _copy_plainly(origin: KVMemory, target: KVMemory) -> float:
@@ -239,14 +246,20 @@ def _copy(library: NativeLibrary, origin: memoryview, target: memoryview) -> Non
 # ---- what is shown
 
 
+def _title(origin: Provenance, lines: Sequence[Line]) -> str:
+    others = f"others used at most {max(line.others_share for line in lines):.1%} of the cores"
+    return f"{origin.date}, {origin.cpu}, {origin.num_cores} cores, {origin.git_commit}; {others}"
+
+
 def _section(lines: Sequence[Line]) -> Section:
     header = ("layout", "tokens", "MB", "transport", "memcpy", "hand-over", "of memcpy",
-              "without fingerprint", "of memcpy", "first, fresh pool")  # fmt: skip
+              "without fingerprint", "of memcpy", "first, fresh pool", "others")  # fmt: skip
     rows = [
         (
             line.layout, f"{line.num_tokens:,}", f"{line.num_bytes / 1e6:.1f}", line.transport,
             f"{line.memcpy:.2f}", f"{line.verified:.2f}", f"{line.verified / line.memcpy:.0%}",
             f"{line.unverified:.2f}", f"{line.unverified / line.memcpy:.0%}", f"{line.first:.2f}",
+            f"{line.others_share:.1%}{mark(line.others_share)}",
         )
         for line in lines
     ]  # fmt: skip

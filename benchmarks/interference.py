@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 
 
 class OtherProcesses:
-    """From its construction on: all processes but this one and, when one is given, those of the tree that is timed."""
+    """From its construction on: all processes but this one and, when one is given, those of the tree that is timed, be
+    it all that this one has started."""
 
     def __init__(self, tree_pid: int | None = None) -> None:
         self._tree_pid = tree_pid
@@ -31,7 +32,7 @@ class OtherProcesses:
 
     def _measured_s(self) -> float:
         tree_s = 0.0 if self._tree_pid is None else _tree_s(self._tree_pid)
-        return time.process_time() + tree_s
+        return tree_s if self._tree_pid == os.getpid() else time.process_time() + tree_s
 
 
 class Trees:
@@ -71,9 +72,11 @@ def attempts(max_share: float, tree_pid: int | None = None) -> Iterator[Attempt]
             return
 
 
-def undisturbed(action: Callable[[], Result], max_share: float = MAX_OTHERS_SHARE) -> tuple[Result, float]:
+def undisturbed(
+    action: Callable[[], Result], max_share: float = MAX_OTHERS_SHARE, tree_pid: int | None = None
+) -> tuple[Result, float]:
     """What ``action`` returns and what others used meanwhile, of the first attempt that they left alone or the last."""
-    for attempt in attempts(max_share):
+    for attempt in attempts(max_share, tree_pid):
         result = action()
         others_share = attempt.end()
     return result, others_share

@@ -34,7 +34,7 @@ class NullExecutor:
         self.layout = fake_layout(block_size_tokens)
         self.num_blocks, self.num_host_blocks = NUM_BLOCKS, 0
         self.max_model_tokens = MAX_MODEL_TOKENS
-        self.model_identity = "null"
+        self.model_identity, self.draft_identity = "null", ""
         self.kv = KVMemory(self.layout, NUM_BLOCKS, shared_kv)
         self._tokens = tuple(map(SampledToken, letter_ids))
         self._busy_until_s = 0.0

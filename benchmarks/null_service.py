@@ -32,6 +32,8 @@ from eagleray.text.tokenizer import Tokenizer
 MAX_STREAMS: Final = 64
 LOCAL_PREFILL_TOKENS: Final = 32  # a longer prompt is prefilled on the prefill worker
 _REPLICA_TITLE: Final = "ray::ServeReplica:eagleray:"
+_INDEX_TITLES: Final = ("valkey-server", "redis-server")
+INDEX, RAY = "index", "Ray's own"  # processes beside those that requests pass through
 _CONNECTED_DEADLINE_S: Final = 60.0
 _LOAD_DEADLINE_S: Final = 120.0
 _CLIENT: Final = Path(__file__).with_name("stream_load.py")
@@ -39,7 +41,8 @@ _CLIENT: Final = Path(__file__).with_name("stream_load.py")
 
 @dataclass(frozen=True)
 class NullService:
-    """Where it listens, and the processes that requests and tokens pass through: process id to name."""
+    """Where it listens, and its processes, id to name: one each that requests and tokens pass through, the prefix
+    index's server, and all that Ray needs."""
 
     address: str
     model: str
@@ -69,12 +72,16 @@ def null_service() -> Iterator[NullService]:
         try:
             with httpx.Client(base_url=service.address, trust_env=False) as client:
                 _wait_until_connected(client)
-            below = descendants(os.getpid()).items()
-            replicas = {pid: title for pid, title in below if title.startswith(_REPLICA_TITLE)}
-            names = {pid: title.removeprefix(_REPLICA_TITLE) for pid, title in sorted(replicas.items())}
+            names = {pid: _name_of(title) for pid, title in sorted(descendants(os.getpid()).items())}
             yield NullService(service.address, config.model.name, names)
         finally:
             service.stop()
+
+
+def _name_of(title: str) -> str:
+    if any(server in title for server in _INDEX_TITLES):
+        return INDEX
+    return title.removeprefix(_REPLICA_TITLE) if title.startswith(_REPLICA_TITLE) else RAY
 
 
 class DirectEngine:

@@ -9,17 +9,21 @@ compute nothing. ``results/README.md`` says how the numbers are meant.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
+from interference import MAX_OTHERS_SHARE, mark, undisturbed
 from measure import Distribution, distribution
 from null_engine import MAX_MODEL_TOKENS
-from null_service import MAX_STREAMS, DirectEngine, NullService, null_service
+from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, null_service
+from process_cpu import ProcessUse
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
@@ -50,18 +54,36 @@ class Part:
 
 @dataclass(frozen=True)
 class PartResult:
-    """Windows of all rounds, and the engine's own time to a first token where it matters."""
+    """What was seen in all rounds, each with the share of the cores that other processes used meanwhile, and the
+    engine's own time to a first token where it matters."""
 
     part: Part
-    windows: Sequence[Window]
+    measured: Sequence[tuple[Window, float]]
     direct_s: float | None
 
-    def cpu_per(self, count: Callable[[Window], int], pid: int | None = None) -> float:
-        """Median over the rounds of processor seconds per counted thing: of one process, or of all."""
-        return statistics.median(
-            sum(use.cpu_s for process, use in window.processes.items() if pid in (None, process)) / count(window)
-            for window in self.windows
-        )
+    @property
+    def name(self) -> str:
+        return f"{self.part.name}{mark(self.others_share)}"
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Those that nobody disturbed; all where there is none."""
+        left_alone = [window for window, share in self.measured if share <= MAX_OTHERS_SHARE]
+        return left_alone or [window for window, _ in self.measured]
+
+    @property
+    def others_share(self) -> float:
+        """The most, of the windows that count."""
+        shares = [share for _, share in self.measured]
+        return max([share for share in shares if share <= MAX_OTHERS_SHARE] or shares)
+
+    @property
+    def unit(self) -> str:
+        """What use is divided by."""
+        return "token" if self.part.per_token else "request"
+
+    def count(self, window: Window) -> int:
+        return window.num_tokens if self.part.per_token else window.num_answers
 
     @property
     def first_event_s(self) -> Distribution:
@@ -76,14 +98,50 @@ class Run:
 
     origin: Provenance
     options: argparse.Namespace
-    processes: Mapping[int, str]
+    processes: Mapping[int, str]  # of some names there are several
     parts: Sequence[PartResult]
+
+    @property
+    def serving(self) -> list[str]:
+        """The processes that requests and tokens pass through."""
+        return [name for name in self.names if name not in (INDEX, RAY)]
+
+    @property
+    def names(self) -> list[str]:
+        beside = {INDEX: 1, RAY: 2}
+        return sorted(dict.fromkeys(self.processes.values()), key=lambda name: beside.get(name, 0))
+
+    def use(self, window: Window, names: Sequence[str]) -> ProcessUse:
+        """Of all processes of these names together."""
+        uses = [use for pid, use in window.processes.items() if self.processes[pid] in names]
+        return ProcessUse(sum(use.cpu_s for use in uses), sum(use.num_waits for use in uses))
+
+    def cpu_per(self, part: PartResult, count: Callable[[Window], float], names: Sequence[str]) -> float:
+        """Median over the rounds of processor seconds per counted thing."""
+        return statistics.median(self.use(window, names).cpu_s / count(window) for window in part.windows)
+
+    def beyond_idle(self, part: PartResult, name: str) -> tuple[float, float]:
+        """Medians of (processor seconds, waits) per token or request, less what the process needs when nothing is
+        asked."""
+        idle = next(other for other in self.parts if other.part is IDLE)
+        idle_uses = [(self.use(window, [name]), window.duration_s) for window in idle.windows]
+        idle_cpu = statistics.median(use.cpu_s / duration_s for use, duration_s in idle_uses)
+        idle_waits = statistics.median(use.num_waits / duration_s for use, duration_s in idle_uses)
+        uses = [(self.use(window, [name]), window.duration_s, part.count(window)) for window in part.windows]
+        return (
+            statistics.median((use.cpu_s - idle_cpu * duration_s) / count for use, duration_s, count in uses),
+            statistics.median((use.num_waits - idle_waits * duration_s) / count for use, duration_s, count in uses),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run = measure(options)
-    title = f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}"
+    others_share = max(part.others_share for part in run.parts)
+    title = (
+        f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}; others used at "
+        f"most {others_share:.1%} of the cores{mark(others_share)}"
+    )
     shown = sections(run)
     if options.markdown:
         print(f"{title}\n\n{to_markdown(shown)}")
@@ -102,14 +160,16 @@ def measure(options: argparse.Namespace) -> Run:
     direct_s = {
         prompt: statistics.median(direct.first_token_s(prompt) for _ in range(DIRECT_REPEATS)) for prompt in asked
     }
-    windows: dict[str, list[Window]] = {part.name: [] for part in PARTS}
+    measured: dict[str, list[tuple[Window, float]]] = {part.name: [] for part in PARTS}
     with null_service() as service:
         for _ in range(options.rounds):
             for part in PARTS:
-                windows[part.name].append(service.measure(part.new_job(service, options.window_s)))
+                job = part.new_job(service, options.window_s)
+                # The service's processes are below this one, and so is the client.
+                measured[part.name].append(undisturbed(partial(service.measure, job), tree_pid=os.getpid()))
         processes = service.processes
     results = [
-        PartResult(part, windows[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
+        PartResult(part, measured[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
         for part in PARTS
     ]
     return Run(origin, options, processes, results)
@@ -145,8 +205,9 @@ def _streams(num_streams: int, step_us: int) -> Callable[[NullService, float], J
     return new_job
 
 
+IDLE: Final = Part("idle", _idle)
 PARTS: Final = (
-    Part("idle", _idle),
+    IDLE,
     Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT),
     Part("first token, split over two workers", _single(LONG_PROMPT), direct_prompt=LONG_PROMPT),
     Part(f"requests of one token, {CONNECTIONS} at once", _requests, per_request=True),
@@ -182,71 +243,105 @@ def _body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> 
 
 
 def sections(run: Run) -> list[Section]:
-    names = list(run.processes.values())
+    serving = run.serving
+    beside = [name for name in run.names if name not in serving]
     return [
         Section(("first token, ms", "p50", "p95", "engine alone", "added, p50", "added, p95"), _first_rows(run)),
-        Section(("processor time", "all", *names, "client"), _cpu_rows(run)),
+        Section(("where a first token's time goes, mean ms", *STAGES, "first event"), _stage_rows(run)),
+        Section(("processor time", "all that serve", *serving, *beside, "client"), _cpu_rows(run)),
+        Section(("beyond idle", *run.names), _beyond_idle_rows(run)),
         Section(("counts", "tokens/s", "tokens per event", "bytes per token", "waits per 1,000 tokens"), _counts(run)),
-        Section(("account of the server, mean ms", *ACCOUNTS), _account_rows(run)),
     ]
-
-
-ACCOUNTS: Final = ("queue_s", "prefill_s", "network_s", "time_to_first_token_s")
 
 
 def _first_rows(run: Run) -> list[Sequence[str]]:
     return [
-        (part.part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
+        (part.name, *map(_ms, (first.p50, first.p95, own_s, first.p50 - own_s, first.p95 - own_s)))
         for part in run.parts
         if (own_s := part.direct_s) is not None and (first := part.first_event_s)
     ]
 
 
-def _cpu_rows(run: Run) -> list[Sequence[str]]:
+# From the server's account, but for what lies outside it: an answer's end comes as long after the account was closed
+# as the first event comes after it was written.
+STAGES: Final[Mapping[str, Callable[[Window], float]]] = {
+    "outside the account": lambda window: statistics.fmean(window.answer_s) - window.accounts_s["total_s"],
+    "read": lambda window: window.accounts_s["queue.read_s"],
+    "routed": lambda window: window.accounts_s["queue.route_s"],
+    "decode accepts": lambda window: window.accounts_s["queue.decode_accept_s"],
+    "prefill accepts": lambda window: window.accounts_s["queue.prefill_accept_s"],
+    "step begins": lambda window: window.accounts_s["queue.first_step_s"],
+    "token said": lambda window: window.accounts_s["prefill_s"],
+    "received": lambda window: window.accounts_s["network_s"],
+    "written": lambda window: (
+        statistics.fmean(window.first_event_s)
+        - statistics.fmean(window.answer_s)
+        + window.accounts_s["total_s"]
+        - window.accounts_s["time_to_first_token_s"]
+    ),
+}
+
+
+def _stage_rows(run: Run) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for part in run.parts:
-        name = part.part.name
-        if part.part.per_token:
-            shares = [part.cpu_per(lambda window: window.num_tokens, pid) for pid in (None, *run.processes)]
-            client_s = statistics.median(window.client_cpu_s / window.num_tokens for window in part.windows)
-            rows.append((f"{name}, us per token", *(f"{1e6 * s:.1f}" for s in (*shares, client_s))))
-        elif part.part.per_request:
-            shares = [part.cpu_per(lambda window: window.num_answers, pid) for pid in (None, *run.processes)]
-            client_s = statistics.median(window.client_cpu_s / window.num_answers for window in part.windows)
-            rows.append((f"{name}, ms per request", *(f"{1e3 * s:.2f}" for s in (*shares, client_s))))
-        elif part.part.name == "idle":
-            shares = [part.cpu_per(lambda window: 1, pid) / run.options.window_s for pid in (None, *run.processes)]
-            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+        if part.direct_s is not None:
+            stages_s = [statistics.fmean(map(stage, part.windows)) for stage in STAGES.values()]
+            first_event_s = statistics.fmean(statistics.fmean(window.first_event_s) for window in part.windows)
+            rows.append((part.name, *map(_ms, (*stages_s, first_event_s))))
     return rows
+
+
+def _cpu_rows(run: Run) -> list[Sequence[str]]:
+    groups = [run.serving, *([name] for name in run.names)]
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        if part.part is IDLE:
+            shares = [run.cpu_per(part, lambda window: window.duration_s, names) for names in groups]
+            rows.append(("idle, ms per second", *(f"{1e3 * s:.1f}" for s in shares), "-"))
+        elif part.part.per_token or part.part.per_request:
+            shares = [run.cpu_per(part, part.count, names) for names in groups]
+            shares.append(statistics.median(window.client_cpu_s / part.count(window) for window in part.windows))
+            rows.append((f"{part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in shares)))
+    return rows
+
+
+def _beyond_idle_rows(run: Run) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for part in run.parts:
+        if part.part is not IDLE:
+            cpu_s, waits = zip(*(run.beyond_idle(part, name) for name in run.names), strict=True)
+            rows.append((f"{part.name}, {_use_unit(part)}", *(_cpu(part, s) for s in cpu_s)))
+            rows.append((f"{part.name}, waits per {part.unit}", *(f"{round(count, 2) + 0.0:.2f}" for count in waits)))
+    return rows
+
+
+def _use_unit(part: PartResult) -> str:
+    return f"us per {part.unit}" if part.part.per_token else f"ms per {part.unit}"
+
+
+def _cpu(part: PartResult, seconds: float) -> str:
+    if part.part.per_token:
+        return f"{round(1e6 * seconds, 1) + 0.0:.1f}"
+    return f"{round(1e3 * seconds, 2) + 0.0:.2f}"  # 0.0 more: no "-0.00"
 
 
 def _counts(run: Run) -> list[Sequence[str]]:
     return [
         (
-            part.part.name,
+            part.name,
             f"{sum(window.num_tokens / window.duration_s for window in part.windows) / len(part.windows):,.0f}",
             f"{sum(window.num_tokens for window in part.windows) / sum(w.num_events for w in part.windows):.2f}",
             f"{sum(window.num_bytes for window in part.windows) / sum(w.num_tokens for w in part.windows):.0f}",
-            f"{1000 * sum(map(_num_waits, part.windows)) / sum(w.num_tokens for w in part.windows):.0f}",
+            f"{1000 * _num_waits(run, part) / sum(w.num_tokens for w in part.windows):.0f}",
         )
         for part in run.parts
         if part.part.per_token
     ]
 
 
-def _num_waits(window: Window) -> int:
-    return sum(use.num_waits for use in window.processes.values())
-
-
-def _account_rows(run: Run) -> list[Sequence[str]]:
-    return [
-        (
-            part.part.name,
-            *(_ms(statistics.fmean(window.accounts_s[name] for window in part.windows)) for name in ACCOUNTS),
-        )
-        for part in run.parts
-        if part.direct_s is not None
-    ]
+def _num_waits(run: Run, part: PartResult) -> int:
+    return sum(run.use(window, run.serving).num_waits for window in part.windows)
 
 
 def _ms(seconds: float) -> str:
@@ -260,7 +355,13 @@ def _as_json(run: Run) -> bytes:
         "options": options,
         "processes": run.processes,
         "parts": [
-            {"name": part.part.name, "engine_alone_s": part.direct_s, "windows": part.windows} for part in run.parts
+            {
+                "name": part.part.name,
+                "engine_alone_s": part.direct_s,
+                "windows": [window for window, _ in part.measured],
+                "others_shares": [share for _, share in part.measured],
+            }
+            for part in run.parts
         ],
     }
     return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"

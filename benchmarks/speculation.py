@@ -5,7 +5,8 @@
     eagleray train-draft --model demo --method medusa --data prompts.jsonl --output HEADS
     python benchmarks/speculation.py --draft models/demo/draft HEADS --trees --random eagle draft_model
 
-``results/README.md`` says how to read the numbers.
+A long table can be measured in pieces: with ``--json FILE --add`` the rows that FILE holds are kept, and the tables are
+of everything. ``results/README.md`` says how to read the numbers.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-from interference import OtherProcesses
-from provenance import Provenance, provenance
-from report import Section, to_markdown, to_terminal
+from provenance import provenance
+from report import to_markdown, to_terminal
 from rich.console import Console
-from speculation_figures import Figure, Ratio, figure
+from speculation_figures import Figure, figure
+from speculation_report import ADAPTIVE, Piece, SpeculationReport, read_report, sections, write_report
 from speculation_runs import NO_SPECULATION, Contender, in_turns, read_prompts
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
@@ -35,30 +35,20 @@ from eagleray.models.draft_heads.read import read_draft
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
 
-_PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo.jsonl"
+_PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo_held_out.jsonl"
 _KV_MEMORY_BYTES: Final = 512 * 2**20
 _BATCHES_OF_PROMPTS: Final = 6  # at least, in a round
-_ADAPTIVE: Final = ", adaptive"
 _RANDOM: Final = ("eagle", "eagle3", "medusa", "draft_model")
+_RANDOM_NAME: Final = "random weights (cost only)"
 _TREE: Final = {"tree_branching": 4, "tree_nodes": 15}
 _TREE_NAME: Final = "tree of 15"  # of EAGLE-2's kind
 _QUICK: Final = {"num_prompts": 4, "max_tokens": 32, "repeats": 2, "batches": (1, 4)}
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything about one run."""
-
-    origin: Provenance
-    model: str
-    options: dict[str, Any]
-    others_share: float  # of the cores' time, used by other processes during the run
-    figures: Sequence[Figure]
-    bounds: Sequence[float | None]  # of the figures
-
-
 def _named(option: object) -> str:
     """As results tell it: of a file its name, not where one machine keeps it."""
+    if isinstance(option, list | tuple):
+        return " ".join(map(_named, option))
     return option.name if isinstance(option, Path) else str(option)
 
 
@@ -67,38 +57,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(_QUICK)
+    if options.add and not options.json:
+        parser.error("--add needs --json FILE, the report to add to")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+    if options.trees and options.verification == "rejection":
+        print("speculation: --verification rejection is for chains, so trees are left out", file=sys.stderr)
+        options.trees = False
     try:
-        run = measure(options)
+        report = _measure_piece(options)
     except ConfigError as error:
         print(f"speculation: {error}", file=sys.stderr)
         return 2
-    _show(run, options.markdown)
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(run))) + b"\n")
+    _show(report, options.markdown)
     return 0
 
 
-def measure(options: argparse.Namespace) -> Run:
-    """Raises ``ConfigError`` for what cannot be served."""
+def _measure_piece(options: argparse.Namespace) -> SpeculationReport:
+    """Together with what there was before. The file is written whenever there is a new figure."""
+    before = read_report(options.json) if options.add and options.json.exists() else SpeculationReport(())
+    piece = Piece(provenance(), {name: _named(value) for name, value in vars(options).items()}, ())
+    before.require_same(piece, options.json)
+    for figures in measure(options):
+        piece = replace(piece, figures=[*piece.figures, *figures])
+        if options.json:
+            write_report(options.json, SpeculationReport((*before.pieces, piece)))
+    return SpeculationReport((*before.pieces, piece))
+
+
+def measure(options: argparse.Namespace) -> Iterator[list[Figure]]:
+    """Of one method and batch size after the other. Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
     prompts = read_prompts(options.prompts, config.model.folder)
-    others = OtherProcesses()
-    figures: list[Figure] = []
-    plain = Contender(NO_SPECULATION, config, None)
+    plain = Contender(NO_SPECULATION, config, None, options.temperature)
     with tempfile.TemporaryDirectory() as folder:
         for name, fields in methods_of(options, plain.model_config, Path(folder)).items():
-            figures += _compare(name, fields, plain, config, prompts, options)
+            yield from _compare(name, fields, plain, config, prompts, options)
     plain.close()
-    return Run(
-        origin=provenance(),
-        model=options.model,
-        options={name: _named(value) for name, value in vars(options).items()},
-        others_share=others.share(),
-        figures=figures,
-        bounds=[figure.bound for figure in figures],
-    )
 
 
 def _compare(
@@ -108,15 +103,17 @@ def _compare(
     config: Config,
     prompts: Sequence[Sequence[int]],
     options: argparse.Namespace,
-) -> list[Figure]:
+) -> Iterator[list[Figure]]:
     """One method, always guessing and under its controller, in turns with no guessing."""
     guessing = [
         Contender(
-            f"{name}{_ADAPTIVE if adaptive else ''}", config, SpeculationConfig(**dict(fields, adaptive=adaptive))
+            f"{name}{ADAPTIVE if adaptive else ''}",
+            config,
+            SpeculationConfig(**dict(fields, adaptive=adaptive)),
+            options.temperature,
         )
         for adaptive in (False, True)
     ]
-    figures = []
     for batch in options.batches:
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
         num_prompts = max(options.num_prompts, _BATCHES_OF_PROMPTS * batch)
@@ -124,10 +121,9 @@ def _compare(
         rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
         always_rounds, adaptive_rounds = guessing_rounds
-        figures += [figure(plain_rounds, always_rounds, options.depth), figure(plain_rounds, adaptive_rounds, None)]
+        yield [figure(plain_rounds, always_rounds, options.depth), figure(plain_rounds, adaptive_rounds, None)]
     for contender in guessing:
         contender.close()
-    return figures
 
 
 def methods_of(options: argparse.Namespace, target: ModelConfig, folder: Path) -> dict[str, dict[str, Any]]:
@@ -142,14 +138,15 @@ def methods_of(options: argparse.Namespace, target: ModelConfig, folder: Path) -
         methods[f"{method} {draft.name}"] = {"method": method, "model": str(draft)}
     for method in options.random or ([] if drafts else ["eagle3"]):
         _save_random_draft(method, options.model, target, folder / method)
-        methods[f"{method}, random weights"] = {"method": method, "model": str(folder / method)}
+        methods[f"{method}, {_RANDOM_NAME}"] = {"method": method, "model": str(folder / method)}
     if options.only:
         methods = {name: fields for name, fields in methods.items() if fields["method"] in options.only}
     if options.trees:
         methods |= {
             f"{name}, {_TREE_NAME}": fields | _TREE for name, fields in methods.items() if fields["method"] != "ngram"
         }
-    return {name: fields | {"num_speculative_tokens": options.depth} for name, fields in methods.items()}
+    of_all = {"num_speculative_tokens": options.depth, "verification": options.verification}
+    return {name: fields | of_all for name, fields in methods.items()}
 
 
 def _save_random_draft(method: str, model: str, target: ModelConfig, folder: Path) -> None:
@@ -178,63 +175,12 @@ def _config(options: argparse.Namespace) -> Config:
     return parse_config({"model": model, "prefill": {"replicas": 0}, "decode": pool})
 
 
-def _show(run: Run, as_markdown: bool) -> None:
-    origin = run.origin
-    title = (
-        f"{run.model}, threads {run.options['threads']}, {run.options['depth']} tokens ahead, "
-        f"{origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; "
-        f"others used {run.others_share:.1%} of the cores"
-    )
-    shown = sections(run.figures)
+def _show(report: SpeculationReport, as_markdown: bool) -> None:
+    shown = sections(report.figures)
     if as_markdown:
-        print(f"{title}\n\n{to_markdown(shown)}")
+        print(f"{report.title()}\n\n{to_markdown(shown)}")
     else:
-        Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
-
-
-def sections(figures: Sequence[Figure]) -> list[Section]:
-    """Methods that always guess with what bounds them, then controllers."""
-    always = [figure for figure in figures if not figure.contender.endswith(_ADAPTIVE)]
-    adaptive = [figure for figure in figures if figure.contender.endswith(_ADAPTIVE)]
-    header = (
-        "always guessing", "batch", "tokens per step", "by position", "tokens/s", "none", "speed-up (95 %)", "bound",
-        "t_decode, ms", "t_verify, ms", "t_draft, ms", "differing answers",
-    )  # fmt: skip
-    rows = [
-        (
-            *_speed_cells(figure),
-            "-" if figure.bound is None else f"{figure.bound:.2f}",
-            *(_milliseconds(seconds) for seconds in (figure.decode_s, figure.verify_s, figure.draft_s_per_token)),
-            str(figure.num_differing_answers),
-        )
-        for figure in always
-    ]
-    return [
-        Section(header, rows),
-        Section(("controller", *header[1:7]), [_speed_cells(figure) for figure in adaptive]),
-    ]
-
-
-def _speed_cells(figure: Figure) -> tuple[str, ...]:
-    return (
-        figure.contender.removesuffix(_ADAPTIVE),
-        str(figure.batch),
-        f"{figure.tokens_per_step:.2f}",
-        " ".join(f"{rate:.0%}" for rate in figure.rate_per_position) or "-",
-        f"{figure.tokens_per_s:,.0f}",
-        f"{figure.plain_tokens_per_s:,.0f}",
-        _interval(figure.speed_up),
-    )
-
-
-def _interval(ratio: Ratio) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.mean:.2f}"
-    return f"{ratio.mean:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+        Console().print(report.title(), to_terminal(shown), sep="\n", highlight=False, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,12 +199,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-prompts", type=int, default=16, help="answered in each round, at least 6 for each place of a batch")
     add("--max-tokens", type=int, default=128, help="of each answer")
     add("--depth", type=int, default=3, help="tokens ahead to guess")
+    add("--temperature", type=float, default=0.0, help="of every request; above 0 each has a seed")
+    add("--verification", choices=("target_token", "rejection"), default="target_token", help="rule; see operations.md")
     add("--early-exit-layers", type=int, help="layers that guess; default: a quarter of the model's")
     add("--batches", type=int, nargs="+", default=(1, 4, 16), help="requests that decode together")
     add("--threads", type=int, default=1, help="of each engine")
     add("--repeats", type=int, default=5, help="rounds of each contender, taken in turns")
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")
-    add("--json", type=Path, help="write everything to this file")
+    add("--json", type=Path, help="write everything to this file, after every row")
+    add("--add", action="store_true", help="keep the rows that the file has already")
     add("--markdown", action="store_true", help="print Markdown")
     return parser
 

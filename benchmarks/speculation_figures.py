@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from interference import MAX_OTHERS_SHARE
 from speculation_runs import DecodingStep, Round
 
 from eagleray.core.acceptance import total_acceptance
@@ -41,9 +42,22 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Tokens per second of two rounds over the same prompts, one soon after the other."""
+
+    tokens_per_s: float
+    plain_tokens_per_s: float
+    others_share: float  # of the cores, what other processes used meanwhile
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.others_share > MAX_OTHERS_SHARE
+
+
+@dataclass(frozen=True)
 class Figure:
     """One contender at one batch size, against none in the same turns. Times are medians of steps of the whole batch;
-    None where there were none."""
+    None where there were none. Disturbed rounds count only where there are no others."""
 
     contender: str
     batch: int
@@ -56,19 +70,44 @@ class Figure:
     decode_s: float | None  # a step of the engine that does not guess
     verify_s: float | None
     draft_s: float | None  # all tokens ahead
+    outside_s: float | None  # of a step, what is neither of the two
+    plain_outside_s: float | None  # the same of the engine that does not guess
+    prefill_share: float  # of the rounds' time: steps that computed some prompt
     guessing_share: float  # of the steps of the whole batch: those that had guesses to verify
-    num_differing_answers: int  # from those of the engine that does not guess: none but for near-ties
+    num_differing_answers: int  # from those of the engine that does not guess
+    pairs: Sequence[Pair]  # all of them
+
+    @property
+    def counted_pairs(self) -> Sequence[Pair]:
+        """Those that the figures are of."""
+        return [pair for pair in self.pairs if not pair.is_disturbed] or self.pairs
+
+    @property
+    def others_share(self) -> float:
+        """The highest of the rounds that counted."""
+        return max(pair.others_share for pair in self.counted_pairs)
 
     @property
     def bound(self) -> float | None:
         """Speed-up if nothing took time but computing: tokens per step * t_decode / (t_verify + depth * t_draft), after
         Leviathan et al. (arXiv 2211.17192). Steps that found nothing to guess take t_decode instead of t_verify. None
         under a controller, whose steps differ."""
+        return self._bound(0.0, 0.0)
+
+    @property
+    def bound_with_outside(self) -> float | None:
+        """The same with the time of every step that is neither computing nor guessing. It is paid less often where
+        steps bring more tokens, so that a speed-up can exceed ``bound``."""
+        if self.outside_s is None or self.plain_outside_s is None:
+            return None
+        return self._bound(self.outside_s, self.plain_outside_s)
+
+    def _bound(self, outside_s: float, plain_outside_s: float) -> float | None:
         if self.depth is None or self.decode_s is None or self.verify_s is None or self.draft_s is None:
             return None
         share = self.guessing_share
         step_s = share * self.verify_s + (1 - share) * self.decode_s + self.draft_s
-        return self.tokens_per_step * self.decode_s / step_s
+        return self.tokens_per_step * (self.decode_s + plain_outside_s) / (step_s + outside_s)
 
     @property
     def draft_s_per_token(self) -> float | None:
@@ -78,29 +117,41 @@ class Figure:
 
 def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None) -> Figure:
     """Of rounds taken in turns over the same prompts."""
-    batch = guessing[0].batch
+    pairs = [
+        Pair(taken.tokens_per_s, other.tokens_per_s, taken.others_share)
+        for taken, other in zip(guessing, plain, strict=True)
+    ]
+    if not all(pair.is_disturbed for pair in pairs):
+        plain, guessing = (
+            [taken for taken, pair in zip(rounds, pairs, strict=True) if not pair.is_disturbed]
+            for rounds in (plain, guessing)
+        )
     acceptance = total_acceptance(taken.acceptance for taken in guessing)
-    steps = _full_steps(guessing)
+    steps, plain_steps = _full_steps(guessing), _full_steps(plain)
     verifying = [step for step in steps if step.num_guesses]
     speeds, plain_speeds = ([taken.tokens_per_s for taken in rounds] for rounds in (guessing, plain))
     return Figure(
         contender=guessing[0].contender,
-        batch=batch,
+        batch=guessing[0].batch,
         depth=depth,
         tokens_per_step=1.0 if acceptance is None else acceptance.tokens_per_step,
         rate_per_position=() if acceptance is None else acceptance.rate_per_position,
         tokens_per_s=statistics.median(speeds),
         plain_tokens_per_s=statistics.median(plain_speeds),
         speed_up=Ratio.of_pairs(speeds, plain_speeds),
-        decode_s=_median([step.verify_s for step in _full_steps(plain)]),
+        decode_s=_median([step.verify_s for step in plain_steps]),
         verify_s=_median([step.verify_s for step in verifying]),
         draft_s=_median([step.draft_s for step in steps]),
+        outside_s=_median([step.outside_s for step in steps]),
+        plain_outside_s=_median([step.outside_s for step in plain_steps]),
+        prefill_share=sum(taken.prefill_s for taken in guessing) / sum(taken.duration_s for taken in guessing),
         guessing_share=len(verifying) / len(steps) if steps else 0.0,
         num_differing_answers=sum(
             ours != theirs
             for taken, other in zip(guessing, plain, strict=True)
             for ours, theirs in zip(taken.answers, other.answers, strict=True)
         ),
+        pairs=pairs,
     )
 
 

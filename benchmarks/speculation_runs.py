@@ -6,9 +6,12 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from interference import undisturbed
 
 from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.clock import SystemClock
@@ -26,6 +29,8 @@ from eagleray.text.tokenizer import Tokenizer
 
 NO_SPECULATION: Final = "none"
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class DecodingStep:
@@ -35,6 +40,12 @@ class DecodingStep:
     num_guesses: int  # that it verified, of all requests
     verify_s: float
     draft_s: float
+    wall_s: float  # from the end of the step before to its own
+
+    @property
+    def outside_s(self) -> float:
+        """Neither computing nor guessing: scheduling, Python, text where that takes longer than the step computes."""
+        return self.wall_s - self.verify_s - self.draft_s
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Round:
     acceptance: Acceptance | None
     answers: Sequence[Sequence[int]]
     steps: Sequence[DecodingStep]
+    prefill_s: float = 0.0  # of its duration, steps that computed some prompt
+    others_share: float = 0.0  # of the cores, what other processes used during this round of all contenders
 
     @property
     def tokens_per_s(self) -> float:
@@ -55,17 +68,34 @@ class Round:
 
 
 class StepTimer:
-    """An ``EngineExecutor`` that notes what decoding steps took."""
+    """An ``EngineExecutor`` that notes what steps took."""
 
     def __init__(self, executor: LocalExecutor) -> None:
         self._executor = executor
         self.layout, self.model_identity = executor.layout, executor.model_identity
+        self.draft_identity = executor.draft_identity
         self.num_blocks, self.num_host_blocks = executor.num_blocks, executor.num_host_blocks
         self.max_model_tokens = executor.max_model_tokens
+        self.begin()
+
+    def begin(self) -> None:
+        """A round begins."""
         self.steps: list[DecodingStep] = []
+        self.prefill_s = 0.0
+        self._last_end_s = time.perf_counter()
 
     def submit(self, plan: StepPlan) -> TimedStep:
-        return TimedStep(plan, self._executor.submit(plan), self.steps)
+        return TimedStep(plan, self._executor.submit(plan), self)
+
+    def note(self, plan: StepPlan, result: StepResult) -> None:
+        """A step has ended just now."""
+        end_s = time.perf_counter()
+        wall_s, self._last_end_s = end_s - self._last_end_s, end_s
+        if plan.runs and all(run.num_tokens == 1 and run.samples for run in plan.runs):
+            num_guesses = sum(run.num_rows - 1 for run in plan.runs)
+            self.steps.append(DecodingStep(len(plan.runs), num_guesses, result.verify_s, result.draft_s, wall_s))
+        else:
+            self.prefill_s += wall_s
 
 
 @dataclass(frozen=True)
@@ -74,22 +104,22 @@ class TimedStep:
 
     plan: StepPlan
     step: LocalStep
-    steps: list[DecodingStep]
+    timer: StepTimer
 
     def result(self) -> StepResult:
-        result, runs = self.step.result(), self.plan.runs
-        if runs and all(run.num_tokens == 1 and run.samples for run in runs):
-            num_guesses = sum(run.num_rows - 1 for run in runs)
-            self.steps.append(DecodingStep(len(runs), num_guesses, result.verify_s, result.draft_s))
+        result = self.step.result()
+        self.timer.note(self.plan, result)
         return result
 
 
 class Contender:
     """One engine; no prefix is ever cached, so that every round is the same work."""
 
-    def __init__(self, name: str, config: Config, speculation: SpeculationConfig | None) -> None:
+    def __init__(
+        self, name: str, config: Config, speculation: SpeculationConfig | None, temperature: float = 0.0
+    ) -> None:
         """Raises ``ConfigError`` for a draft that does not go with the model."""
-        self.name, self.speculation = name, speculation
+        self.name, self.speculation, self._temperature = name, speculation, temperature
         engine = config.decode.engine
         self._tokenizer = Tokenizer.from_folder(config.model.folder)
         self._executor = build_executor(
@@ -105,8 +135,8 @@ class Contender:
         self._executor.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], batch: int, max_tokens: int) -> Round:
-        """Greedily, ``batch`` at a time: a new prompt begins when an answer ends."""
-        self._timer.steps.clear()
+        """``batch`` at a time: a new prompt begins when an answer ends. A prompt's place in the round is its seed."""
+        self._timer.begin()
         waiting = list(enumerate(prompts))[::-1]
         answers: list[list[int]] = [[] for _ in prompts]
         places: dict[str, int] = {}
@@ -115,7 +145,7 @@ class Contender:
         while waiting or places:
             while waiting and len(places) < batch:
                 place, token_ids = waiting.pop()
-                places[self._add(token_ids, max_tokens)] = place
+                places[self._add(token_ids, max_tokens, seed=place)] = place
             outcome = self._engine.step()
             acceptances.append(outcome.acceptance)
             for output in outcome.outputs:
@@ -125,15 +155,16 @@ class Contender:
         duration_s = time.perf_counter() - start_s
         num_tokens = sum(map(len, answers))
         acceptance = total_acceptance(acceptances)
-        return Round(self.name, batch, duration_s, num_tokens, acceptance, answers, tuple(self._timer.steps))
+        steps, prefill_s = tuple(self._timer.steps), self._timer.prefill_s
+        return Round(self.name, batch, duration_s, num_tokens, acceptance, answers, steps, prefill_s)
 
-    def _add(self, token_ids: Sequence[int], max_tokens: int) -> str:
+    def _add(self, token_ids: Sequence[int], max_tokens: int, seed: int) -> str:
         request_id = str(next(self._numbers))
         spec = RequestSpec(
             request_id=request_id,
             token_ids=tuple(token_ids),
             num_prompt_tokens=len(token_ids),
-            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
+            sampling=SamplingParams(temperature=self._temperature, max_tokens=max_tokens, seed=seed),
             eos_token_ids=self.model_config.eos_token_ids,
         )
         self._engine.add(spec)
@@ -169,11 +200,31 @@ def in_turns(
     max_tokens: int,
     repeats: int,
 ) -> list[list[Round]]:
-    """Per repeat, one round of each contender over the same prompts: A B C A B C. The first, untimed, lets controllers
-    learn. Every repeat begins with another prompt, so that those that decode together differ."""
-    rounds = []
+    """Per repeat, one round of each contender over the same prompts, in the order of ``contenders``. One that others
+    disturb is tried again as a whole, so that rounds that are compared stay neighbours. The first, untimed, lets
+    controllers learn. Every repeat begins with another prompt, so that those that decode together differ, and with
+    another contender: A B C, B C A, C A B."""
+    repeated = []
     for repeat in range(repeats + 1):
-        first = repeat * batch % len(prompts)
-        turned = [*prompts[first:], *prompts[:first]]
-        rounds.append([contender.answer(turned, batch, max_tokens) for contender in contenders])
-    return rounds[1:]
+        answer_all = partial(_answer_all, contenders, repeat, _turned(prompts, repeat * batch), batch, max_tokens)
+        if repeat == 0:
+            answer_all()
+            continue
+        rounds, others_share = undisturbed(answer_all)
+        repeated.append([replace(taken, others_share=others_share) for taken in rounds])
+    return repeated
+
+
+def _answer_all(
+    contenders: Sequence[Contender], first: int, prompts: Sequence[Sequence[int]], batch: int, max_tokens: int
+) -> list[Round]:
+    """``first`` says who begins, not the order of what is returned."""
+    order = _turned(range(len(contenders)), first)
+    rounds = {place: contenders[place].answer(prompts, batch, max_tokens) for place in order}
+    return [rounds[place] for place in range(len(contenders))]
+
+
+def _turned(items: Sequence[Item], first: int) -> list[Item]:
+    """From one of them on, and round to it again."""
+    first %= len(items)
+    return [*items[first:], *items[:first]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     num_answers: int  # that ended in it
     first_event_s: tuple[float, ...]  # of requests sent in it: from sending to the first event
+    answer_s: tuple[float, ...]  # and to the answer's end
     accounts_s: dict[str, float]  # means of the answers' own time accounts
     processes: dict[int, ProcessUse]
     client_cpu_s: float
@@ -124,9 +126,9 @@ async def run(job: Job) -> Window:
 
 async def _measure(job: Job, connections: list[Connection]) -> Window:
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    before = {pid: read_use(pid) for pid in job.pids}
+    before = _uses(job.pids)
     await asyncio.sleep(job.window_s)
-    after = {pid: read_use(pid) for pid in job.pids}
+    after = _uses(job.pids)
     end_s, client_cpu_s = time.perf_counter(), time.process_time() - start_cpu_s
     exchanges = [exchange for connection in connections for exchange in connection.exchanges]
     reads = [data for exchange in exchanges for read_s, data in exchange.reads if start_s <= read_s < end_s]
@@ -143,10 +145,23 @@ async def _measure(job: Job, connections: list[Connection]) -> Window:
             for exchange in exchanges
             if start_s <= exchange.sent_s and start_s < exchange.first_event_s < end_s
         ),
+        answer_s=tuple(
+            exchange.end_s - exchange.sent_s
+            for exchange in exchanges
+            if start_s <= exchange.sent_s and start_s < exchange.end_s < end_s
+        ),
         accounts_s=_mean_account([chunk.timing for chunk in chunks if chunk.timing]),
-        processes={pid: after[pid].since(before[pid]) for pid in job.pids},
+        processes={pid: use.since(before[pid]) for pid, use in after.items() if pid in before},
         client_cpu_s=client_cpu_s,
     )
+
+
+def _uses(pids: tuple[int, ...]) -> dict[int, ProcessUse]:
+    uses = {}
+    for pid in pids:
+        with suppress(FileNotFoundError):  # Ray ends processes that have nothing to do
+            uses[pid] = read_use(pid)
+    return uses
 
 
 def _events(exchange: Exchange, start_s: float, end_s: float) -> list[bytes]:
@@ -180,8 +195,10 @@ def _num_letters(chunk: _Chunk) -> int:
 
 
 def _mean_account(accounts: list[dict[str, Any]]) -> dict[str, float]:
-    names = [name for name in accounts[0] if name.endswith("_s")] if accounts else []
-    return {name: sum(account[name] for account in accounts) / len(accounts) for name in names}
+    """By name; the parts of the queue as ``queue.read_s`` and so on."""
+    flat = [account | {f"queue.{name}": s for name, s in (account.get("queue") or {}).items()} for account in accounts]
+    names = [name for name in flat[0] if name.endswith("_s")] if flat else []
+    return {name: sum(account[name] for account in flat) / len(flat) for name in names}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from eagleray.cli.options import add_model_arguments, given
 from eagleray.cli.terminal import Progress
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import Clock, SystemClock
-from eagleray.core.config import DEMO_MODEL, ModelConfigSection
+from eagleray.core.config import DEMO_MODEL, parse_config
 from eagleray.core.errors import ConfigError
 from eagleray.core.sampling_params import SamplingParams
 
@@ -93,7 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_output(settings, arguments.resume)
     import torch
 
-    from eagleray.training.run import build_trainer, export_head, gather_documents, load_target
+    from eagleray.training.run import build_trainer, export_head, gather_documents, layers_note, load_target
+    from eagleray.training.trainer import fastest_dtype
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
@@ -101,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = build_trainer(settings, gather_documents(settings, show), load_target(settings))
     if is_begun:
         trainer.resume()
+        if trainer.computes_in != fastest_dtype():
+            show(f"goes on in {trainer.computes_in}, as it began; on this machine {fastest_dtype()} would be faster")
     speed = _Speed(clock)
     for progress in trainer.run():
         speed.note(progress)
@@ -109,8 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
         if progress.held_out is not None or progress.step % _REPORTED_STEPS == 0:
             show(f"{speed.line(progress)}{_acceptance(progress.held_out)}")
     export_head(settings, trainer)  # not in the loop: a run that was interrupted behind its last step has none of it
+    if (note := layers_note(trainer)) is not None:
+        show(note)
     show(f"the head is in {settings.output}; serve it with")
     model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
+    model += "" if settings.model.quantization is None else f" --quantization {settings.model.quantization}"
     method = f"--set speculation.method={settings.method}"
     print(f"  eagleray serve{model} {method} --set speculation.model={settings.output}")
     return 0
@@ -184,7 +190,7 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
         seed=arguments.seed,
     )
     return RunSettings(
-        model=ModelConfigSection(**given(arguments, "model")),
+        model=parse_config({"model": given(arguments, "model")}).model,
         method=arguments.method,
         data=tuple(arguments.data),
         output=arguments.output,

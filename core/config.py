@@ -95,6 +95,7 @@ class SpeculationConfig(_Frozen):
     model: str | None = Field(
         None, description="folder of the draft head or smaller model, or 'demo' for the packaged head"
     )
+    revision: str = Field("", description="as model.revision, of the draft")
     num_speculative_tokens: int = Field(3, ge=1, le=16, description="how many tokens ahead to guess")
     tree_branching: int = Field(
         1, ge=1, le=16, description="guesses that are followed up at each step ahead; 1: a chain"

@@ -36,15 +36,19 @@ class KVRegion(msgspec.Struct, frozen=True):
     num_blocks: int
     group_offsets: tuple[int, ...]
     address: str  # host:port of the worker's direct channel, always there: control, and bytes when nothing better
-    model_identity: str  # content of the checkpoint and of a draft that keeps something in the blocks
+    model_identity: str  # content of the checkpoint
     shared_memory: SharedMemoryRef | None = None
+    draft_identity: str = ""  # content of a draft that keeps something in the blocks
 
     def difference(self, other: KVRegion) -> str | None:
         """None when blocks of one mean the same in the other, else what differs, with both values."""
-        difference = self.layout.difference(other.layout)
-        if difference is None and self.model_identity != other.model_identity:
-            return f"model or draft {self.model_identity} here, {other.model_identity} there"
-        return difference
+        if (difference := self.layout.difference(other.layout)) is not None:
+            return difference
+        if self.model_identity != other.model_identity:
+            return f"model {self.model_identity} here, {other.model_identity} there"
+        if self.draft_identity != other.draft_identity:
+            return f"draft {self.draft_identity or 'none'} here, {other.draft_identity or 'none'} there"
+        return None
 
 
 def local_host_id() -> str:

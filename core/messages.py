@@ -17,7 +17,7 @@ from eagleray.core.kv_region import KVRegion
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.snapshot import Role, WorkerSnapshot
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

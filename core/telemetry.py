@@ -66,6 +66,17 @@ class PhaseClock:
         return spent
 
 
+class QueueParts(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``queue_s`` is made of, over all attempts of the request's first choice. The parts sum to it, unless the
+    request ends while another worker is asked to go on with it."""
+
+    read_s: float  # in the ingress: the body read and checked, the template applied, tokenised
+    route_s: float  # the rest: cached prefixes looked up, workers chosen and waited for, and some that were lost
+    decode_accept_s: float  # from asking decode workers to their answers
+    prefill_accept_s: float  # from asking prefill workers to their answers
+    first_step_s: float  # on a worker that has accepted, until its first step
+
+
 class TimeAccount(msgspec.Struct, frozen=True, kw_only=True):
     """What a user is told about one request, in seconds as the ingress measured them."""
 
@@ -83,6 +94,7 @@ class TimeAccount(msgspec.Struct, frozen=True, kw_only=True):
     decode_worker: str | None
     attempts: int
     route_reason: str = ""
+    queue: QueueParts | None = None
     acceptance: Acceptance | None = None  # over all attempts and choices; None: nobody guessed
 
     @classmethod

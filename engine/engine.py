@@ -37,6 +37,7 @@ class EngineExecutor(Executor, Protocol):
     num_host_blocks: int
     max_model_tokens: int
     model_identity: str
+    draft_identity: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,9 @@ class Engine:
         self._clock = clock
         self._new_text_stream = new_text_stream
         block_size = executor.layout.block_size_tokens
-        self.namespace = HashNamespace(executor.model_identity, block_size, executor.layout.digest())
+        self.namespace = HashNamespace(
+            executor.model_identity, block_size, executor.layout.digest(), executor.draft_identity
+        )
         self._kv = KVManager(
             executor.num_blocks,
             block_size,
@@ -120,6 +123,7 @@ class Engine:
         self._guesses = not isinstance(self._draft_policy, NoDrafts)
         self._guessed: DraftShape | None = None  # by the last step
         self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
+        self._last_end_s: float | None = None  # of the step before, if there has been work ever since
         # A request that fits alone can always finish: whatever else there is gives way to it.
         self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
         self._scheduler = Scheduler(config, self._kv, self._draft_policy, self.max_model_tokens)
@@ -197,6 +201,7 @@ class Engine:
         no step is under way: what may be scheduled depends on what the last one sampled."""
         plan = self._scheduler.schedule()
         if plan.is_empty:
+            self._last_end_s = None
             return False
         if self._unscheduled:
             for run in plan.runs:
@@ -220,10 +225,17 @@ class Engine:
         computed = self._scheduler.runs_that_count(step.plan)
         self._ended = _EndedStep(step.plan, result, [self._append(run, request, result) for run, request in computed])
         if self._guesses:
-            self._note_guesses(self._ended)
+            self._note_guesses(self._ended, self._outside_s(result))
 
-    def _note_guesses(self, step: _EndedStep) -> None:
-        """Tell who decides how much to guess what came of it."""
+    def _outside_s(self, result: StepResult) -> float:
+        """Since the step before, what the one that has just ended took besides computing and guessing."""
+        last_end_s, self._last_end_s = self._last_end_s, self._clock.now_s()
+        if last_end_s is None:
+            return 0.0
+        return max(0.0, self._last_end_s - last_end_s - result.verify_s - result.draft_s)
+
+    def _note_guesses(self, step: _EndedStep, outside_s: float) -> None:
+        """Tell who decides how much to guess what came of it, and what it took."""
         # Not those that had no guesses, or were cut short, for want of room or because they have just come here: that
         # does not tell how often guesses come true. Where none was found, none did.
         counts = [
@@ -246,7 +258,7 @@ class Engine:
             num_caught_up = sum(run.num_deferred for run in step.plan.runs if not run.defers)
             times = (step.result.verify_s, step.result.draft_s)
             self._draft_policy.note_times(
-                StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape, guessed, num_caught_up)
+                StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape, guessed, num_caught_up, outside_s)
             )
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -29,6 +29,8 @@ from eagleray.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": [...]}
 Messages = Sequence[Mapping[str, Any]]
 
+_STEP_DEADLINE_S: Final = 3600.0  # nobody waits for an answer as a client does: a large model's step may take minutes
+
 
 class LLM:
     """A model and an engine in this process.
@@ -42,7 +44,8 @@ class LLM:
         progress: called while loading with (tensors loaded, tensors in all).
         quantization: of linear layers: ``"w8a8"``, ``"int8"`` or ``"int4"``; None: none.
         speculation: guess tokens ahead: fields of ``SpeculationConfig``, such as ``{"method": "ngram"}``.
-        engine: any field of ``EngineConfig`` (``max_num_seqs``, ``block_size_tokens``, ``num_blocks``, ...).
+        engine: any field of ``EngineConfig`` (``max_num_seqs``, ``block_size_tokens``, ``num_blocks``, ...);
+            ``step_deadline_s`` is an hour here.
 
     With glibc, ``malloc`` keeps up to 256 MiB of freed memory from then on, in the whole process.
 
@@ -69,7 +72,8 @@ class LLM:
                 unknown[0], engine[unknown[0]], f"LLM() does not know this argument; engine settings: {known}"
             )
         section = {"path": str(model), "dtype": dtype, "max_model_tokens": max_model_len, "quantization": quantization}
-        pools = {"prefill": {"replicas": 0}, "decode": {"engine": engine}}
+        settings = {"step_deadline_s": _STEP_DEADLINE_S, **engine}
+        pools = {"prefill": {"replicas": 0}, "decode": {"engine": settings}}
         self._build(parse_config({"model": section, "speculation": speculation, **pools}), num_threads, progress)
         self._random = random.Random(seed)
         self._request_numbers = itertools.count()

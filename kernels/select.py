@@ -164,8 +164,9 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         linear_format = PanelLinearFormat(library, "bfloat16")
     lost = f" (not {library.lost})" if library.lost else ""
     linear_name = quantization or str(dtype).removeprefix("torch.")
+    threads = f"threads: {library.num_threads}" + ("" if library.has_openmp else ", built without OpenMP")
     return Kernels(
-        description=f"native ({library.level}, threads: {library.num_threads}), linear layers: {linear_name}{lost}",
+        description=f"native ({library.level}, {threads}), linear layers: {linear_name}{lost}",
         is_native=True,
         rms_norm=partial(native_norm_rope.rms_norm, library),
         gather_rows=partial(native_embedding.gather_rows, library),

@@ -112,9 +112,12 @@ class ModelConfig:
         return requested
 
     def resolve_dtype(self, requested: str, device: str) -> str:
-        """What the user chose. Else (``auto``) the checkpoint's own, but float32 on a CPU: there it is no slower for a
-        model of a size that suits a CPU, and only in float32 outputs are identical, up to near-ties, however a request
-        was batched and chunked."""
+        """What the user chose. Else (``auto``) the checkpoint's own, but float32 on a CPU: only in float32 outputs are
+        identical, up to near-ties, however a request was batched and chunked.
+
+        That has its price where a CPU has instructions for bfloat16: prompts are slower, and decoding from about four
+        rows on (``benchmarks/results/2026-11-29-epyc-2-cores/limits.md``, *Guessing*). One that has none multiplies in
+        float32 either way (``2026-11-30-zen3-2-cores/limits.md``). KV takes twice the bytes on both."""
         if requested != "auto":
             return requested
         return "float32" if device == "cpu" else self.dtype

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eagleray.core.errors import ServiceUnavailable, WorkerLost
 from eagleray.core.messages import Submit, TokenOutput
 from eagleray.core.request import RequestSpec
+from eagleray.core.snapshot import Role
 from eagleray.router.journal import Journal
 from eagleray.router.worker_client import WorkerClient
 
@@ -50,12 +52,21 @@ class AttemptBudget:
             )
 
 
+@dataclass(slots=True)
+class Waits:
+    """How long one choice has waited for workers, over all its attempts."""
+
+    answer_s: dict[Role, float] = field(default_factory=lambda: dict.fromkeys(Role, 0.0))  # to whether they accept it
+    first_step_s: float = 0.0  # on those that had accepted
+
+
 class Attempt:
     """One try. ``submit``, then ``follow``, then in any case ``end``."""
 
-    def __init__(self, coordinator: Coordinator, spec: RequestSpec) -> None:
+    def __init__(self, coordinator: Coordinator, spec: RequestSpec, waits: Waits) -> None:
         self._coordinator = coordinator
         self._spec = spec
+        self._waits = waits
         self._take: Callable[[TokenOutput | WorkerLost], None] | None = None  # while it is followed
         self._early: list[TokenOutput | WorkerLost] = []  # what came before
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -93,7 +104,12 @@ class Attempt:
             note(route.decode, self._spec.request_id, 0, num_tokens)
 
     async def _submit(self, client: WorkerClient, submit: Submit) -> None:
-        await client.submit(submit, self._hear)
+        clock, role = self._coordinator.clock, client.welcome.role
+        asked_s = clock.now_s()
+        try:
+            await client.submit(submit, self._hear)
+        finally:
+            self._waits.answer_s[role] += clock.now_s() - asked_s
         self._accepted.append(client)
         worker_id, request_id = client.welcome.worker_id, submit.spec.request_id
         self._coordinator.pending.note_accepted(worker_id, request_id, client.snapshot)

@@ -75,10 +75,7 @@ class Coordinator:
             raise Overloaded(
                 f"{self.num_queued} requests are waiting for a worker; try again later.", self._retry_after_s()
             )
-        if spec.sampling.seed is None:  # drawn here, so that every worker that ever continues the request knows it
-            seeded = msgspec.structs.replace(spec.sampling, seed=secrets.randbits(62))
-            spec = msgspec.structs.replace(spec, sampling=seeded)
-        return RoutedGeneration(self, spec, already_s)
+        return RoutedGeneration(self, with_seed(spec), already_s)
 
     def status(self) -> ServiceStatus:
         clients = self.pool.workers().values()
@@ -164,8 +161,10 @@ class Coordinator:
         return again and replace(again, reason=f"{again.reason}; KV of {route.prefill} cannot be read: {difference}")
 
     async def _hashes(self, journal: Journal, client: WorkerClient) -> Sequence[BlockHash]:
-        layout = client.welcome.region.layout
-        namespace = HashNamespace(client.welcome.region.model_identity, layout.block_size_tokens, layout.digest())
+        region, layout = client.welcome.region, client.welcome.region.layout
+        namespace = HashNamespace(
+            region.model_identity, layout.block_size_tokens, layout.digest(), region.draft_identity
+        )
         root = namespace.root(journal.request.spec.tenant_salt)
         return await journal.block_hashes(root, layout.block_size_tokens)
 
@@ -199,3 +198,10 @@ class Coordinator:
     def _retry_after_s(self) -> float:
         """As long as requests are seen to wait for a worker now."""
         return max(1.0, self.line.wait_s)
+
+
+def with_seed(spec: RequestSpec) -> RequestSpec:
+    """Drawn here where the user gave none, so that every worker that ever continues the request knows it."""
+    if spec.sampling.seed is not None:
+        return spec
+    return msgspec.structs.replace(spec, sampling=msgspec.structs.replace(spec.sampling, seed=secrets.randbits(62)))

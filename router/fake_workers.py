@@ -29,7 +29,7 @@ def fake_welcome(
     block_size_tokens: int = 4,
     num_blocks: int = 64,
     max_model_tokens: int = 256,
-    model_identity: str = "fake",
+    draft_identity: str = "",
 ) -> Welcome:
     """What an idle worker of a tiny model says of itself."""
     layout = KVLayout(block_size_tokens, (LayerGroup("fake", 1, 1, 1, "float32"),))
@@ -37,7 +37,9 @@ def fake_welcome(
         worker_id=worker_id,
         role=role,
         epoch=1,
-        region=KVRegion(worker_id, 1, layout, num_blocks, (0,), f"{worker_id}:1", model_identity),
+        region=KVRegion(
+            worker_id, 1, layout, num_blocks, (0,), f"{worker_id}:1", "fake", draft_identity=draft_identity
+        ),
         max_model_tokens=max_model_tokens,
         snapshot=WorkerSnapshot(
             worker_id=worker_id, role=role, epoch=1, blocks_total=num_blocks, blocks_free=num_blocks

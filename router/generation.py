@@ -17,8 +17,9 @@ from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.errors import InvalidRequest, ServiceUnavailable, WorkerLost
 from eagleray.core.messages import RefusalKind, TokenOutput, merged
 from eagleray.core.request import RequestSpec
-from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
-from eagleray.router.attempt import Attempt, AttemptBudget
+from eagleray.core.snapshot import Role
+from eagleray.core.telemetry import Phase, PhaseClock, QueueParts, TimeAccount
+from eagleray.router.attempt import Attempt, AttemptBudget, Waits
 from eagleray.router.journal import Journal
 from eagleray.router.mailbox import Mailbox
 from eagleray.router.view import Route
@@ -36,6 +37,7 @@ class RoutedGeneration:
     def __init__(self, coordinator: Coordinator, spec: RequestSpec, already_s: float) -> None:
         self._coordinator = coordinator
         self.phases = PhaseClock(coordinator.clock, already_s)
+        self._already_s = already_s
         self._spec = spec
         self._items: Mailbox[_Item] = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,9 +121,9 @@ class RoutedGeneration:
         if self.account is not None:
             return
         self.phases.mark(Phase.QUEUE if self._first_token_s is None else Phase.DECODE)
-        first = self._answers[0]
+        first, spent_s = self._answers[0], self.phases.spent_s()
         self.account = TimeAccount.from_phases(
-            self.phases.spent_s(),
+            spent_s,
             total_s=self.phases.elapsed_s,
             time_to_first_token_s=self._first_token_s,
             num_prompt_tokens=self._spec.num_prompt_tokens,
@@ -131,10 +133,23 @@ class RoutedGeneration:
             decode_worker=first.route.decode if first.route else None,
             attempts=first.num_attempts,
             route_reason=first.route.reason if first.route else "",
+            queue=self._queue_parts(spent_s[Phase.QUEUE], first.waits),
             acceptance=self._acceptance,
         )
         self._coordinator.metrics.note_end(self.account, outcome)
         self._coordinator.tracer.record(self._spec, self.phases, self.account, outcome)
+
+    def _queue_parts(self, queue_s: float, waits: Waits) -> QueueParts:
+        """What has no clock of its own is routing, waiting included."""
+        decode_s, prefill_s = waits.answer_s[Role.DECODE], waits.answer_s[Role.PREFILL]
+        known_s = self._already_s + decode_s + prefill_s + waits.first_step_s
+        return QueueParts(
+            read_s=self._already_s,
+            route_s=max(0.0, queue_s - known_s),
+            decode_accept_s=decode_s,
+            prefill_accept_s=prefill_s,
+            first_step_s=waits.first_step_s,
+        )
 
 
 class Answer:
@@ -149,6 +164,7 @@ class Answer:
         self._ticket = coordinator.line.new_ticket()
         self._refused: dict[str, int] = {}  # worker id -> number of its snapshot when it refused or was lost
         self._why_refused = "no worker is connected"
+        self.waits = Waits()
         self.num_attempts = 0
         self.route: Route | None = None
 
@@ -179,7 +195,7 @@ class Answer:
     def _new_attempt(self) -> Attempt:
         """Each try has an id of its own: what a refused or lost one left on a worker may still be going away."""
         request_id = self._coordinator.new_attempt_id(self._journal.request.spec)
-        return Attempt(self._coordinator, self._journal.request.continuation(request_id))
+        return Attempt(self._coordinator, self._journal.request.continuation(request_id), self.waits)
 
     async def _place(self) -> Attempt:
         """Find workers that accept, waiting for some if need be. Raises ``ServiceUnavailable`` after the deadline."""
@@ -244,6 +260,7 @@ class Answer:
             self._phases.mark(Phase.DECODE)
             return
         computing = Phase.PREFILL if output.position == 0 else Phase.DECODE
+        queued_s = self._phases.spent_s()[Phase.QUEUE]
         self._phases.mark(
             Phase.NETWORK,
             {
@@ -252,6 +269,7 @@ class Answer:
                 computing: output.timing.prefill_s,
             },
         )
+        self.waits.first_step_s += self._phases.spent_s()[Phase.QUEUE] - queued_s
 
 
 def _merged_by_choice(outputs: list[TokenOutput]) -> list[TokenOutput]:

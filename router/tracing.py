@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Tracer, set_span_in_context
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.request import RequestSpec
-from eagleray.core.telemetry import Phase, PhaseClock, TimeAccount
+from eagleray.core.telemetry import Phase, PhaseClock, QueueParts, TimeAccount
 
 
 class RequestTracer(Protocol):
@@ -75,6 +76,7 @@ class OpenTelemetryTracer:
                 "eagleray.prefill_worker": account.prefill_worker or "",
                 "eagleray.decode_worker": account.decode_worker or "",
                 "eagleray.route_reason": account.route_reason,
+                **({} if account.queue is None else _queue_attributes(account.queue)),
             },
         )
         below = set_span_in_context(root)
@@ -86,6 +88,11 @@ class OpenTelemetryTracer:
             )
             span.end(at(end_s))
         root.end(at(segments[-1][2]))
+
+
+def _queue_attributes(queue: QueueParts) -> dict[str, float]:
+    """``eagleray.queue.read_s`` and so on."""
+    return {f"eagleray.queue.{name}": seconds for name, seconds in msgspec.structs.asdict(queue).items()}
 
 
 def _acceptance_attributes(acceptance: Acceptance | None) -> dict[str, int | float | Sequence[float]]:

@@ -56,7 +56,7 @@ class Teacher:
     capture_layers: tuple[int, ...]  # none: the head reads the final hidden states
     draft_vocabulary_V: Tensor | None = None  # int64 ids of the target; None: all of them
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors nothing can be learned from
     def teach(self, documents: Sequence[Document]) -> Lesson:
         """Compute whole documents, each from its first token on."""
         lengths = [len(document.token_ids) for document in documents]

@@ -15,9 +15,11 @@ from eagleray.core.errors import ConfigError
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_tensors import TORCH_DTYPES
 from eagleray.engine.llm import LLM
+from eagleray.kernels.linear.quantization import QuantizationUnsupported
 from eagleray.kernels.select import select_kernels
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.draft_config import MedusaConfig
+from eagleray.models.draft_heads.eagle_format import LAYER_IDS, authors_capture_layers
 from eagleray.models.draft_heads.export import export_eagle3, export_medusa
 from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET
 from eagleray.models.loader import load_model
@@ -102,16 +104,22 @@ def gather_documents(settings: RunSettings, report: OnProgress) -> Documents:
 
 
 def load_target(settings: RunSettings) -> Decoder:
-    """With the kernels that serve it. Raises ``ConfigError``."""
-    config = load_model_config(settings.model.folder)
-    dtype = TORCH_DTYPES[config.resolve_dtype(settings.model.dtype, "cpu")]
-    kernels = select_kernels("auto", dtype, "cpu", torch.get_num_threads())
-    return load_model(settings.model.folder, config, dtype, "cpu", kernels=kernels)
+    """With the kernels and in the format that serve it. Raises ``ConfigError``."""
+    model = settings.model
+    config = load_model_config(model.folder)
+    dtype = TORCH_DTYPES[config.resolve_dtype(model.dtype, "cpu")]
+    num_threads = torch.get_num_threads()
+    try:
+        kernels = select_kernels("auto", dtype, "cpu", num_threads, quantization=model.quantization)
+        return load_model(model.folder, config, dtype, "cpu", kernels=kernels)
+    except QuantizationUnsupported as error:
+        raise ConfigError("--quantization", model.quantization, f"{error}; give what will be served") from None
 
 
 def target_identity(settings: RunSettings) -> str:
-    """Of its content, and the dtype that it computes in: another target teaches something else."""
-    return f"{compute_model_identity(settings.model.folder)} {settings.model.dtype}"
+    """Of its content, and what it computes in: another target teaches something else."""
+    model = settings.model
+    return f"{compute_model_identity(model.folder, model.revision, model.quantization)} {model.dtype}"
 
 
 def build_trainer(settings: RunSettings, documents: Documents, target: Decoder) -> Trainer:
@@ -143,6 +151,22 @@ def export_head(settings: RunSettings, trainer: Trainer) -> None:
         export_eagle3(settings.output, trainee.config, tensors)
 
 
+def layers_note(trainer: Trainer) -> str | None:
+    """What whoever takes an EAGLE-3 head elsewhere should know of the layers that it reads."""
+    layers, usual = trainer.teacher.capture_layers, authors_capture_layers(trainer.teacher.decoder.config.num_layers)
+    if not layers or layers == usual:
+        return None
+    where = f"{LAYER_IDS} in config.json" + (", but not where SGLang looks, which cannot read layer 0" * (0 in layers))
+    return (
+        f"it reads the inputs of layers {_listed(layers)}, and says so as {where}; a server that does not read this "
+        f"takes {_listed(usual)}, the authors' choice, and guesses badly"
+    )
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def _answered(documents: Sequence[Document]) -> list[Document]:
     return [document for document in documents if len(document.token_ids) > document.num_prompt_tokens]
 
@@ -161,6 +185,7 @@ def _own_answers(
     llm = LLM(
         settings.model.path,
         dtype=settings.model.dtype,
+        quantization=settings.model.quantization,
         num_threads=torch.get_num_threads(),
         max_num_batched_tokens=_BATCHED_TOKENS,
         enable_prefix_caching=False,

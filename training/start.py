@@ -15,6 +15,7 @@ from eagleray.models.checkpoint import Checkpoint
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.draft_config import EagleConfig, MedusaConfig
 from eagleray.models.draft_heads.eagle import EagleHead
+from eagleray.models.draft_heads.eagle_format import authors_capture_layers
 from eagleray.models.draft_heads.medusa import MedusaHeads
 from eagleray.models.draft_heads.weight_names import eagle_views, medusa_views
 from eagleray.models.model_config import ModelConfig, RopeConfig
@@ -41,7 +42,7 @@ def default_capture_layers(num_layers: int) -> tuple[int, ...]:
     Raises:
         ConfigError: there are no three layers.
     """
-    low, middle, high = 2, num_layers // 2, num_layers - 3
+    low, middle, high = authors_capture_layers(num_layers)
     if low < middle < high:
         return low, middle, high
     if num_layers < 3:

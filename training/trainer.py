@@ -12,6 +12,7 @@ import torch
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.errors import ConfigError
+from eagleray.kernels.native.build import BFLOAT16_LEVELS, supported_levels
 from eagleray.training.acceptance import measure_acceptance
 from eagleray.training.batches import epoch_batches
 from eagleray.training.checkpoint import load_checkpoint, save_checkpoint
@@ -48,8 +49,15 @@ class Progress:
     held_out: Acceptance | None = None  # at checks
 
 
+def fastest_dtype() -> torch.dtype:
+    """Of products on this CPU: without instructions for it bfloat16 takes ten times as long as float32."""
+    return torch.bfloat16 if supported_levels()[0] in BFLOAT16_LEVELS else torch.float32
+
+
 class Trainer:
     """One run. After ``resume`` it goes on as if it had never been interrupted, bit for bit on the same machine.
+
+    ``computes_in`` is what products are computed in: this machine's fastest for a new run; a resumed one keeps its own.
 
     Args:
         trainee: is trained in place.
@@ -76,12 +84,14 @@ class Trainer:
         self._checkpoint = checkpoint
         self._settings = {**settings, **asdict(plan)}
         self._optimizer = HeadOptimizer(trainee)
+        self.computes_in = fastest_dtype()
         self._num_steps = sum(1 for _ in self._batches())
         self._step = 0
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises ``ConfigError``."""
         state = load_checkpoint(self._checkpoint, self._settings)
+        self.computes_in = state.get("computes_in", torch.bfloat16)  # as all did that do not say
         with torch.no_grad():
             for name, weight in self.trainee.weights.items():
                 weight.copy_(state["weights"][name])
@@ -110,8 +120,7 @@ class Trainer:
 
     def _learn(self, lesson: Lesson) -> float:
         total, weights = torch.zeros(()), 0.0
-        # Without instructions for it a product in bfloat16 takes ten times as long as one in float32.
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.computes_in == torch.bfloat16):
             for depth, logits_RV in enumerate(self.trainee.guess(lesson), start=1):
                 weight = _DEPTH_DECAY ** (depth - 1)
                 loss = soft_cross_entropy(logits_RV, lesson.probabilities_NV, lesson.label_rows(depth))
@@ -134,6 +143,7 @@ class Trainer:
             raise self._diverged("some weights are")  # after a finite loss: the checkpoint before stays
         state: dict[str, Any] = {
             "settings": self._settings,
+            "computes_in": self.computes_in,
             "weights": {name: weight.detach() for name, weight in self.trainee.weights.items()},
             "optimizer": self._optimizer.state(),
             "step": self._step,

@@ -86,6 +86,7 @@ class WorkerParts:
             group_offsets=tuple(executor.kv.group_offsets),
             address=f"{self.host}:0",
             model_identity=executor.model_identity,
+            draft_identity=executor.draft_identity,
             shared_memory=executor.kv.shared_memory_ref(),
         )
 

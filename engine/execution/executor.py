@@ -39,7 +39,6 @@ from eagleray.models.registry import load_model_config
 from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
-_STEP_DEADLINE_S: Final = 3600.0  # no step takes so long: what waits longer waits for a device that is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,13 @@ class LocalStep:
     """A step that was submitted."""
 
     future: Future[StepResult]
+    deadline_s: float  # ``engine.step_deadline_s``
 
     def result(self) -> StepResult:
-        """Wait for the step; raises what it met, or ``EagleRayError`` after an hour without an end."""
-        try:
-            return self.future.result(timeout=_STEP_DEADLINE_S)
-        except TimeoutError:
-            raise EagleRayError(f"a step has not ended within {_STEP_DEADLINE_S:.0f} s; restart the worker") from None
+        """Wait for the step; raises what it met, or ``EagleRayError`` when it does not end before the deadline."""
+        if not wait((self.future,), self.deadline_s).done:
+            raise _has_not_ended(self.deadline_s)
+        return self.future.result(timeout=0)
 
 
 class LocalExecutor:
@@ -67,6 +66,7 @@ class LocalExecutor:
         num_host_blocks: int,
         model_config: ModelConfig,
         model_identity: str,
+        draft_identity: str,
         max_model_tokens: int,
         thread: ThreadPoolExecutor,
         computes_with: str,
@@ -80,6 +80,7 @@ class LocalExecutor:
         self.num_host_blocks = num_host_blocks
         self.model_config = model_config
         self.model_identity = model_identity
+        self.draft_identity = draft_identity
         self.max_model_tokens = max_model_tokens
         self.has_draft_network = has_draft_network
         self.computes_with = computes_with
@@ -91,7 +92,7 @@ class LocalExecutor:
 
     def submit(self, plan: StepPlan) -> LocalStep:
         self._last_step = self._thread.submit(self._run, plan)
-        return LocalStep(self._last_step)
+        return LocalStep(self._last_step, self._step_deadline_s)
 
     def _run(self, plan: StepPlan) -> StepResult:
         with self._turns.turn():
@@ -105,11 +106,15 @@ class LocalExecutor:
         """
         self._thread.shutdown(wait=False)
         if self._last_step is not None and not wait((self._last_step,), self._step_deadline_s).done:
-            raise EagleRayError(
-                f"engine.step_deadline_s={self._step_deadline_s:g}: a step has not ended within that time after the "
-                "last was submitted; end the process, or raise it if steps take so long"
-            )
+            raise _has_not_ended(self._step_deadline_s)
         self.kv.close()
+
+
+def _has_not_ended(deadline_s: float) -> EagleRayError:
+    return EagleRayError(
+        f"engine.step_deadline_s={deadline_s:g}: a step has not ended within that time; end the process, or raise it "
+        "if steps take so long"
+    )
 
 
 def build_executor(
@@ -204,7 +209,8 @@ def _load(
         kv,
         num_host_blocks=engine.num_host_blocks,
         model_config=config,
-        model_identity=identity + draft_identity(speculation),
+        model_identity=identity,
+        draft_identity=draft_identity(speculation),
         max_model_tokens=max_model_tokens,
         thread=thread,
         computes_with=kernels.description,

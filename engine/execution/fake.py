@@ -49,6 +49,7 @@ class FakeExecutor:
     """
 
     computes_with = "nothing: the executor is a fake"
+    draft_identity = ""
     has_draft_network = True  # it overwrites the slots that such a network would
 
     def __init__(

@@ -86,10 +86,10 @@ def _early_exit(config: SpeculationConfig, target: Target) -> Proposer:
 
 
 def draft_identity(config: SpeculationConfig | None) -> str:
-    """What the draft adds to the identity of KV blocks; nothing unless it keeps something in them."""
+    """Of a draft that keeps something in KV blocks; empty for others."""
     if config is None or config.model is None or config.method == "medusa":
         return ""
-    return "+" + compute_model_identity(config.folder)
+    return compute_model_identity(config.folder, config.revision)
 
 
 def build_draft_policy(config: SpeculationConfig | None, has_network: bool) -> DraftPolicy:

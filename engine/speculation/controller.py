@@ -51,6 +51,7 @@ class StepTimes:
     drafted: DraftShape | None  # what the step guessed
     verified: DraftShape | None = None  # what the one before did
     num_caught_up: int = 0  # tokens of earlier steps that the network took in beside the newest ones
+    outside_s: float = 0.0  # beside both: scheduling, taking tokens in, waiting for cores; more where more is verified
 
 
 class DraftPolicy(Protocol):
@@ -137,7 +138,7 @@ class AdaptiveDrafts:
         self._none = _Option(None, _Acceptance())
         self._options = {shape: _Option(shape, acceptances[_kind(shape)]) for shape in shapes}
         self._choices = (self._none, *self._options.values())
-        self._verify_s = _Costs()  # by rows
+        self._verify_s = _Costs()  # by rows; with all that a step takes but guessing
         self._level_s = _Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
@@ -174,7 +175,7 @@ class AdaptiveDrafts:
     def note_times(self, times: StepTimes) -> None:
         size, step = times.num_requests, self._num_steps
         if self._is_usual((size, times.num_rows), _size_class(times.num_rows)):
-            self._verify_s.note(times.num_rows, times.verify_s, step)
+            self._verify_s.note(times.num_rows, times.verify_s + times.outside_s, step)
             self._is_measured |= times.verified == self._chosen.shape
         if times.drafted is None:
             if times.num_caught_up:

@@ -58,8 +58,10 @@ static void find_rows(const struct batch *batch, const struct tile *tile, int64_
     find_keys(batch, tile, first, rows->count, rows->keys);
     for (int64_t j = 0; j < rows->count; j++)
         rows->values[j] = element_at(rows->keys[j], to_value, batch->kv_element);
-    if (following >= tile->end_key) tile = next, following = next->first_key / KEYS * KEYS;
-    rows->next_count = count_keys(tile, following);
+    int is_last = following >= tile->end_key;
+    int is_same = next->sequence == tile->sequence && next->kv_head == tile->kv_head;
+    if (is_last) tile = next, following = next->first_key / KEYS * KEYS;
+    rows->next_count = is_last && is_same ? 0 : count_keys(tile, following); /* the same keys are in the cache */
     find_keys(batch, tile, following, rows->next_count, rows->next_keys);
 }
 
@@ -124,7 +126,7 @@ INLINE void widen_values(const struct batch *batch, const struct rows *rows, flo
 INLINE void add_values(const struct batch *batch, const struct tile *tile, const struct rows *rows,
                        struct scratch *scratch, float *sums, const int element) {
     const int64_t stride = row_stride(batch);
-    if (tile->num_rows > TILE_ROWS || stride != batch->head_dim) {
+    if ((element == BFLOAT16 && tile->num_rows > TILE_ROWS) || stride != batch->head_dim) {
         widen_values(batch, rows, scratch->values, element);
         multiply_panels(tile->num_rows, stride, rows->count, scratch->weights, KEYS,
                         (struct matrix){.first = scratch->values, .stride = VALUES_APART}, FLOAT32, sums, stride, 1);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -41,6 +42,7 @@ LEVEL_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
+BFLOAT16_LEVELS: Final = (TILE_LEVEL, "avx512_bf16")  # that multiply pairs of it
 # What of them the CPU must name, beyond what torch found it and the operating system to support.
 _CPU_FEATURES: Final = {
     TILE_LEVEL: {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
@@ -108,7 +110,8 @@ def _cpu_features() -> set[str]:
 
 
 def build_library(level: str, cache_folder: Path) -> Path:
-    """The library for ``level``, compiled unless ``cache_folder`` has it already.
+    """The library for ``level``, compiled unless ``cache_folder`` has it already. One that was compiled without OpenMP
+    serves as long as the compiler has none.
 
     Several processes may do so at once: each compiles into a file of its own and renames it.
 
@@ -118,7 +121,9 @@ def build_library(level: str, cache_folder: Path) -> Path:
     sources, library = _sources(), library_path(level, cache_folder)
     if is_there(library):
         return library
-    compiler = _find_compiler()
+    compiler, of_one_thread = _find_compiler(), library_path(level, cache_folder, has_openmp=False)
+    if is_there(of_one_thread) and (compiler is None or not _has_openmp(compiler)):
+        return of_one_thread
     if compiler is None:
         raise NativeUnavailable(f"no C compiler ({', '.join(_COMPILERS)}) on this machine; install one, such as gcc")
     try:
@@ -127,7 +132,8 @@ def build_library(level: str, cache_folder: Path) -> Path:
         os.close(handle)
         temporary = Path(name)
         try:
-            _compile(compiler, [file for file in sources if file.suffix == ".c"], level, temporary)
+            if not _compile(compiler, [file for file in sources if file.suffix == ".c"], level, temporary):
+                library = of_one_thread
             temporary.chmod(0o755)
             with temporary.open("rb") as file:  # or a machine that loses power may keep the new name and lose the bytes
                 os.fsync(file.fileno())
@@ -142,13 +148,16 @@ def build_library(level: str, cache_folder: Path) -> Path:
 
 def can_be_built(cache_folder: Path) -> bool:
     """Whether there is a compiler and room for what it makes, or a library that this CPU can run. No torch."""
-    if any(is_there(library_path(level, cache_folder)) for level in _named_levels()):
+    kinds = itertools.product(_named_levels(), (True, False))
+    if any(is_there(library_path(level, cache_folder, has_openmp)) for level, has_openmp in kinds):
         return True
     return _find_compiler() is not None and can_be_written(cache_folder)
 
 
-def library_path(level: str, cache_folder: Path) -> Path:
-    return cache_folder / f"{_fingerprint(_sources(), level)}-{level}.so"
+def library_path(level: str, cache_folder: Path, has_openmp: bool = True) -> Path:
+    """Without OpenMP it has a name of its own, or it would be taken for the other one when there is OpenMP at last."""
+    kind = "" if has_openmp else "-one-thread"
+    return cache_folder / f"{_fingerprint(_sources(), level)}-{level}{kind}.so"
 
 
 def _sources() -> list[Path]:
@@ -159,6 +168,18 @@ def _find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, _COMPILERS)), None)
 
 
+def _has_openmp(compiler: str) -> bool:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "any.c"
+            source.write_text("int main(void) {\n#pragma omp parallel\n    {}\n    return 0;\n}\n", encoding="ascii")
+            command = [compiler, _OPENMP, str(source), "-o", str(source.with_suffix(""))]
+            done = subprocess.run(command, capture_output=True, timeout=_COMPILE_DEADLINE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
 def _fingerprint(sources: Sequence[Path], level: str) -> str:
     digest = hashlib.sha256(repr((platform.machine(), _FLAGS, LEVEL_FLAGS[level])).encode())
     for source in sources:
@@ -166,8 +187,8 @@ def _fingerprint(sources: Sequence[Path], level: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, sources: Sequence[Path], level: str, target: Path) -> None:
-    """With OpenMP if the compiler has it; without, the kernels use one thread."""
+def _compile(compiler: str, sources: Sequence[Path], level: str, target: Path) -> bool:
+    """Whether it is with OpenMP, which it is if the compiler has it; without, the kernels use one thread."""
     command = [compiler, *_FLAGS, *LEVEL_FLAGS[level], *map(str, sources), "-o", str(target), "-lm"]
     errors = ""
     for options in ([_OPENMP], []):
@@ -178,7 +199,7 @@ def _compile(compiler: str, sources: Sequence[Path], level: str, target: Path) -
         except subprocess.TimeoutExpired:
             raise NativeUnavailable(f"{compiler} has not ended within {_COMPILE_DEADLINE_S:.0f} s") from None
         if done.returncode == 0:
-            return
+            return bool(options)
         errors = errors or done.stderr
     first_error = next((line for line in errors.splitlines() if "error" in line), errors[:200])
     raise NativeUnavailable(f"{compiler} failed: {first_error}")

@@ -110,7 +110,8 @@ class NativeLibrary:
     """The functions of the C files, by the same names. They release the interpreter's lock."""
 
     level: str
-    num_threads: int  # 1 where its compiler had no OpenMP
+    num_threads: int  # 1 without OpenMP
+    has_openmp: bool  # its compiler had it
     build: str  # names the sources and options that it was compiled from
     panel_columns: Callable[..., int]
     pack_weight: Callable[..., None]
@@ -157,11 +158,12 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
 def open_library(level: str, path: Path, num_threads: int) -> NativeLibrary:
     """The library at ``path``, which was compiled for ``level``. Raises ``OSError`` if it is none."""
     library = ctypes.CDLL(str(path))
-    if not library.computes_in_threads():
+    has_openmp = bool(library.computes_in_threads())
+    if not has_openmp:
         num_threads = 1
     tape = Tape()
     functions = {name: _bind(library, name, arguments, tape) for name, arguments in _ARGUMENTS.items()}
-    return NativeLibrary(level, num_threads, path.stem, **functions, tape=tape, lost=None)
+    return NativeLibrary(level, num_threads, has_openmp, path.stem, **functions, tape=tape, lost=None)
 
 
 def _bind(library: ctypes.CDLL, name: str, argument_types: Sequence[type[Any]], tape: Tape) -> NativeFunction:

@@ -274,6 +274,10 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         block.accumulates = !scales && chunk > 0;
         if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
         configured_rows = rows;
+        /* Several passes compute over what is in the cache; nothing would be read from memory meanwhile. */
+        if (num_rows > sum_rows(numbers) && num_rows <= ROWS && next_panel < job->num_panels &&
+            next_chunk + chunks <= job->chunks && !is_widened(job, num_rows, weights, numbers))
+            block.ahead = (const char *)panel_at(job, next_panel, next_chunk, weights, numbers);
         if (num_rows > TILE_PAIR && next_panel < job->num_panels)
             prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights, numbers);
         if (!is_widened(job, num_rows, weights, numbers))

@@ -93,6 +93,7 @@ struct block {
     int64_t chunks;
     uint32_t *c;
     int accumulates;
+    const char *ahead; /* as many weights that are read next, or none */
 };
 
 #if defined(__AMX_TILE__)
@@ -278,9 +279,15 @@ INLINE int sum_rows(const int numbers) { return (void)numbers, 2; }
 INLINE int panel_rows(const int numbers) { return sum_rows(numbers) / 2; }
 #endif
 
+/* One of several passes over a block: its share of the weights that are read next. */
+struct share {
+    int64_t first, end; /* lines of each chunk */
+};
+
 /* `rows` of a tile, from address a on, by `columns` of a panel. */
 INLINE void multiply_some_rows(const int rows, const int columns, const struct block *block, const char *a,
-                               int64_t a_chunk, const uint32_t *b, uint32_t *c, const int weights, const int numbers) {
+                               int64_t a_chunk, const uint32_t *b, uint32_t *c, struct share share, const int weights,
+                               const int numbers) {
     const int words = chunk_words(weights, numbers), steps = chunk_steps(numbers) / words, parts = columns / LANES;
     bit_vector sums[MAX_SUM_ROWS][COLUMNS / LANES], factors[COLUMNS / LANES];
 #pragma GCC unroll 8
@@ -288,7 +295,10 @@ INLINE void multiply_some_rows(const int rows, const int columns, const struct b
 #pragma GCC unroll 8
         for (int part = 0; part < parts; part++)
             sums[row][part] = block->accumulates ? load_words(c + row * COLUMNS + part * LANES) : (bit_vector){0};
-    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk, b += words * COLUMNS)
+    for (int64_t chunk = 0; chunk < block->chunks; chunk++, a += a_chunk, b += words * COLUMNS) {
+        if (columns < COLUMNS)
+            for (int64_t line = share.first; line < share.end; line++)
+                __builtin_prefetch(block->ahead + (chunk * words * COLUMNS * 4 + line * 64), 0, 2);
 #pragma GCC unroll 2
         for (int word = 0; word < words; word++)
 #pragma GCC unroll 8
@@ -304,6 +314,7 @@ INLINE void multiply_some_rows(const int rows, const int columns, const struct b
                             add_products(sums[row][part], a + row * block->a_row + 4 * (word * steps + step),
                                          factors[part], numbers);
             }
+    }
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
@@ -318,13 +329,16 @@ INLINE void multiply_tile_rows(const struct block *block, int tile, int column, 
     const int most = columns == COLUMNS ? panel_rows(numbers) : sum_rows(numbers), num_rows = block->rows[tile];
     const int some = (int)even_share(num_rows, most);
     const uint32_t *b = block->b + column;
-    for (int row = 0; row < num_rows; row += some) {
+    int64_t passes = COLUMNS / columns * ceil_divide(num_rows, some), pass = column * passes / COLUMNS;
+    int64_t lines = block->ahead ? chunk_words(weights, numbers) * COLUMNS * 4 / 64 : 0;
+    for (int row = 0; row < num_rows; row += some, pass++) {
+        struct share share = {lines * pass / passes, lines * (pass + 1) / passes};
         const char *a = block->a[tile] + row * block->a_row;
         uint32_t *c = block->c + (tile * ROWS + row) * COLUMNS + column;
 #define CASE(n)                                                                                     \
-    case n:                                                                                         \
-        if (n <= most)                                                                              \
-            multiply_some_rows(n, columns, block, a, block->a_chunk[tile], b, c, weights, numbers); \
+    case n:                                                                                                \
+        if (n <= most)                                                                                     \
+            multiply_some_rows(n, columns, block, a, block->a_chunk[tile], b, c, share, weights, numbers); \
         break;
         switch (smaller(some, num_rows - row)) {
             CASE(1)

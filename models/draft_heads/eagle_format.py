@@ -15,6 +15,7 @@ from eagleray.models.model_config import ModelConfig
 from eagleray.models.registry import refuse_unsupported
 
 LAYER_IDS: Final = "eagle_aux_hidden_state_layer_ids"
+SECTION: Final = "eagle_config"  # where SpecForge and SGLang have them
 _ONLY_IN_VERSION_3: Final = "layers.0.hidden_norm.weight"
 _QUERY_BIAS: Final = "layers.0.self_attn.q_proj.bias"
 
@@ -75,6 +76,11 @@ def read_eagle3(
     )
 
 
+def authors_capture_layers(num_layers: int) -> tuple[int, ...]:
+    """Whose input a head reads that does not say so: low, middle and high. Rising for targets of six layers or more."""
+    return 2, num_layers // 2, num_layers - 3
+
+
 def read_ids(fields: Fields, name: str) -> tuple[int, ...]:
     """A list of whole numbers; empty if missing. Raises ``ConfigError``."""
     ids = fields.raw(name) or []
@@ -85,7 +91,7 @@ def read_ids(fields: Fields, name: str) -> tuple[int, ...]:
 
 def _read_layer_ids(fields: Fields) -> tuple[int, ...]:
     """At the top they name layers by their input; in ``eagle_config``, as SpecForge writes it, by their output."""
-    section = fields.section("eagle_config")
+    section = fields.section(SECTION)
     if section is None:
         return read_ids(fields, LAYER_IDS)
     if not section.boolean("use_aux_hidden_state", True):
@@ -95,7 +101,7 @@ def _read_layer_ids(fields: Fields) -> tuple[int, ...]:
 
 def _capture_layers(layer_ids: tuple[int, ...], target: ModelConfig) -> tuple[int, ...]:
     num_layers = target.num_layers
-    chosen = layer_ids or (2, num_layers // 2, num_layers - 3)
+    chosen = layer_ids or authors_capture_layers(num_layers)
     is_rising = all(first < second for first, second in pairwise(chosen))
     if not is_rising or not 0 <= chosen[0] <= chosen[-1] < num_layers:
         way_out = f"the target has {num_layers} layers; name some of 0 to {num_layers - 1}, rising, in config.json"

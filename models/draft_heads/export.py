@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from eagleray.core.errors import ConfigError
 from eagleray.models.draft_heads.draft_config import EagleConfig, MedusaConfig
-from eagleray.models.draft_heads.eagle_format import LAYER_IDS
+from eagleray.models.draft_heads.eagle_format import LAYER_IDS, SECTION
 from eagleray.models.draft_heads.medusa_format import NUM_HEADS
 from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET, TARGET_TO_DRAFT
 
@@ -90,11 +90,20 @@ def _eagle3_json(config: EagleConfig, stored_dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": stored_dtype,
         LAYER_IDS: list(config.capture_layers),
+        **_layers_by_output(config.capture_layers),
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.projection_norm == "whole",
         "fc_norm": config.projection_norm == "each",
         "norm_output": config.norm_output,
     }
+
+
+def _layers_by_output(capture_layers: Sequence[int]) -> dict[str, Any]:
+    """The same layers once more, for readers of SpecForge's section: by their output, so that the input of the first
+    one has no name there."""
+    if 0 in capture_layers:
+        return {}
+    return {SECTION: {LAYER_IDS: [layer - 1 for layer in capture_layers], "use_aux_hidden_state": True}}
 
 
 def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], file_name: str) -> None:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from engine_report import Profile, Run, Timing, figure_of, sections
+from engine_report import Profile, Run, StepSplit, Timing, figure_of, sections
 from engine_runs import BenchmarkEngine, CallCounter, KernelClock, Operation
 from floors import Machine, Work, bytes_per_weight, shortest_load_s, step_work
 from provenance import provenance
@@ -85,6 +85,19 @@ def test_products_are_told_apart_by_their_size_and_their_operations_counted() ->
     assert taken["linear 8 x 16"].weight_bytes == 2 * 4 * 8 * 16  # two calls, in float32
     assert taken["panel_linear 8 x 16"].weight_bytes == 8 * 16  # in 8 bits
     assert not clock.taken()
+    with pytest.raises(ValueError, match="shorter"):
+        linear(0, 0, 0)  # not as many as the declaration in C has
+
+
+def test_what_a_step_costs_is_told_apart_from_what_each_of_its_sequences_costs() -> None:
+    splits = [
+        StepSplit(8, 0.05, 0.9, 1.0, 0.0),
+        StepSplit(32, 0.1, 0.00134, 2800, 0.0),
+        StepSplit(2, 0.03, 0.00104, 400, 0.1),
+    ]
+    shown = to_markdown(sections(Run(provenance(), "tiny", "bfloat16", {}, Machine(1e9, 1e12), [], splits, [])))
+    assert "| outside, us, batch 2 to 32 (disturbed) | 1,020 | 10 |" in shown
+    assert "| calls, batch 2 to 32 | 240 | 80 |" in shown
 
 
 def test_a_figure_is_the_median_of_what_nobody_disturbed_and_marked_where_there_is_none() -> None:
@@ -97,6 +110,7 @@ def test_a_figure_is_the_median_of_what_nobody_disturbed_and_marked_where_there_
     run = Run(provenance(), "tiny", "bfloat16", {}, Machine(1e9, 1e12), [figure, disturbed], [], [profile])
     shown = to_markdown(sections(run))
     assert "| decode 1 | 15.0 | 30 | 50.0% | 3 | 2 | 6.0% |" in shown
+    assert "beside kernels" not in shown, "there are no two batches to tell a step from a sequence"
     assert "| decode 8, disturbed | 2.0 | 4 | 50.0% | 2 | 0 | 50.0% |" in shown
     assert "| a step of decode 8 (disturbed) |" in shown and "| linear | 10.00 | 2.00 | 30.0 |" in shown
     assert "| outside kernels | 10.00 | - | - |" in shown

@@ -34,6 +34,17 @@ def test_what_a_timed_tree_uses_is_not_what_others_use(program: str):
     assert (others_of_idle - others_of_busy) * all_cores_s > 0.25
 
 
+def test_what_all_that_this_process_has_started_uses_is_not_what_others_use() -> None:
+    with _start(_PARENT_OF_A_BUSY_ONE) as busy:
+        start_s = time.perf_counter()
+        everything, this_one = OtherProcesses(os.getpid()), OtherProcesses()
+        assert busy.stdout.readline() == b"\n"
+        all_cores_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
+        shares = this_one.share(), everything.share()
+        busy.communicate(timeout=10)
+    assert (shares[0] - shares[1]) * all_cores_s > 0.25
+
+
 def test_idle_trees_use_nothing_and_busy_ones_something():
     with _start(_PARENT_OF_A_BUSY_ONE) as busy, _start(_IDLE) as idle:
         start_s = time.perf_counter()

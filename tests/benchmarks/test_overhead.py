@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 from urllib.parse import urlsplit
 
 import pytest
-from null_service import DirectEngine, null_service
-from process_cpu import descendants, read_use
-from stream_load import Job, run
+from null_service import INDEX, RAY, DirectEngine, null_service
+from overhead import IDLE, PARTS, PartResult, Run, sections
+from process_cpu import ProcessUse, descendants, read_use
+from provenance import provenance
+from stream_load import Job, Window, run
 
 from eagleray.router.fake_service import FakeGenerationService
 
@@ -34,6 +37,7 @@ async def test_the_client_counts_every_token_event_and_answer_of_its_window(
     assert 8 * (window.num_answers - 2) <= window.num_tokens <= 8 * (window.num_answers + 2)  # some lie across its ends
     assert window.num_events > window.num_tokens  # each answer ends with one that has no text
     assert len(window.first_event_s) > 0
+    assert sum(window.answer_s) >= sum(window.first_event_s[: len(window.answer_s)]) > 0
     assert list(window.processes) == [os.getpid()] and window.processes[os.getpid()].cpu_s >= 0
 
 
@@ -68,3 +72,59 @@ def test_what_is_printed_while_the_service_runs_stays_out_of_the_report(
     written = capsys.readouterr()
     assert written.out == "the report\n"
     assert written.err == "starting\n(raylet) a task has failed\n"
+
+
+PROCESSES = {1: "decode", 2: "ingress", 3: INDEX, 4: RAY, 5: RAY}
+ACCOUNT = {
+    "queue.read_s": 0.5e-3, "queue.route_s": 0.25e-3, "queue.decode_accept_s": 1e-3, "queue.prefill_accept_s": 0.0,
+    "queue.first_step_s": 0.125e-3, "queue_s": 1.875e-3, "prefill_s": 0.0625e-3, "network_s": 0.0625e-3,
+    "time_to_first_token_s": 2e-3, "total_s": 2.5e-3,
+}  # fmt: skip
+
+
+def _window(num_answers: int, cpu_s: float, num_waits: int) -> Window:
+    """Two seconds in which each process used so much."""
+    return Window(
+        duration_s=2.0, num_tokens=num_answers, num_events=num_answers, num_reads=1, num_bytes=1,
+        num_answers=num_answers, first_event_s=(3e-3,) * num_answers, answer_s=(3.25e-3,) * num_answers,
+        accounts_s=ACCOUNT if num_answers else {},
+        processes=dict.fromkeys(PROCESSES, ProcessUse(cpu_s, num_waits)), client_cpu_s=0.0,
+    )  # fmt: skip
+
+
+def _tables() -> dict[str, dict[str, dict[str, str]]]:
+    """Of a run of 100 requests: table -> row -> column -> cell."""
+    idle = PartResult(IDLE, [(_window(0, cpu_s=0.02, num_waits=200), 0.01)], None)
+    quiet, disturbed = _window(100, cpu_s=0.12, num_waits=500), _window(100, cpu_s=1.0, num_waits=1000)
+    first = PartResult(PARTS[1], [(disturbed, 0.2), (quiet, 0.01)], 1e-3)
+    requests = PartResult(PARTS[3], [(quiet, 0.01)], None)
+    shown = sections(Run(provenance(), argparse.Namespace(), PROCESSES, [idle, first, requests]))
+    return {
+        table.header[0]: {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows} for table in shown
+    }
+
+
+def test_the_stages_of_a_first_token_are_all_of_its_time() -> None:
+    stages = _tables()["where a first token's time goes, mean ms"]["first token, one worker"]
+    assert stages["outside the account"] == "0.75" and stages["written"] == "0.25"
+    assert (stages["read"], stages["routed"], stages["decode accepts"]) == ("0.50", "0.25", "1.00")
+    assert stages["first event"] == "3.00"
+
+
+def test_processes_beside_those_that_serve_are_shown_and_not_counted_with_them() -> None:
+    row = _tables()["processor time"]["requests of one token, 8 at once, ms per request"]
+    assert (row["all that serve"], row["decode"], row[INDEX], row[RAY]) == ("2.40", "1.20", "1.20", "2.40")
+
+
+def test_what_a_process_needs_when_idle_is_not_put_down_to_requests() -> None:
+    rows = _tables()["beyond idle"]
+    assert rows["first token, one worker, ms per request"]["ingress"] == "1.00"
+    assert rows["first token, one worker, waits per request"]["ingress"] == "3.00"
+
+
+def test_windows_that_others_disturbed_count_only_where_there_is_no_other_and_then_the_row_is_marked() -> None:
+    quiet, disturbed = _window(1, 0.0, 0), _window(2, 0.0, 0)
+    both = PartResult(PARTS[3], [(disturbed, 0.2), (quiet, 0.05)], None)
+    assert (both.windows, both.others_share, both.name) == ([quiet], 0.05, PARTS[3].name)
+    only_disturbed = PartResult(PARTS[3], [(disturbed, 0.2)], None)
+    assert (only_disturbed.windows, only_disturbed.name) == ([disturbed], f"{PARTS[3].name} (disturbed)")

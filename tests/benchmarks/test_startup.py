@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import startup
+from provenance import provenance
 
 PRINTED = """   0.6 s  imports: 0.62 s
    0.6 s  memory: 3.7GiB, of which weights 15.3MiB
@@ -26,3 +27,9 @@ def test_memory_of_a_process_is_read_from_the_kernel() -> None:
     own = next(startup.memory_below(os.getpid()))
     assert own.resident_bytes >= own.proportional_bytes >= own.unique_bytes > 2**20
     assert own.resident_bytes % 4096 == 0
+
+
+def test_what_others_used_during_the_starts_is_in_the_title() -> None:
+    starts = [startup.Start({}, 1.0, [], [], share) for share in (0.01, 0.3, 0.02)]
+    title = startup.render(provenance(), starts).splitlines()[0]
+    assert title.endswith("others used at most 30.0% of the cores (disturbed)")

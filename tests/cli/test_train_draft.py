@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eagleray.cli.__main__ import main
 from eagleray.core.sampling_params import SamplingParams
@@ -14,6 +15,7 @@ from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.text.fake import save_byte_tokenizer
 from eagleray.training import run
+from eagleray.training import trainer as trainer_module
 from eagleray.training.trainer import Trainer
 
 TARGET = {
@@ -66,6 +68,33 @@ def test_a_head_for_another_family_is_trained_and_served(options: list[str], tmp
     llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
     [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
+
+
+def test_a_head_for_a_quantized_target_is_trained_and_gone_on_with_for_that_one_only(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--quantization", "w8a8"]) == 0
+    assert "--quantization w8a8 --set speculation.method=eagle3" in capsys.readouterr().out
+    assert main([*options, "--quantization", "w8a8", "--resume"]) == 0
+    assert main([*options, "--resume"]) == 2
+    assert "holds samples for other data or settings" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_when_this_machine_would_compute_otherwise(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: torch.bfloat16)
+    assert main(options) == 0
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: torch.float32)
+    assert main([*options, "--resume"]) == 0
+    assert "goes on in torch.bfloat16, as it began; on this machine torch.float32" in capsys.readouterr().out
+
+
+def test_a_head_that_reads_other_layers_than_the_authors_says_so(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    assert "it reads the inputs of layers 0, 1, 2, and says so as eagle_aux_hidden" in capsys.readouterr().out
 
 
 def test_the_head_is_written_once_for_each_time_that_it_is_measured(
@@ -149,6 +178,7 @@ def test_an_output_that_holds_something_else_is_left_alone(
         (["--temperatures", "0", "-1"], "temperature=-1.0: must be between"),
         (["--num-threads", "0"], "--num-threads=0: must be at least 1"),
         (["--max-tokens", "2"], "no prompt of 1 to 1 tokens is in it"),
+        (["--quantization", "int5"], "model.quantization='int5': Input should be 'w8a8', 'int8' or 'int4'"),
         (["--no-self-generate"], "documents with answers are too few; give more data"),
     ],
 )

@@ -156,6 +156,8 @@ async def test_the_request_is_described_under_the_conventions_names(exported: Ex
     assert (described["eagleray.request_id"], described["eagleray.outcome"]) == ("a", "finished")
     assert described["eagleray.prefill_worker"] == account.prefill_worker
     assert described["eagleray.decode_worker"] == account.decode_worker
+    parts_s = [seconds for name, seconds in described.items() if name.startswith("eagleray.queue.")]
+    assert len(parts_s) == 5 and sum(parts_s) == pytest.approx(account.queue_s)  # type: ignore[arg-type]
 
 
 async def test_the_span_of_decoding_tells_what_came_of_guesses(exported: Exported) -> None:

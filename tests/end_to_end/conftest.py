@@ -71,6 +71,7 @@ def service() -> Iterator[Service]:
     config = parse_config(
         {
             "model": {"dtype": "float32"},
+            "speculation": {"method": "eagle3", "model": "demo", "adaptive": False},  # at every step, however fast
             "prefill": {"replicas": 2, "engine": engine, "drain_deadline_s": 5},
             "decode": {"replicas": 2, "engine": engine, "drain_deadline_s": 5},
             "router": {"policy": "prefix_aware", "stall_deadline_s": 3.0, "local_prefill_tokens": 16},

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from eagleray import LLM, SamplingParams
+
 Service = Any  # of conftest.py, which test modules cannot import
 MODEL = "eagleray-demo"
 LONG_PROMPT = "Explain in detail how the following Python function works, line by line, and say what it returns: " * 3
@@ -43,6 +45,19 @@ def test_a_long_prompt_is_prefilled_in_one_pool_and_decoded_in_the_other(whole_s
     assert workers[timing["prefill_worker"]]["role"] == "prefill"
     assert workers[timing["decode_worker"]]["role"] == "decode"
     assert workers[timing["decode_worker"]]["transfer_bytes_total"] > 0
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 11}], ids=["greedy", "drawn"])
+def test_guesses_come_true_and_the_answer_is_that_of_an_engine_without_them(
+    whole_service: Service, sampling: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "messages": messages(), "max_tokens": 64, "top_p": 1.0, "return_timing": True, **sampling}
+    answer = whole_service.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+    acceptance = answer["timing"]["acceptance"]
+    assert acceptance["num_accepted_tokens"] > 0.3 * acceptance["num_steps"] > 0  # 1.3 tokens per step
+    alone = LLM("demo", dtype="float32", num_threads=1, num_blocks=32)
+    [output] = alone.chat(messages(), SamplingParams(max_tokens=64, **sampling))
+    assert answer["choices"][0]["message"]["content"] == output.outputs[0].text
 
 
 def timed(service: Service, number: int) -> tuple[float, dict[str, float]]:

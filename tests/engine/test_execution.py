@@ -382,15 +382,18 @@ def test_loading_is_given_up_at_its_deadline_which_is_named(checkpoint: Path):
 
 
 @pytest.mark.timeout(60)
-def test_closing_does_not_wait_for_ever_and_leaves_a_step_its_pool(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nobody_waits_for_ever_for_a_step_and_closing_leaves_it_its_pool(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
     may_end, closed = threading.Event(), []
     engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS, step_deadline_s=0.05)
     executor = build_executor(ModelConfigSection(path=str(checkpoint)), engine, num_threads=1)
     monkeypatch.setattr(executor._runner, "run", lambda plan: may_end.wait(120))
     monkeypatch.setattr(executor.kv, "close", lambda: closed.append(True))
-    executor.submit(StepPlan())
-    with pytest.raises(EagleRayError, match=r"engine\.step_deadline_s=0\.05: a step has not ended"):
-        executor.close()
+    step = executor.submit(StepPlan())
+    for waiting in (step.result, executor.close):
+        with pytest.raises(EagleRayError, match=r"engine\.step_deadline_s=0\.05: a step has not ended"):
+            waiting()
     assert closed == []
     may_end.set()
     executor._thread.shutdown()

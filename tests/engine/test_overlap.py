@@ -26,6 +26,7 @@ class LateExecutor:
     def __init__(self) -> None:
         self._executor = FakeExecutor(num_blocks=NUM_BLOCKS, block_size_tokens=BLOCK_SIZE_TOKENS, max_model_tokens=32)
         self.layout, self.model_identity = self._executor.layout, self._executor.model_identity
+        self.draft_identity = self._executor.draft_identity
         self.num_blocks, self.num_host_blocks, self.max_model_tokens = NUM_BLOCKS, 0, 32
         self.num_begun = self.num_over = 0
         self.plan = StepPlan()  # the last one

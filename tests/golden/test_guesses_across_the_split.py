@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -53,6 +53,7 @@ TARGET = {
     "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "torch_dtype": "float32", "hidden_act": "silu",
 }  # fmt: skip
 TREE = {"tree_branching": 2, "tree_nodes": 6, "num_speculative_tokens": MAX_DEPTH}
+FIXED_TREE = {"tree_paths": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0, 0]]}
 SAMPLING: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.0},
     {"temperature": 0.7, "seed": 5},
@@ -82,9 +83,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     methods: dict[str, dict[str, Any]] = {
         "eagle": {"method": "eagle", "model": str(root / "eagle"), **TREE},
         "eagle3": {"method": "eagle3", "model": str(root / "eagle3"), **TREE},
+        "eagle, fixed tree": {"method": "eagle", "model": str(root / "eagle"), **FIXED_TREE},
         "eagle of two layers": {"method": "eagle", "model": str(root / "two_layers"), **TREE},
         "medusa": {"method": "medusa", "model": str(root / "medusa"), **TREE},
         "draft_model": {"method": "draft_model", "model": str(root / "draft_model"), **chain},
+        "draft_model, trees": {"method": "draft_model", "model": str(root / "draft_model"), **TREE},
         "early_exit": {**early_exit, **chain},
         "early_exit, trees": {**early_exit, **TREE},
     }
@@ -445,7 +448,15 @@ def oracles(checkpoints: Checkpoints) -> Mapping[str, Oracle]:
 
 
 # Usual draft heads in every way; others in the ways that move or lose KV.
-OTHERS = ("eagle of two layers", "medusa", "draft_model", "early_exit", "early_exit, trees")
+OTHERS = (
+    "eagle, fixed tree",
+    "eagle of two layers",
+    "medusa",
+    "draft_model",
+    "draft_model, trees",
+    "early_exit",
+    "early_exit, trees",
+)
 MOVING = (
     "guessed for now and then",
     "prefix hit",
@@ -476,29 +487,41 @@ def test_guesses_and_what_comes_true_depend_on_the_tokens_alone(
             assert num_accepted == oracle.num_accepted(index, num_known, draft), (index, num_known)
 
 
-@pytest.mark.parametrize("method", ["eagle", "draft_model"])
+@pytest.fixture(scope="module")
+def alone_in_long(checkpoints: Checkpoints) -> Callable[[str], Records]:
+    """Of aggregated serving, by method. Answers are as long as the model allows."""
+    return cache(lambda method: serve_offline(checkpoints, checkpoints.speculation[method], num_new_tokens=100).records)
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "draft_model", "early_exit"])
 @pytest.mark.parametrize("way", ["split over tcp", "prefix hit", "split, prefix hit", "decode worker dies"])
 def test_tokens_per_step_differ_by_less_than_one_percent_from_aggregated_serving(
-    checkpoints: Checkpoints, way: str, method: str
+    checkpoints: Checkpoints, alone_in_long: Callable[[str], Records], way: str, method: str
 ) -> None:
     """Over all steps that decode, but for one of each request that is handed over, the first: whoever reads KV has no
     guesses yet, as only its writer had the hidden states to guess from. Answers are as long as the model allows, so
     that it matters little with which of its tokens a request's steps begin."""
-    speculation = checkpoints.speculation[method]
-    alone = serve_offline(checkpoints, speculation, num_new_tokens=100).records
-    served = WAYS[way](checkpoints, speculation, num_new_tokens=100).records
+    alone = alone_in_long(method)
+    served = WAYS[way](checkpoints, checkpoints.speculation[method], num_new_tokens=100).records
     assert alone.num_first_steps == 0 and (served.num_first_steps == 0) == (way == "prefix hit")
     assert fmean(served.decode_steps) == pytest.approx(fmean(alone.decode_steps), rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "draft_model", "early_exit", "early_exit, trees"])
-def test_guesses_of_drafts_made_to_agree_come_true(checkpoints: Checkpoints, method: str) -> None:
+MADE_TO_AGREE = (
+    *("eagle", "eagle, fixed tree", "eagle3", "medusa", "draft_model", "draft_model, trees"),
+    *("early_exit", "early_exit, trees"),
+)
+
+
+@pytest.mark.parametrize("method", MADE_TO_AGREE)
+def test_guesses_of_drafts_made_to_agree_come_true(
+    alone_in_long: Callable[[str], Records], checkpoints: Checkpoints, method: str
+) -> None:
     """A check on the tests above: they compare something, and in trees the KV of deep guesses is brought to its place.
     In long answers: the last guesses are cut to what is left."""
-    speculation = checkpoints.speculation[method]
-    records = serve_offline(checkpoints, speculation, num_new_tokens=100).records
+    records, speculation = alone_in_long(method), checkpoints.speculation[method]
     assert records.mean_accepted > 1.5
-    assert (records.num_moved > 100) == ("tree_branching" in speculation)
+    assert (records.num_moved > 100) == ("tree_branching" in speculation or "tree_paths" in speculation)
 
 
 @pytest.mark.parametrize("other", [None, "seed"], ids=["no draft", "another draft"])
@@ -519,6 +542,6 @@ def test_a_prefill_worker_with_another_draft_is_not_read(
         assert tokens == oracles["eagle"].tokens["7"][:NUM_NEW_TOKENS]
         assert generation.account is not None and generation.account.prefill_worker is None
         assert "KV of prefill-1 cannot be read" in generation.account.route_reason
-        assert ("layer groups" if other is None else "model or draft") in generation.account.route_reason
+        assert ("layer groups" if other is None else "draft") in generation.account.route_reason
 
     asyncio.run(serve())

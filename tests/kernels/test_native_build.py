@@ -46,13 +46,37 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@needs_compiler
-def test_a_compiler_without_openmp_builds_for_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def compiler_without_openmp(tmp_path: Path) -> Path:
     script = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc")} "$@"'
-    only_compiler(monkeypatch, write_compiler(tmp_path, script))
+    return write_compiler(tmp_path, script)
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_builds_for_one_thread_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler_without_openmp: Path
+) -> None:
+    only_compiler(monkeypatch, compiler_without_openmp)
     loaded = load_library(LEVEL, tmp_path / "cache", num_threads=2)
     assert loaded.panel_columns() > 0
     assert loaded.num_threads == 1
+    assert "threads: 1, built without OpenMP" in select.native_kernels(loaded, torch.float32).description
+
+
+@needs_compiler
+def test_when_openmp_comes_later_the_library_for_one_thread_is_not_taken_any_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler_without_openmp: Path
+) -> None:
+    found, folder = Path(str(shutil.which("cc"))), tmp_path / "cache"
+    only_compiler(monkeypatch, compiler_without_openmp)
+    of_one_thread = build_library(LEVEL, folder)
+    built_ns = of_one_thread.stat().st_mtime_ns
+    assert build_library(LEVEL, folder) == of_one_thread and of_one_thread.stat().st_mtime_ns == built_ns
+    only_compiler(monkeypatch, None)
+    assert build_library(LEVEL, folder) == of_one_thread, "no compiler is better than none and no library"
+    assert build.can_be_built(folder)
+    only_compiler(monkeypatch, found)
+    assert load_library(LEVEL, folder, num_threads=2).num_threads == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from eagleray.kernels.paged_attention.tree import TreeRun, tree_run
 
 Attend = Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float, int | None], torch.Tensor]
 BLOCK_SIZE_TOKENS, HEAD_DIM, SCALE = 16, 32, 0.2
+TREE_BOUND = 1e-6  # of decision 0022, for values of about 1
 
 
 def random_parents(num_tokens: int, seed: int) -> list[int]:
@@ -167,6 +168,32 @@ def test_a_chain_gives_the_bits_of_a_causal_run(
             for plan in (batch.plan([None] * len(prefixes)), batch.plan([chain] * len(prefixes)))
         )
         assert torch.equal(causal, trees)
+
+
+def test_a_guess_gets_what_its_path_alone_gets_in_a_chain_bit_for_bit_and_in_a_tree_up_to_the_last_bits(
+    load: Callable[..., NativeLibrary],
+) -> None:
+    library, largest = load(num_threads=1), 0.0
+    for prefix in (5, 60, 250, 500, 1290):
+        assert torch.equal(*as_guess_and_alone(library, prefix, list(range(-1, 15))))
+        in_tree, alone = as_guess_and_alone(library, prefix, random_parents(16, prefix))
+        largest = max(largest, (in_tree - alone).abs().max().item())
+    assert 0.0 < largest < TREE_BOUND  # of nothing at all, decision 0022 would be out of date
+
+
+def as_guess_and_alone(library: NativeLibrary, prefix: int, parents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token gets as a guess of the tree, and decoded after its ancestors in the slots of their positions."""
+    batch = Batch([(prefix, parents)], 4, 2)
+    [keys], [values] = batch.keys, batch.values
+    alone = []
+    for token in range(len(parents)):
+        path = [*range(prefix), *(prefix + node for node in ancestors(parents, token))]
+        table, pool = [list(range(-(-len(path) // BLOCK_SIZE_TOKENS)))], torch.full_like(batch.kv_layer, torch.nan)
+        whole = plan_attention([0, len(path)], [0], table, BLOCK_SIZE_TOKENS, "cpu")
+        write_kv(pool, keys[path], values[path], whole.slots_T)
+        plan = plan_attention([0, 1], [len(path) - 1], table, BLOCK_SIZE_TOKENS, "cpu")
+        alone.append(native.paged_attention(library, batch.query[token : token + 1], pool, plan, SCALE, None))
+    return batch.attend(lambda *arguments: native.paged_attention(library, *arguments), None), torch.cat(alone)
 
 
 def test_a_tree_of_parents_is_each_tokens_path() -> None:

@@ -63,14 +63,14 @@ class Stage:
             RouterConfig(**{"queue_deadline_s": 8.0, **config}), self.clock, IngressMetrics("fake"), self.records,
         )  # fmt: skip
 
-    def start(self, **sampling: object) -> Answering:
+    def start(self, already_s: float = 0.0, **sampling: object) -> Answering:
         spec = RequestSpec(
             request_id="a",
             token_ids=PROMPT,
             num_prompt_tokens=len(PROMPT),
             sampling=SamplingParams(**{"max_tokens": 50, **sampling}),
         )
-        return Answering(self.coordinator.generate(spec))
+        return Answering(self.coordinator.generate(spec, already_s))
 
     def pending_on(self, worker: FakeWorker) -> Load:
         return self.coordinator.pending.on(worker.welcome.worker_id, worker.snapshot)

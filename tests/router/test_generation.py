@@ -74,7 +74,7 @@ async def test_a_prefill_worker_that_refuses_gives_the_reservation_back_and_anot
 
 
 async def test_a_prefill_worker_with_another_draft_is_passed_over(stage: Stage, until: Until) -> None:
-    stage.p1.welcome = fake_welcome("p1", Role.PREFILL, model_identity="fake+draft")
+    stage.p1.welcome = fake_welcome("p1", Role.PREFILL, draft_identity="other")
     answering = stage.start()
     await until(lambda: stage.p2.open_requests)
     stage.p2.say(0, 100)
@@ -83,12 +83,12 @@ async def test_a_prefill_worker_with_another_draft_is_passed_over(stage: Stage, 
     assert stage.p1.submits == []
     account = answering.generation.account
     assert account is not None
-    assert "KV of p1 cannot be read: model or draft fake here, fake+draft there" in account.route_reason
+    assert "KV of p1 cannot be read: draft none here, other there" in account.route_reason
 
 
 async def test_where_no_prefill_worker_can_be_read_the_decode_worker_does_both(stage: Stage, until: Until) -> None:
     for worker in (stage.p1, stage.p2):
-        worker.welcome = fake_welcome("p", Role.PREFILL, model_identity="fake+draft")
+        worker.welcome = fake_welcome("p", Role.PREFILL, draft_identity="other")
     answering = stage.start()
     await until(lambda: stage.d1.open_requests)
     stage.d1.say(0, 100, finish=LENGTH)
@@ -171,7 +171,9 @@ async def test_a_waiting_request_goes_to_a_worker_that_joins(until: Until, new_s
     await until(lambda: newcomer.open_requests)
     newcomer.say(0, 100, finish=LENGTH)
     await answering.end()
-    assert answering.generation.account is not None and answering.generation.account.queue_s == 3.0
+    account = answering.generation.account
+    assert account is not None and account.queue is not None
+    assert account.queue_s == account.queue.route_s == 3.0
 
 
 async def test_more_waiting_requests_than_allowed_are_turned_away_with_a_time_to_come_back(

@@ -12,6 +12,7 @@ import pytest
 from eagleray.core.messages import RefusalKind, RequestTiming
 from eagleray.core.request import FinishReason, RequestSpec
 from eagleray.core.sampling_params import SamplingParams
+from eagleray.core.telemetry import QueueParts
 from eagleray.router.pending import Load
 
 Stage = Any  # of conftest.py, which test modules cannot import
@@ -127,6 +128,28 @@ async def test_the_account_splits_the_time_as_the_workers_say_and_sums_to_all_of
     assert (account.time_to_first_token_s, account.num_cached_tokens, account.num_output_tokens) == (9.0, 4, 3)
     assert (account.prefill_worker, account.decode_worker) == ("p1", "d1")
     assert (account.attempts, account.route_reason, account.num_prompt_tokens) == (1, "first in order", len(PROMPT))
+
+
+async def test_the_account_tells_what_a_queue_consists_of(stage: Stage, until: Until) -> None:
+    for worker in (stage.d1, stage.d2, stage.p1):
+        worker.may_reply.clear()
+    stage.d1.replies.append(RefusalKind.NO_ROOM)
+    answering = stage.start(already_s=0.25)
+    for seconds, worker in ((1.0, stage.d1), (2.0, stage.d2), (4.0, stage.p1)):
+        await until(lambda worker=worker: worker.submits)
+        stage.clock.advance(seconds)
+        worker.may_reply.set()
+    await until(lambda: stage.p1.open_requests)
+    stage.clock.advance(16.0)
+    stage.p1.say(0, 100, timing=RequestTiming(queue_s=8.0, prefill_s=5.0))
+    await until(lambda: answering.outputs)
+    stage.d2.say(1, 101, finish=LENGTH)
+    await answering.end()
+    account = answering.generation.account
+    assert account is not None and account.queue_s == 0.25 + 1.0 + 2.0 + 4.0 + 8.0
+    assert account.queue == QueueParts(
+        read_s=0.25, route_s=0.0, decode_accept_s=1.0 + 2.0, prefill_accept_s=4.0, first_step_s=8.0
+    )
 
 
 async def test_a_second_token_that_comes_first_takes_no_time_from_the_prefill(stage: Stage, until: Until) -> None:

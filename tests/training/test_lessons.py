@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from eagleray.core.config import ModelConfigSection
+from eagleray.core.errors import ConfigError
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.llm import LLM
 from eagleray.kernels.paged_attention.api import plan_attention
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.eagle import EagleHead
@@ -20,7 +25,7 @@ from eagleray.training.acceptance import _steps
 from eagleray.training.batches import epoch_batches
 from eagleray.training.lesson import Lesson, Teacher
 from eagleray.training.loss import soft_cross_entropy
-from eagleray.training.run import export_head
+from eagleray.training.run import export_head, load_target
 from eagleray.training.start import common_tokens, default_capture_layers
 from eagleray.training.texts import Document
 
@@ -52,6 +57,35 @@ def test_a_lesson_is_the_same_for_a_document_alone_and_among_others(
     starts = together.chains(2)
     rows = together.label_rows(2)[starts[0] == 3]
     torch.testing.assert_close(together.probabilities_NV[rows], alone.probabilities_NV[alone.label_rows(2)])
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "int8"])
+def test_a_quantized_target_teaches_what_it_computes_when_it_is_served(
+    new_settings: Any, folder: Path, documents: Sequence[Document], quantization: Any
+) -> None:
+    settings = new_settings(model=ModelConfigSection(path=str(folder), quantization=quantization))
+    prompt = documents[4].token_ids
+    lesson = Teacher(load_target(settings), (0, 2, 3)).teach([documents[4]])
+    taught = lesson.probabilities_NV[-1].log().tolist()
+    served, of_another = (
+        next_logprobs(LLM(folder, num_threads=1, num_blocks=16, quantization=name), prompt)
+        for name in (quantization, None)
+    )
+    assert served == pytest.approx({token: taught[token] for token in served}, abs=1e-4)
+    assert of_another != pytest.approx({token: taught[token] for token in of_another}, abs=1e-4)
+
+
+def next_logprobs(llm: LLM, prompt: Sequence[int]) -> dict[int, float]:
+    """Of the likeliest tokens."""
+    [output] = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1, logprobs=20))
+    [logprobs] = output.outputs[0].logprobs or []
+    return {token: scored.logprob for token, scored in logprobs.items()}
+
+
+def test_a_format_that_cannot_hold_the_target_is_refused_by_name(new_settings: Any, folder: Path) -> None:
+    settings = new_settings(model=ModelConfigSection(path=str(folder), quantization="int4"))
+    with pytest.raises(ConfigError, match="--quantization='int4': int4 takes groups of 128"):
+        load_target(settings)
 
 
 def test_chains_guess_tokens_of_the_answer_and_none_beyond_it() -> None:

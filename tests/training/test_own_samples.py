@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
+from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.training import own_samples
 from eagleray.training.own_samples import SamplingSettings, read_own_samples, write_own_samples
+from eagleray.training.run import gather_documents
 from eagleray.training.texts import Document
 
 SETTINGS = SamplingSettings(temperatures=(0.0, 0.9), max_tokens=14, seed=1, target="fish")
@@ -67,3 +72,21 @@ def test_samples_for_other_prompts_or_settings_or_of_another_target_are_refused(
     for prompts, settings in ((PROMPTS[:3], SETTINGS), *((PROMPTS[:2], other) for other in others)):
         with pytest.raises(ConfigError, match=r"samples\.jsonl': holds samples for other data or settings"):
             list(write_own_samples(llm, prompts, settings, path))
+
+
+def test_a_target_answers_in_the_format_that_is_served(new_settings: Any, folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"number {number}"}) + "\n" for number in range(12)))
+    model = ModelConfigSection(path=str(folder), quantization="w8a8")
+    settings = new_settings(model=model, data=(data,), temperatures=(0.0,), max_tokens=48)
+    documents = gather_documents(settings, print)
+    prompts = [document.prompt for document in documents.learned]
+    served, of_another = (
+        greedy_answers(LLM(folder, num_threads=1, num_blocks=64, quantization=name), prompts) for name in ("w8a8", None)
+    )
+    assert [document.token_ids[document.num_prompt_tokens :] for document in documents.learned] == served != of_another
+
+
+def greedy_answers(llm: LLM, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    params = [SamplingParams(temperature=0.0, max_tokens=48 - len(prompt)) for prompt in prompts]
+    return [tuple(output.outputs[0].token_ids) for output in llm.generate(list(prompts), params)]

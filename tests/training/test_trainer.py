@@ -18,10 +18,16 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.training import checkpoint
-from eagleray.training.run import Documents, build_trainer, export_head, load_target
+from eagleray.training import trainer as trainer_module
+from eagleray.training.run import Documents, build_trainer, export_head, layers_note, load_target
 from eagleray.training.texts import Document
 from eagleray.training.trainer import Trainer, learning_rate_share
 
+TARGET = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 259, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "torch_dtype": "float32",
+}  # fmt: skip
 METHODS = pytest.mark.parametrize("method", ["eagle3", "medusa"])
 
 
@@ -36,6 +42,18 @@ def test_the_loss_falls(new_settings: Any, new_trainer: Any, method: str) -> Non
     assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.1  # the target's own entropy is not far below
     assert progress[-1].step == progress[-1].num_steps == len(progress)
     assert [one.step for one in progress if one.held_out is not None] == [*range(6, len(progress), 6), len(progress)]
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_document_that_fills_a_batch_alone_is_learned_from(
+    new_settings: Any, new_trainer: Any, monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: dtype)
+    trainer = new_trainer(new_settings(method=method, plan={"batch_tokens": 20}))
+    before = weights_of(trainer)
+    list(islice(trainer.run(), 3))
+    assert weights_of(trainer) != before
 
 
 @METHODS
@@ -94,6 +112,35 @@ def test_another_target_is_not_gone_on_with(new_settings: Any, new_trainer: Any,
         new_trainer(new_settings(model=ModelConfigSection(path=str(other)))).resume()
 
 
+@pytest.mark.parametrize("change", [{"quantization": "w8a8"}, {"dtype": "bfloat16"}, {"revision": "2"}])
+def test_a_target_that_computes_otherwise_is_not_gone_on_with(
+    new_settings: Any, new_trainer: Any, folder: Path, change: dict[str, Any]
+) -> None:
+    list(islice(new_trainer(new_settings()).run(), 6))
+    with pytest.raises(ConfigError, match="--resume: target="):
+        new_trainer(new_settings(model=ModelConfigSection(path=str(folder), **change))).resume()
+
+
+@pytest.mark.parametrize("began_in", [torch.bfloat16, torch.float32], ids=str)
+def test_a_run_goes_on_with_its_own_arithmetic_on_a_machine_that_would_begin_with_another(
+    new_settings: Any, new_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_in: torch.dtype
+) -> None:
+    other = torch.float32 if began_in == torch.bfloat16 else torch.bfloat16
+    losses, settings = {}, new_settings()
+    for dtype in (began_in, other):
+        monkeypatch.setattr(trainer_module, "fastest_dtype", lambda dtype=dtype: dtype)
+        whole = new_trainer(new_settings(output=tmp_path / str(dtype)))
+        losses[dtype] = [progress.loss for progress in islice(whole.run(), 10)]
+    assert losses[began_in] != losses[other]
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: began_in)
+    list(islice(new_trainer(settings).run(), 6))
+    monkeypatch.setattr(trainer_module, "fastest_dtype", lambda: other)
+    resumed = new_trainer(settings)
+    resumed.resume()
+    assert resumed.computes_in == began_in
+    assert [progress.loss for progress in islice(resumed.run(), 4)] == losses[began_in][6:]
+
+
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(new_settings: Any, new_trainer: Any) -> None:
     trainer = new_trainer(new_settings())
     list(islice(trainer.run(), 6))
@@ -103,6 +150,17 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(new_settings: 
     with pytest.raises(ConfigError, match=r"--learning-rate=0.02: in step 7 the loss is no number"):
         list(trainer.run())
     assert trainer._checkpoint.read_bytes() == before
+
+
+def test_who_reads_the_layers_of_the_authors_or_none_needs_no_note(
+    new_settings: Any, documents: Sequence[Document], tmp_path: Path
+) -> None:
+    save_random_checkpoint(tmp_path, {**TARGET, "num_hidden_layers": 8}, seed=1)
+    for method, layers, is_noted in (("eagle3", None, False), ("eagle3", (2, 4, 7), True), ("medusa", None, False)):
+        model = ModelConfigSection(path=str(tmp_path))
+        settings = new_settings(model=model, method=method, capture_layers=layers)
+        trainer = build_trainer(settings, Documents(documents[8:], documents[:8]), load_target(settings))
+        assert (layers_note(trainer) is not None) == is_noted
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

@@ -232,10 +232,10 @@ def test_a_source_of_another_layout_is_refused_naming_the_difference(reading: Re
 
 
 def test_a_source_with_another_draft_is_refused_naming_both(reading: Reading) -> None:
-    other = msgspec.structs.replace(reading.region, worker_id="p", model_identity="model+draft")
+    other = msgspec.structs.replace(reading.region, worker_id="p", draft_identity="other")
     refused = reading.hand_over.accept(reading.engine, Submit(new_spec(), pull_from=other))
     assert isinstance(refused, Refused) and refused.kind is RefusalKind.INCOMPATIBLE
-    assert "KV of p cannot be read: model or draft model here, model+draft there" in refused.reason
+    assert "KV of p cannot be read: draft none here, other there" in refused.reason
     assert reading.num_held == 0
 
 

@@ -30,6 +30,7 @@ class GatedExecutor:
     def __init__(self) -> None:
         self._executor = FakeExecutor(num_blocks=32, block_size_tokens=4)
         self.layout, self.model_identity = self._executor.layout, self._executor.model_identity
+        self.draft_identity = self._executor.draft_identity
         self.num_blocks, self.num_host_blocks, self.max_model_tokens = 32, 0, 100
         self.gate = threading.Event()
         self.begun = threading.Event()

@@ -14,7 +14,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.fake import FakeExecutor, FakeStep
 from eagleray.engine.scheduling.plan import StepPlan
-from eagleray.engine.speculation.controller import DraftPolicy, FixedDrafts
+from eagleray.engine.speculation.controller import DraftPolicy, FixedDrafts, StepTimes
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
@@ -88,9 +88,9 @@ class Following:
     may_defer = False
 
     def __init__(self, shape: DraftShape) -> None:
-        always = FixedDrafts(shape)
-        self.slots_needed, self.note_times = always.slots_needed, always.note_times
+        self.slots_needed = FixedDrafts(shape).slots_needed
         self.shape = shape
+        self.times: list[StepTimes] = []
         self.gained: list[list[int]] = []
         self.num_guesses: list[int] = []
 
@@ -101,10 +101,16 @@ class Following:
         self.num_guesses.append(num_guesses)
         self.gained.append(list(num_tokens))
 
+    def note_times(self, times: StepTimes) -> None:
+        self.times.append(times)
 
-def engine_with(policy: DraftPolicy, executor: FakeExecutor, **settings: int) -> Engine:
+
+def engine_with(
+    policy: DraftPolicy, executor: FakeExecutor, clock: ManualClock | None = None, **settings: int
+) -> Engine:
+    clock = clock or ManualClock()
     return Engine(
-        executor, EngineConfig(**settings), ManualClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, ()), policy
+        executor, EngineConfig(**settings), clock, lambda spec: OutputText(TOKENIZER, spec.sampling, ()), policy
     )
 
 
@@ -125,6 +131,18 @@ def test_a_step_without_guesses_after_a_hand_over_does_not_count_as_refusal() ->
         engine.step()
     assert {count for gained in policy.gained for count in gained} == {4}
     assert policy.num_guesses == [3 * len(gained) for gained in policy.gained]  # nor as guesses that were not found
+
+
+def test_what_a_step_takes_beside_computing_is_told_but_for_the_time_without_work() -> None:
+    clock, policy = ManualClock(), Following(DraftShape(3))
+    engine = engine_with(policy, FakeExecutor(guess_rate=0.0), clock)
+    for request_id in ("0", "1"):
+        engine.add(new_spec(request_id, max_tokens=6))
+        while engine.has_work:
+            engine.step()
+            clock.advance(0.25)  # as if what comes between two steps took so long
+        clock.advance(100.0)
+    assert {times.outside_s for times in policy.times} == {0.25}
 
 
 def test_guesses_cut_for_want_of_budget_do_not_count_as_refused() -> None:

@@ -27,7 +27,9 @@ class World:
         verify_s: Callable[[int], float],
         draft_token_s: float,
         upkeep_s: float = 0.0,
+        outside_s: Callable[[int], float] = lambda num_rows: 0.0,
     ) -> None:
+        self.outside_s = outside_s
         self.num_requests, self.acceptance, self.upkeep_s = num_requests, acceptance, upkeep_s
         self.verify_s, self.draft_token_s = verify_s, draft_token_s
         self.random = random.Random(0)
@@ -51,9 +53,11 @@ class World:
         if verified is not None:
             policy.note_acceptance(verified, num_rows - self.num_requests, gained)
         caught_up = self.num_requests if self.upkeep_s and shape is None else 0
-        policy.note_times(StepTimes(self.num_requests, num_rows, verify_s, draft_s, shape, verified, caught_up))
+        outside_s = self.outside_s(num_rows)
+        times = (verify_s, draft_s)
+        policy.note_times(StepTimes(self.num_requests, num_rows, *times, shape, verified, caught_up, outside_s))
         self.pending = shape
-        self.spent_s += verify_s + draft_s
+        self.spent_s += verify_s + draft_s + outside_s
         self.num_tokens += sum(gained)
         return shape
 
@@ -67,7 +71,8 @@ class World:
         """What always guessing ``shape`` would bring in the long run."""
         depth = shape.depth if shape else 0
         tokens = sum(self.acceptance**level for level in range(depth + 1))
-        step_s = self.verify_s(self.num_requests * (1 + depth)) + self.upkeep_s + self.draft_token_s * depth
+        num_rows = self.num_requests * (1 + depth)
+        step_s = self.verify_s(num_rows) + self.outside_s(num_rows) + self.upkeep_s + self.draft_token_s * depth
         return self.num_requests * tokens / step_s
 
 
@@ -95,6 +100,14 @@ def test_what_a_network_costs_while_nothing_is_guessed_does_not_speak_against_gu
     policy = AdaptiveDrafts([DraftShape(1)], has_network=True)
     chosen = [world.step(policy) for _ in range(500)]
     assert chosen[-100:].count(None) < 20
+
+
+def test_it_does_not_guess_where_what_steps_take_beside_computing_eats_up_what_guesses_bring() -> None:
+    world = World(16, 0.7, memory_bound, draft_token_s=1e-4, outside_s=lambda num_rows: 5e-4 * (num_rows - 16))
+    policy = AdaptiveDrafts(CHAINS, has_network=True)
+    chosen = [world.step(policy) for _ in range(500)]
+    assert chosen[-100:].count(None) > 80
+    assert world.tokens_per_s(None) > max(map(world.tokens_per_s, CHAINS))  # or it would be wrong
 
 
 @pytest.mark.parametrize("num_requests", [4, 16])

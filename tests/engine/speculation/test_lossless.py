@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eagleray.core.block_hash import HashNamespace
 from eagleray.core.clock import ManualClock
 from eagleray.core.config import EngineConfig, ModelConfigSection, SpeculationConfig
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.random_weights import save_random_checkpoint
@@ -183,6 +186,34 @@ def test_a_draft_that_does_not_fit_is_refused_by_name(
 ) -> None:
     with pytest.raises(Exception, match=words):
         answer(target, change(drafts))
+
+
+def test_blocks_that_a_draft_writes_into_have_its_content_and_revision_in_their_hashes(
+    target: Path, drafts: dict[str, Path]
+) -> None:
+    eagle = SpeculationConfig(method="eagle", model=str(drafts["eagle"]))
+    roots = {namespace_of(target, guesses).root() for guesses in (None, eagle, with_revision(eagle, "2"))}
+    assert len(roots) == 3
+    assert namespace_of(target, eagle) == replace(namespace_of(target, None), **of_draft(target, eagle))
+    medusa, text = SpeculationConfig(method="medusa", model=str(drafts["medusa"])), SpeculationConfig(method="ngram")
+    assert namespace_of(target, medusa) == namespace_of(target, text) == namespace_of(target, None)
+
+
+def with_revision(guesses: SpeculationConfig, revision: str) -> SpeculationConfig:
+    return guesses.model_copy(update={"revision": revision})
+
+
+def of_draft(target: Path, guesses: SpeculationConfig) -> dict[str, str]:
+    namespace = namespace_of(target, guesses)
+    return {"kv_format": namespace.kv_format, "draft": compute_model_identity(guesses.folder)}
+
+
+def namespace_of(target: Path, guesses: SpeculationConfig | None) -> HashNamespace:
+    config = EngineConfig(block_size_tokens=4, num_blocks=8)
+    executor = build_executor(ModelConfigSection(path=str(target)), config, num_threads=1, speculation=guesses)
+    engine = Engine(executor, config, ManualClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, spec.token_ids))
+    executor.close()
+    return engine.namespace
 
 
 def test_configuration_of_speculation_names_what_is_missing() -> None:

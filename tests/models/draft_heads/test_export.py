@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from eagleray.core.errors import ConfigError
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.eagle import EagleHead
+from eagleray.models.draft_heads.eagle_format import LAYER_IDS
 from eagleray.models.draft_heads.export import export_eagle3, export_medusa
 from eagleray.models.draft_heads.load import load_draft
 from eagleray.models.draft_heads.medusa import MedusaHeads
@@ -59,6 +60,24 @@ def test_an_exported_eagle3_head_has_the_names_of_the_layout_and_the_mask_of_its
     config = json.loads((tmp_path / "exported" / "config.json").read_text("utf-8"))
     assert config["torch_dtype"] == "float32"  # of what is stored, whatever the target computes in
     assert exported["t2d"].nonzero().flatten().tolist() == head.target_ids(torch.arange(10)).tolist()
+
+
+def test_the_layers_that_are_read_are_named_where_other_servers_look_for_them(
+    save: Any, tmp_path: Path, target: Decoder
+) -> None:
+    """At the top by their input, as vLLM and speculators read them; in the section by their output, as SGLang does."""
+    for layers, section in (([2, 4, 6], {LAYER_IDS: [1, 3, 5], "use_aux_hidden_state": True}), ([0, 4, 6], None)):
+        head = load_draft(save("eagle3", eagle_aux_hidden_state_layer_ids=layers), target)
+        assert isinstance(head, EagleHead)
+        export_eagle3(tmp_path / "exported", head.config, eagle_views(head) | {"d2t": stored_offsets(tmp_path)})
+        config = json.loads((tmp_path / "exported" / "config.json").read_text("utf-8"))
+        assert (config[LAYER_IDS], config.get("eagle_config")) == (layers, section)
+        again = load_draft(tmp_path / "exported", target)
+        assert isinstance(again, EagleHead) and again.config == head.config
+
+
+def stored_offsets(folder: Path) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")["d2t"]
 
 
 @pytest.mark.parametrize(
