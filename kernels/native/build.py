@@ -29,13 +29,15 @@ _COMPILE_DEADLINE_S: Final = 120.0
 _AVX512: Final = (
     "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512",
 )  # fmt: skip
-_AVX512_BF16: Final = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+_AVX512_VNNI: Final = (*_AVX512, "-mavx512vnni")
+_AVX512_BF16: Final = (*_AVX512_VNNI, "-mavx512bf16")
 TILE_LEVEL: Final = "amx"
 
 # What the compiler may use, by level, best first.
 LEVEL_FLAGS: Final = {
     TILE_LEVEL: (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512_bf16": _AVX512_BF16,
+    "avx512_vnni": _AVX512_VNNI,
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
@@ -45,6 +47,7 @@ BFLOAT16_LEVELS: Final = (TILE_LEVEL, "avx512_bf16")  # that multiply pairs of i
 _CPU_FEATURES: Final = {
     TILE_LEVEL: {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
     "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
+    "avx512_vnni": {"avx512_vnni"},
 }
 # And what torch looks for.
 _BASE_FEATURES: Final = {

@@ -142,7 +142,7 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
         raise NativeUnavailable("the operating system does not grant the state of AMX tiles to this process")
     path = build_library(level, cache_folder)
     try:
-        return _load(level, path, num_threads)
+        return open_library(level, path, num_threads)
     except OSError as error:
         if any(reason in str(error) for reason in _REFUSALS):
             way_out = "set XDG_CACHE_HOME to a folder whose programs may be executed"
@@ -150,13 +150,13 @@ def load_library(level: str, cache_folder: Path, num_threads: int) -> NativeLibr
         _logger.warning("the library for %s is damaged and is built again: %s", level, error)
     try:
         path.unlink(missing_ok=True)
-        return _load(level, build_library(level, cache_folder), num_threads)
+        return open_library(level, build_library(level, cache_folder), num_threads)
     except OSError as error:
         raise NativeUnavailable(f"cannot load {path}, which was just built again: {error}") from None
 
 
-def _load(level: str, path: Path, num_threads: int) -> NativeLibrary:
-    """Raises ``OSError`` for a file that is no library."""
+def open_library(level: str, path: Path, num_threads: int) -> NativeLibrary:
+    """The library at ``path``, which was compiled for ``level``. Raises ``OSError`` if it is none."""
     library = ctypes.CDLL(str(path))
     has_openmp = bool(library.computes_in_threads())
     if not has_openmp:

@@ -171,10 +171,10 @@ def test_a_token_gets_the_same_bits_alone_in_a_batch_and_in_any_chunk(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_nothing(load: Load, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_nothing(library: NativeLibrary, load: Load, dtype: torch.dtype) -> None:
     sequences = Sequences(Shape(), [LONG, 3000, 40], dtype)
     for chosen, counts in (([0], [1]), ([1], [20]), ([0, 1, 2], [1, 1, 1]), ([0, 1, 2], [1, 700, 40])):
-        one, two, many = (sequences.ours(load(num_threads=count), chosen, counts) for count in (1, 2, 5))
+        one, two, many = (sequences.ours(load(library.level, count), chosen, counts) for count in (1, 2, 5))
         for b in range(len(chosen)):
             assert torch.equal(one[b], two[b])
             assert torch.equal(one[b], many[b])

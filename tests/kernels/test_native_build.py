@@ -126,7 +126,7 @@ def test_a_folder_whose_libraries_are_not_run_is_named_and_nothing_is_built_agai
 
     best = supported_levels()[0]
     build.library_path(best, tmp_path).write_bytes(b"sound")
-    monkeypatch.setattr(library, "_load", refuse)
+    monkeypatch.setattr(library, "open_library", refuse)
     description = select_kernels("auto", torch.float32, "cpu", 1, tmp_path).description
     assert description.startswith(f"torch (the system does not run libraries in {tmp_path}: ")
     assert description.endswith("set XDG_CACHE_HOME to a folder whose programs may be executed)")

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from eagleray.kernels.kv_ops.reference import write_kv
-from eagleray.kernels.native.build import supported_levels
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.paged_attention import native, reference
 from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
@@ -111,15 +110,10 @@ def test_trees_among_decodes_and_prefills_equal_dense_attention(
     torch.testing.assert_close(batch.attend(attend, window).double(), batch.dense(window), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("level", ["amx", "avx512_bf16"])
 @pytest.mark.parametrize("window", [None, 3, 40])
 @pytest.mark.parametrize("first_key", [0, 1])
-def test_trees_in_bfloat16_equal_the_reference(
-    load: Callable[..., NativeLibrary], window: int | None, first_key: int, level: str
-) -> None:
-    """Pairs are multiplied in bfloat16 alone. Compared: the same numbers in float32."""
-    if level not in supported_levels():
-        pytest.skip(f"this CPU has no {level}")
+def test_trees_in_bfloat16_equal_the_reference(library: NativeLibrary, window: int | None, first_key: int) -> None:
+    """Compared: the same numbers in float32."""
     sequences: list[tuple[int, list[int] | int]] = [(90, 1), (33, 40)]
     sequences += [
         (prefix, random_parents(count, prefix)) for prefix, count in [(1, 64), (60, 64), (130, 16), (700, 50)]
@@ -127,7 +121,7 @@ def test_trees_in_bfloat16_equal_the_reference(
     batch = Batch(sequences, num_heads=4, num_kv_heads=2)
     plan = batch.plan([None if isinstance(run, int) else tree_run(run) for run in batch.runs], first_key)
     query, kv_layer = batch.query.bfloat16(), batch.kv_layer.bfloat16()
-    found = native.paged_attention(load(level), query, kv_layer, plan, SCALE, window)
+    found = native.paged_attention(library, query, kv_layer, plan, SCALE, window)
     expected = reference.paged_attention(query.float(), kv_layer.float(), plan, SCALE, window)
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
 
@@ -159,9 +153,13 @@ def test_a_tree_over_a_long_context_equals_dense_attention(attend: Attend, prefi
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("window", [None, 9, 100])
 def test_a_chain_gives_the_bits_of_a_causal_run(
-    load: Callable[..., NativeLibrary], window: int | None, num_threads: int, dtype: torch.dtype
+    library: NativeLibrary,
+    load: Callable[..., NativeLibrary],
+    window: int | None,
+    num_threads: int,
+    dtype: torch.dtype,
 ) -> None:
-    chain, library = tree_run(range(-1, 63)), load(num_threads=num_threads)
+    chain, library = tree_run(range(-1, 63)), load(library.level, num_threads)
     for prefixes in ([0, 1, 63, 64, 500, 1000], [1000]):
         batch = Batch([(prefix, 64) for prefix in prefixes], 4, 2)
         query, kv_layer = batch.query.to(dtype), batch.kv_layer.to(dtype)
