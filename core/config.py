@@ -280,7 +280,10 @@ def parse_config(values: Mapping[str, Any]) -> Config:
             message = f"unknown key{_alike(first['loc'])}; `eagleray serve --help` lists those that there are"
         elif first["type"] == "model_type":
             message = f"must be a mapping, such as {{{next(iter(_keys_below(first['loc'])), 'key')}: ...}}"
-        raise ConfigError(field, first["input"], message) from None
+        value = first["input"]
+        if first["type"] == "missing":  # its input is the whole section
+            value, message = None, f"must be set beside {', '.join(map(str, value))}"
+        raise ConfigError(field, value, message) from None
 
 
 def _alike(location: tuple[int | str, ...]) -> str:
