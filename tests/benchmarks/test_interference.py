@@ -11,8 +11,10 @@ import interference
 import pytest
 from interference import OtherProcesses, Trees, attempts, undisturbed
 
-# Prints a line once it has used half a second of processor time, and stays until its input ends.
-_BUSY = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+# Once told to, prints a line when it has used half a second of processor time, and stays until its input ends.
+_BUSY = (
+    "import sys, time\nsys.stdin.readline()\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+)
 _PARENT_OF_A_BUSY_ONE = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {_BUSY!r}])"
 _IDLE = "import sys\nsys.stdin.read()"
 
@@ -21,12 +23,19 @@ def _start(program: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+def _wait_until_it_was_busy(process: subprocess.Popen[bytes]) -> None:
+    """Not before it was told: what is measured has begun by then, however late this process had its turn."""
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"\n"
+
+
 @pytest.mark.parametrize("program", [_BUSY, _PARENT_OF_A_BUSY_ONE], ids=["itself", "its child"])
 def test_what_a_timed_tree_uses_is_not_what_others_use(program: str):
     with _start(program) as busy, _start(_IDLE) as idle:
         start_s = time.perf_counter()
         busy_is_timed, idle_is_timed = OtherProcesses(busy.pid), OtherProcesses(idle.pid)
-        assert busy.stdout.readline() == b"\n"
+        _wait_until_it_was_busy(busy)
         others_of_busy, others_of_idle = busy_is_timed.share(), idle_is_timed.share()
         all_cores_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
         for process in (busy, idle):
@@ -38,7 +47,7 @@ def test_what_all_that_this_process_has_started_uses_is_not_what_others_use() ->
     with _start(_PARENT_OF_A_BUSY_ONE) as busy:
         start_s = time.perf_counter()
         everything, this_one = OtherProcesses(os.getpid()), OtherProcesses()
-        assert busy.stdout.readline() == b"\n"
+        _wait_until_it_was_busy(busy)
         all_cores_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
         shares = this_one.share(), everything.share()
         busy.communicate(timeout=10)
@@ -49,7 +58,7 @@ def test_idle_trees_use_nothing_and_busy_ones_something():
     with _start(_PARENT_OF_A_BUSY_ONE) as busy, _start(_IDLE) as idle:
         start_s = time.perf_counter()
         of_busy, of_idle = Trees([busy.pid]), Trees([idle.pid])
-        assert busy.stdout.readline() == b"\n"
+        _wait_until_it_was_busy(busy)
         shares = of_busy.share(), of_idle.share()
         all_cores_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
         for process in (busy, idle):
