@@ -282,7 +282,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
             message = f"must be a mapping, such as {{{next(iter(_keys_below(first['loc'])), 'key')}: ...}}"
         value = first["input"]
         if first["type"] == "missing":  # its input is the whole section
-            value, message = None, f"must be set beside {', '.join(map(str, value))}"
+            beside = f" beside {', '.join(map(str, value))}" if value else ""
+            value, message = None, f"must be set{beside}"
         raise ConfigError(field, value, message) from None
 
 

@@ -45,7 +45,7 @@ KernelChoice = Literal["auto", "native", "torch"]
 # logit nothing after it evens out. So 8 bits, and its activations as they are.
 HEAD_QUANTIZATION: Final = "int8"
 # Where int8 is the fastest whatever the number of rows: with fewer instructions it is slower than float32 from some on.
-_FAST_INT8_LEVELS: Final = ("amx", "avx512_bf16", "avx512_vnni")
+_FAST_INT8_LEVELS: Final = ("amx", "avx512_bf16")
 
 
 @dataclass(frozen=True, slots=True)

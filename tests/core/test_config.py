@@ -28,6 +28,7 @@ WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"decode": {"engine": {"num_blokcs": 3}}}, "decode.engine.num_blokcs", "unknown key"),
     ({"speculation": {"metod": "ngram"}}, "speculation.metod", "perhaps method"),
     ({"speculation": {"model": "x"}}, "speculation.method", "must be set beside model"),
+    ({"speculation": {}}, "speculation.method", "must be set"),
     ({"speculation": {"method": "early_exit"}}, "speculation", "needs speculation.early_exit_layers"),
     ({"http": {"port": 99999}}, "http.port", "65535"),
     ({"router": {"policy": "best"}}, "router.policy", "least_loaded"),
