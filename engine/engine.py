@@ -219,7 +219,7 @@ class Engine:
         try:
             result = step.handle.result()
         except Exception:
-            self._under_way = None
+            self._under_way = self._last_end_s = None
             raise
         self._under_way = None
         computed = self._scheduler.runs_that_count(step.plan)
