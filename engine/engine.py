@@ -8,6 +8,7 @@ A step is scheduled when the tokens of the one before are known, and runs while 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,7 +85,6 @@ class _ComputedRun(msgspec.Struct, frozen=True):
     request: Request
     outputs: RequestOutputs
     new: NewTokens | None  # sampled by the run
-    acceptance: Acceptance | None = None  # of a run that decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class _EndedStep:
     plan: StepPlan
     result: StepResult
     runs: list[_ComputedRun]  # of the requests that were still there
+    outside_s: float  # since the step before, what it took besides computing and guessing
 
 
 class Engine:
@@ -223,21 +224,20 @@ class Engine:
             raise
         self._under_way = None
         computed = self._scheduler.runs_that_count(step.plan)
-        self._ended = _EndedStep(step.plan, result, [self._append(run, request, result) for run, request in computed])
-        if self._guesses:
-            self._note_guesses(self._ended, self._outside_s(result))
+        runs = [self._append(run, request, result) for run, request in computed]
+        self._ended = _EndedStep(step.plan, result, runs, self._outside_s(result))
 
     def _outside_s(self, result: StepResult) -> float:
-        """Since the step before, what the one that has just ended took besides computing and guessing."""
+        """Of the step that has just ended."""
         last_end_s, self._last_end_s = self._last_end_s, self._clock.now_s()
         if last_end_s is None:
             return 0.0
         return max(0.0, self._last_end_s - last_end_s - result.verify_s - result.draft_s)
 
-    def _note_guesses(self, step: _EndedStep, outside_s: float) -> None:
+    def _note_guesses(self, step: _EndedStep, is_decode_only: bool) -> None:
         """Tell who decides how much to guess what came of it, and what it took."""
         guessed, self._guessed = self._guessed, step.plan.shape
-        if guessed is not None:
+        if guessed is not None and self._drafted:
             # Not those that had no guesses, or were cut short, for want of room or because they have just come here:
             # that does not tell how often guesses come true. Where none was found, none did.
             counts = [
@@ -248,6 +248,7 @@ class Engine:
             if counts:
                 num_guesses, gained = zip(*counts, strict=True)
                 self._draft_policy.note_acceptance(guessed, sum(num_guesses), gained)
+        self._drafted = {}
         if self._guessed is not None:
             drafts = step.result.drafts
             self._drafted = {
@@ -255,12 +256,13 @@ class Engine:
                 for run in step.runs
                 if run.run.may_draft
             }
-        if step.plan.runs and step.plan.is_decode_only:
-            num_rows = sum(run.num_rows for run in step.plan.runs)
-            num_caught_up = sum(run.num_deferred for run in step.plan.runs if not run.defers)
+        if is_decode_only and step.plan.runs:
+            num_rows = sum([run.num_rows for run in step.plan.runs])
+            num_caught_up = sum([run.num_deferred for run in step.plan.runs if not run.defers])
             times = (step.result.verify_s, step.result.draft_s)
+            shapes = (step.plan.shape, guessed)
             self._draft_policy.note_times(
-                StepTimes(len(step.plan.runs), num_rows, *times, step.plan.shape, guessed, num_caught_up, outside_s)
+                StepTimes(len(step.plan.runs), num_rows, *times, *shapes, num_caught_up, step.outside_s)
             )
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
@@ -276,31 +278,35 @@ class Engine:
                     self._scheduler.end(request, RequestState.FINISHED)
             elif new.finish_reason is not None or request.num_emitted_here == request.output_limit:
                 self._scheduler.hand_over(request)
-        return _ComputedRun(run, request, outputs, new, _acceptance(run, result) if self._guesses else None)
+        return _ComputedRun(run, request, outputs, new)
 
     def report(self) -> StepOutcome | None:
-        """What the step that has ended brought; None when that has been told. Text is made here, while the next step
-        computes: that one may have a run for a request that turns out to have ended, and nothing of it is kept."""
+        """What the step that has ended brought; None when that has been told. Text is made here, and what guesses
+        brought is counted, while the next step computes: that one may have a run for a request that turns out to have
+        ended, and nothing of it is kept."""
         if self._ended is None:
             return None
         step, self._ended = self._ended, None
-        outcome = StepOutcome(
-            num_computed_tokens=step.plan.num_tokens,
-            decode_only=step.plan.is_decode_only,
-            acceptance=_step_acceptance(step) if self._guesses else None,
-        )
-        for computed in step.runs:
+        outcome = StepOutcome(num_computed_tokens=step.plan.num_tokens, decode_only=step.plan.is_decode_only)
+        acceptances: Sequence[Acceptance | None] = [None] * len(step.runs)
+        if self._guesses:
+            acceptances, outcome.acceptance = _acceptances([computed.run for computed in step.runs], step.result)
+        for computed, acceptance in zip(step.runs, acceptances, strict=True):
             if self._outputs.get(computed.request.request_id) is computed.outputs:  # else it was aborted meanwhile
-                self._report_run(computed, step.result, outcome)
+                self._report_run(computed, acceptance, step.result, outcome)
+        if self._guesses:
+            self._note_guesses(step, outcome.decode_only)
         return outcome
 
-    def _report_run(self, computed: _ComputedRun, result: StepResult, outcome: StepOutcome) -> None:
+    def _report_run(
+        self, computed: _ComputedRun, acceptance: Acceptance | None, result: StepResult, outcome: StepOutcome
+    ) -> None:
         request, outputs = computed.request, computed.outputs
         if (scores := result.prompt_logprobs.get(request.request_id)) is not None:
             outputs.note_prompt_logprobs(computed.run.start, scores)
         is_finished = False
         if computed.new is not None:
-            output = outputs.report(computed.new, computed.acceptance)
+            output = outputs.report(computed.new, acceptance)
             outcome.outputs.append(output)
             is_finished = output.finish_reason is not None
         if request.output_limit is not None:
@@ -361,17 +367,27 @@ class Engine:
         self._outputs[request.request_id] = self._unscheduled[request.request_id] = outputs
 
 
-def _acceptance(run: ScheduledRun, result: StepResult) -> Acceptance | None:
-    """What came of a run's guesses as they were verified, whatever its request took of them; None unless it decoded."""
-    if not run.samples or run.num_tokens > 1:
-        return None
-    num_guesses, depth = (0, 0) if run.draft is None else (len(run.draft), max(run.draft.depths))
-    num_accepted = len(result.sampled[run.spec.request_id]) - 1
-    return Acceptance.of_step(num_guesses, depth, num_accepted, result.verify_s, result.draft_s)
-
-
-def _step_acceptance(step: _EndedStep) -> Acceptance | None:
-    """Over its requests, which share its time."""
-    total = total_acceptance(run.acceptance for run in step.runs)
-    times = {"verify_s": step.result.verify_s, "draft_s": step.result.draft_s}
-    return None if total is None else msgspec.structs.replace(total, **times)
+def _acceptances(
+    runs: Sequence[ScheduledRun], result: StepResult
+) -> tuple[Sequence[Acceptance | None], Acceptance | None]:
+    """What came of guesses as they were verified, whatever requests took of them: (of each run, None unless it decoded;
+    of the step, whose time they share)."""
+    verify_s, draft_s = result.verify_s, result.draft_s
+    without = Acceptance(num_steps=1, verify_s=verify_s, draft_s=draft_s)  # guesses: most, where they do not pay
+    parts: list[Acceptance | None] = []
+    guessed: list[Acceptance] = []
+    num_without = 0
+    for run in runs:
+        if not run.samples or run.num_tokens > 1:
+            parts.append(None)
+        elif run.draft is None:
+            parts.append(without)
+            num_without += 1
+        else:
+            num_accepted = len(result.sampled[run.spec.request_id]) - 1
+            guessed.append(Acceptance.of_step(len(run.draft), max(run.draft.depths), num_accepted, verify_s, draft_s))
+            parts.append(guessed[-1])
+    if not num_without and not guessed:
+        return parts, None
+    total = total_acceptance([Acceptance(num_steps=num_without), *guessed])
+    return parts, total and msgspec.structs.replace(total, verify_s=verify_s, draft_s=draft_s)

@@ -224,6 +224,8 @@ class Scheduler:
 
     def _share_out(self, requests: list[Request], num_rows: int) -> None:
         """Cut the guesses to be verified to ``num_rows``."""
+        if not self._drafts:
+            return
         guessed = [request.request_id for request in requests if request.request_id in self._drafts]
         shares = even_shares([len(self._drafts[request_id]) for request_id in guessed], num_rows)
         for request_id, share in zip(guessed, shares, strict=True):

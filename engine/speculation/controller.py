@@ -5,7 +5,8 @@
 Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, and
 what was learned from one shape or batch serves the others: a chain's guesses come true as those of a longer one do, and
 rows that were never verified are taken to cost what the sizes around them say. So little has to be tried. What is
-tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time.
+tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time, and one more
+on what first steps of a kind take beyond others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what has lost several in a row
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
+_STEPS_WITHOUT: Final = 16  # guesses: then little is learned that would change it
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
+_FIRST_TIMES: Final = 20  # trials may take the time of so many steps for them, before their share of the time does
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then medians have to do
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
@@ -74,7 +77,8 @@ class DraftPolicy(Protocol):
 
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         """Requests for which ``shape`` was asked for got so many tokens each; ``num_guesses`` were found for all of
-        them together."""
+        them together. Told, as times are, while the next step computes already: after what that one guesses was chosen.
+        """
         ...
 
     def note_times(self, times: StepTimes) -> None:
@@ -141,22 +145,27 @@ class AdaptiveDrafts:
         self._verify_s = _Costs()  # by rows; with all that a step takes but guessing
         self._level_s = _Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
+        self._first_times = _FirstTimes()
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
         self._num_steps = 0
         self._last_trial = 0
         self._chosen = self._usual = self._none
         self._steps_left = 0  # with what is chosen
-        self._is_trial = self._is_measured = False  # what is chosen: only to find out; found out since
+        self._is_trial = False  # what is chosen: only to find out
+        self._tried: _Option | None = None  # the latest one of which that was so, until it has been judged
+        self._is_tried_measured = False
         self._num_decoding = 0  # when it was chosen
+        self._max_rows = 0  # of the latest step
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0:
             return None
         self._num_steps += 1
+        self._max_rows = max_rows
         has_changed = num_decoding != self._num_decoding and not self._is_trial
-        if self._steps_left == 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
-            self._decide(num_decoding, max_rows)
+        if self._steps_left <= 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
+            self._decide(num_decoding)
         self._steps_left -= 1
         if self._is_trial:
             self._last_trial = self._num_steps
@@ -173,16 +182,25 @@ class AdaptiveDrafts:
         acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 
     def note_times(self, times: StepTimes) -> None:
-        size, step = times.num_requests, self._num_steps
+        size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
+        self._first_times.all_s += verify_s + times.draft_s
         if self._is_usual((size, times.num_rows), _size_class(times.num_rows)):
-            self._verify_s.note(times.num_rows, times.verify_s + times.outside_s, step)
-            self._is_measured |= times.verified == self._chosen.shape
+            self._verify_s.note(times.num_rows, verify_s, step)
+            self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
+        else:
+            self._first_times.note(verify_s, self._verify_s.at(times.num_rows, verify_s), self._is_trial)
         if times.drafted is None:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
-        elif not times.num_caught_up and self._is_usual((size, times.drafted), (_size_class(size), times.drafted)):
-            self._options[times.drafted].draft_s.note(size, times.draft_s, step)
-            self._level_s.note(size, times.draft_s / times.drafted.depth, step)
+        elif not times.num_caught_up:
+            option = self._options[times.drafted]
+            if self._is_usual((size, times.drafted), (_size_class(size), times.drafted)):
+                option.draft_s.note(size, times.draft_s, step)
+                self._level_s.note(size, times.draft_s / times.drafted.depth, step)
+            else:
+                self._first_times.note(times.draft_s, self._draft_s(option, times.drafted, size), self._is_trial)
+        if self._steps_left <= 0:  # here, where nobody waits
+            self._decide(self._num_decoding)
 
     def _is_usual(self, kind: Hashable, like: Hashable) -> bool:
         """What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one
@@ -193,23 +211,24 @@ class AdaptiveDrafts:
         self._num_left_out[like] += 1
         return self._num_left_out[like] > _MOST_LEFT_OUT
 
-    def _decide(self, num_decoding: int, max_rows: int) -> None:
+    def _decide(self, num_decoding: int) -> None:
         costs = {
-            option: self._s_per_token(option, num_decoding) if _fits(option, num_decoding, max_rows) else inf
+            option: self._s_per_token(option, num_decoding) if _fits(option, num_decoding, self._max_rows) else inf
             for option in self._choices
         }
-        best = self._best(costs)
-        if self._is_trial and self._is_measured:
-            self._chosen.num_lost_trials = 0 if self._chosen is best else self._chosen.num_lost_trials + 1
-        trial = self._due_for_trial(costs, best, num_decoding)
-        self._is_trial, self._is_measured, self._num_decoding, self._usual = (
-            trial is not None,
-            False,
-            num_decoding,
-            best,
-        )
-        self._chosen = best if trial is None else trial
-        self._steps_left = _STEPS_OF_DECISION if trial is None else self._steps_of_trial(trial, num_decoding)
+        self._num_decoding, self._usual = num_decoding, self._best(costs)
+        if self._tried is not None and self._is_tried_measured:
+            has_lost = self._tried is not self._usual
+            self._tried.num_lost_trials = self._tried.num_lost_trials + 1 if has_lost else 0
+            self._tried = None
+        trial = self._due_for_trial(costs, self._usual, num_decoding)
+        self._is_trial = trial is not None
+        if trial is None:
+            self._chosen = self._usual
+            self._steps_left = _STEPS_OF_DECISION if self._usual.shape else _STEPS_WITHOUT
+        else:
+            self._chosen, self._steps_left = trial, self._steps_of_trial(trial, num_decoding)
+            self._tried, self._is_tried_measured = trial, False
 
     def _best(self, costs: Mapping[_Option, float]) -> _Option:
         """What it was before, unless another choice promises more than measurements are wrong by."""
@@ -226,17 +245,25 @@ class AdaptiveDrafts:
         if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
             return None
         share = _TRYING_SHARE / max(1, len(self._options))
+        first_times_left = self._first_times.allowed(self._verify_s.at(num_decoding, 0.0))
         for option, cost in costs.items():
             lost_steps = self._steps_of_trial(option, num_decoding) * (cost / costs[best] - 1.0)
             patience = min(1 + option.num_lost_trials, _MOST_PATIENCE)
-            if option is not best and patience * lost_steps <= share * (self._num_steps - option.last_used):
+            is_paid_for = patience * lost_steps <= share * (self._num_steps - option.last_used)
+            if option is not best and is_paid_for and sum(self._first_kinds(option, num_decoding)) <= first_times_left:
                 return option
         return None
 
     def _steps_of_trial(self, option: _Option, num_decoding: int) -> int:
         """Until it has been measured."""
+        return _STEPS_OF_TRIAL + self._first_kinds(option, num_decoding)[0]
+
+    def _first_kinds(self, option: _Option, num_decoding: int) -> tuple[int, int]:
+        """First times that it still has before it: (of verifying, of guessing)."""
         num_rows = num_decoding * (1 + (option.shape.max_nodes if option.shape else 0))
-        return _STEPS_OF_TRIAL + max(0, _UNUSUAL_TIMES - self._num_seen[num_decoding, num_rows])
+        kinds = ((num_decoding, num_rows), (num_decoding, option.shape))
+        verify, draft = (max(0, _UNUSUAL_TIMES - self._num_seen[kind]) for kind in kinds)
+        return verify, draft if option.shape else 0
 
     def _s_per_token(self, option: _Option, num_requests: int) -> float:
         """Of one request."""
@@ -296,6 +323,26 @@ class _Acceptance:
         return tokens
 
 
+class _FirstTimes:
+    """What the first steps of a kind take beyond others, and how much of that trials may still cause."""
+
+    def __init__(self) -> None:
+        self.all_s = 0.0  # that all steps took
+        self._sum_s = self._in_trials_s = 0.0
+        self._count = 0
+
+    def note(self, measured_s: float, usual_s: float, is_trial: bool) -> None:
+        beyond_s = max(0.0, measured_s - usual_s)
+        self._sum_s += beyond_s
+        self._in_trials_s += beyond_s * is_trial
+        self._count += 1
+
+    def allowed(self, step_s: float) -> float:
+        """How many, where a step takes ``step_s``."""
+        left_s = _FIRST_TIMES * step_s + _TRYING_SHARE * self.all_s - self._in_trials_s
+        return inf if self._sum_s == 0.0 else left_s * self._count / self._sum_s
+
+
 class _Costs:
     """Seconds by size: medians of the latest measurements."""
 
@@ -303,6 +350,7 @@ class _Costs:
         self._measured: dict[int, deque[tuple[float, int]]] = {}  # by size class: seconds, and in which step
         self._medians: dict[int, float] = {}
         self._sizes: list[int] = []  # classes that were measured, rising
+        self._new: set[int] = set()  # measured since medians were last wanted
 
     def note(self, size: int, seconds: float, step: int) -> None:
         size = _size_class(size)
@@ -313,11 +361,17 @@ class _Costs:
         measured.append((seconds, step))
         while len(measured) > 3 and measured[0][1] < step - _OLD_STEPS:
             measured.popleft()
-        self._medians[size] = new = median_low([value for value, _ in measured])
-        for smaller in self._sizes[: bisect_left(self._sizes, size)]:
-            if self._medians[smaller] > _OUT_OF_ORDER * new:  # faster since then: fewer rows take no longer than more
-                self._medians[smaller] = _OUT_OF_ORDER * new
-                self._measured[smaller].clear()
+        self._new.add(size)
+
+    def _update_medians(self) -> None:
+        for size in sorted(self._new):
+            self._medians[size] = new = median_low([value for value, _ in self._measured[size]])
+            for smaller in self._sizes[: bisect_left(self._sizes, size)]:
+                if self._medians.get(smaller, 0.0) > _OUT_OF_ORDER * new:
+                    # Faster since then: fewer rows take no longer than more.
+                    self._medians[smaller] = _OUT_OF_ORDER * new
+                    self._measured[smaller].clear()
+        self._new.clear()
 
     @property
     def has_any(self) -> bool:
@@ -325,6 +379,8 @@ class _Costs:
 
     def at(self, size: int, otherwise: float) -> float:
         """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement."""
+        if self._new:
+            self._update_medians()
         size = _size_class(size)
         if size in self._medians:
             return self._medians[size]
