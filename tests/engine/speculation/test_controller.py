@@ -176,7 +176,7 @@ def test_first_times_that_are_slow_do_not_speak_against_guessing() -> None:
 
 
 def test_what_first_steps_of_a_kind_take_beyond_others_is_paid_for_as_trials_are() -> None:
-    """Guessing brings hardly less than not to, so that trials lose nothing; but each is for another number of requests."""
+    """Guessing brings hardly less than not to, so that trials lose nothing, but each is of a kind of its own."""
     shape, first_s = DraftShape(1), 50e-3
     policy = AdaptiveDrafts([shape], has_network=True)
     times_seen: Counter[Hashable] = Counter()
