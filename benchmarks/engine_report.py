@@ -130,7 +130,7 @@ def sections(run: Run) -> list[Section]:
             ("decode, replayed, batch", "step, ms", "kernels, ms", "outside, ms", "share", "calls", "others"), splits
         ),
     ]
-    if len(run.splits) > 1:
+    if len({split.batch for split in run.splits}) > 1:
         shown.append(Section(("of what a step costs beside kernels", "each step", "each sequence in it"), _slopes(run)))
     for profile in run.profiles:
         name = f"{profile.name}{mark(profile.others_share)}"

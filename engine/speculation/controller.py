@@ -5,39 +5,30 @@
 Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, and
 what was learned from one shape or batch serves the others: a chain's guesses come true as those of a longer one do, and
 rows that were never verified are taken to cost what the sizes around them say. So little has to be tried. What is
-tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time, and one more
-on what first steps of a kind take beyond others.
+tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time, and about as
+much on what the first steps of a kind take beyond others.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from statistics import median_low
 from typing import Final, Protocol
 
+from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, size_class
 from eagleray.engine.speculation.tree import DraftShape
 
-_SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
-_MEASUREMENTS: Final = 25  # of one kind that count: their median, which a disturbed step or a few do not move
-_OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what has lost several in a row
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
-_STEPS_WITHOUT: Final = 16  # guesses: then little is learned that would change it
+_STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
-_FIRST_TIMES: Final = 20  # trials may take the time of so many steps for them, before their share of the time does
+_PAID_STEPS: Final = 20  # trials' first times may take as long from the beginning, and later their share of the time
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then medians have to do
-_OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
-_ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
-_WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
-_FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
-_COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
 _GAIN_TO_CHANGE: Final = 1.01  # and another way to guess so much more than the one before
@@ -138,35 +129,37 @@ class AdaptiveDrafts:
         self.may_defer = may_defer
         self._has_network = has_network
         # Shapes of several depths that are alike in the rest share what is known of their guesses.
-        acceptances = {_kind(shape): _Acceptance() for shape in shapes}
-        self._none = _Option(None, _Acceptance())
+        acceptances = {_kind(shape): GuessAcceptance() for shape in shapes}
+        self._none = _Option(None, GuessAcceptance())
         self._options = {shape: _Option(shape, acceptances[_kind(shape)]) for shape in shapes}
         self._choices = (self._none, *self._options.values())
-        self._verify_s = _Costs()  # by rows; with all that a step takes but guessing
-        self._level_s = _Costs()  # of guessing one token ahead, by requests
-        self._catch_up_s = _Costs()  # of a network while nothing is guessed, per token: of size 1
-        self._first_times = _FirstTimes()
+        self._verify_s = Costs()  # by rows; with all that a step takes but guessing
+        self._level_s = Costs()  # of guessing one token ahead, by requests
+        self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
+        self._first_times = FirstTimes()
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
-        self._num_steps = 0
+        self._num_steps = self._num_decoding = self._max_rows = 0  # with those of the latest step
         self._last_trial = 0
         self._chosen = self._usual = self._none
+        self._decided_for = 0  # so many requests
         self._steps_left = 0  # with what is chosen
         self._is_trial = False  # what is chosen: only to find out
-        self._tried: _Option | None = None  # the latest one of which that was so, until it has been judged
+        # Whether steps were that: the one before the step that is told of, that one, and the newest.
+        self._trials = deque([False] * 3, maxlen=3)
+        self._tried: _Option | None = None  # by a trial under way, or by one still to be judged
         self._is_tried_measured = False
-        self._num_decoding = 0  # when it was chosen
-        self._max_rows = 0  # of the latest step
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0:
             return None
         self._num_steps += 1
-        self._max_rows = max_rows
-        has_changed = num_decoding != self._num_decoding and not self._is_trial
+        self._num_decoding, self._max_rows = num_decoding, max_rows
+        has_changed = num_decoding != self._decided_for and not (self._is_trial and self._trials[-1])
         if self._steps_left <= 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
-            self._decide(num_decoding)
+            self._decide()
         self._steps_left -= 1
+        self._trials.append(self._is_trial)
         if self._is_trial:
             self._last_trial = self._num_steps
         self._chosen.last_used = self._num_steps
@@ -183,24 +176,26 @@ class AdaptiveDrafts:
 
     def note_times(self, times: StepTimes) -> None:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
-        self._first_times.all_s += verify_s + times.draft_s
-        if self._is_usual((size, times.num_rows), _size_class(times.num_rows)):
+        was_verified_for_trial, was_drafted_for_trial, _ = self._trials
+        if self._is_usual((size, times.num_rows), size_class(times.num_rows)):
             self._verify_s.note(times.num_rows, verify_s, step)
             self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
-        else:
-            self._first_times.note(verify_s, self._verify_s.at(times.num_rows, verify_s), self._is_trial)
+        elif self._verify_s.has_any:
+            beyond_s = verify_s - self._verify_s.at(times.num_rows, verify_s)
+            self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_verified_for_trial)
         if times.drafted is None:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
         elif not times.num_caught_up:
             option = self._options[times.drafted]
-            if self._is_usual((size, times.drafted), (_size_class(size), times.drafted)):
+            if self._is_usual((size, times.drafted), (size_class(size), times.drafted)):
                 option.draft_s.note(size, times.draft_s, step)
                 self._level_s.note(size, times.draft_s / times.drafted.depth, step)
             else:
-                self._first_times.note(times.draft_s, self._draft_s(option, times.drafted, size), self._is_trial)
+                beyond_s = times.draft_s - self._draft_s(option, times.drafted, size)
+                self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_drafted_for_trial)
         if self._steps_left <= 0:  # here, where nobody waits
-            self._decide(self._num_decoding)
+            self._decide()
 
     def _is_usual(self, kind: Hashable, like: Hashable) -> bool:
         """What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one
@@ -211,24 +206,31 @@ class AdaptiveDrafts:
         self._num_left_out[like] += 1
         return self._num_left_out[like] > _MOST_LEFT_OUT
 
-    def _decide(self, num_decoding: int) -> None:
+    def _decide(self) -> None:
+        num_decoding = self._num_decoding
         costs = {
             option: self._s_per_token(option, num_decoding) if _fits(option, num_decoding, self._max_rows) else inf
             for option in self._choices
         }
-        self._num_decoding, self._usual = num_decoding, self._best(costs)
+        self._decided_for, self._usual = num_decoding, self._best(costs)
+        if not self._is_trial:  # of one that has just ended the last times are not told yet
+            self._judge_trial()
+        trial = self._due_for_trial(costs, self._usual, num_decoding)
+        self._is_trial = trial is not None
+        if trial is not None:
+            self._chosen, self._steps_left = trial, self._steps_of_trial(trial, num_decoding)
+            self._tried, self._is_tried_measured = trial, False
+            return
+        does_not_pay = self._usual is self._none and self._verify_s.has_any and inf not in costs.values()
+        self._chosen = self._usual
+        self._steps_left = _STEPS_WITHOUT if does_not_pay and self._tried is None else _STEPS_OF_DECISION
+
+    def _judge_trial(self) -> None:
+        """One that was cut off before it was measured tells nothing."""
         if self._tried is not None and self._is_tried_measured:
             has_lost = self._tried is not self._usual
             self._tried.num_lost_trials = self._tried.num_lost_trials + 1 if has_lost else 0
-            self._tried = None
-        trial = self._due_for_trial(costs, self._usual, num_decoding)
-        self._is_trial = trial is not None
-        if trial is None:
-            self._chosen = self._usual
-            self._steps_left = _STEPS_OF_DECISION if self._usual.shape else _STEPS_WITHOUT
-        else:
-            self._chosen, self._steps_left = trial, self._steps_of_trial(trial, num_decoding)
-            self._tried, self._is_tried_measured = trial, False
+        self._tried = None
 
     def _best(self, costs: Mapping[_Option, float]) -> _Option:
         """What it was before, unless another choice promises more than measurements are wrong by."""
@@ -245,17 +247,18 @@ class AdaptiveDrafts:
         if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
             return None
         share = _TRYING_SHARE / max(1, len(self._options))
-        first_times_left = self._first_times.allowed(self._verify_s.at(num_decoding, 0.0))
+        paid_s = (_PAID_STEPS + _TRYING_SHARE * self._num_steps) * self._verify_s.at(num_decoding, 0.0)
         for option, cost in costs.items():
             lost_steps = self._steps_of_trial(option, num_decoding) * (cost / costs[best] - 1.0)
             patience = min(1 + option.num_lost_trials, _MOST_PATIENCE)
             is_paid_for = patience * lost_steps <= share * (self._num_steps - option.last_used)
-            if option is not best and is_paid_for and sum(self._first_kinds(option, num_decoding)) <= first_times_left:
+            num_first_times = sum(self._first_kinds(option, num_decoding))
+            if option is not best and is_paid_for and self._first_times.is_paid_for(num_first_times, paid_s):
                 return option
         return None
 
     def _steps_of_trial(self, option: _Option, num_decoding: int) -> int:
-        """Until it has been measured."""
+        """That it takes to measure it; of the last ones is told when they are over."""
         return _STEPS_OF_TRIAL + self._first_kinds(option, num_decoding)[0]
 
     def _first_kinds(self, option: _Option, num_decoding: int) -> tuple[int, int]:
@@ -289,127 +292,12 @@ def _kind(shape: DraftShape) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
     return shape.branching, shape.num_nodes, shape.paths
 
 
-class _Acceptance:
-    """How likely a guess comes true when the one before it has, by how far ahead it is."""
-
-    def __init__(self) -> None:
-        self._true: list[float] = []  # guesses, the older the less they count
-        self._all: list[float] = []
-        self.share_found = 1.0  # of the guesses that were asked for: look-up may find none
-
-    def note(self, num_accepted: Sequence[int], depth: int) -> None:
-        """Of requests for which a guess was made for each of ``depth`` tokens ahead."""
-        while len(self._all) < depth:
-            self._true.append(_ACCEPTANCE * _WEIGHT_OF_ACCEPTANCE)
-            self._all.append(_WEIGHT_OF_ACCEPTANCE)
-        # Many requests tell in few steps what a text is like, and smooth out each other's chance.
-        kept = 1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)
-        for level in range(depth):
-            num_all = sum(1 for accepted in num_accepted if accepted >= level)
-            if num_all:
-                num_true = sum(1 for accepted in num_accepted if accepted > level)
-                self._true[level] = kept * self._true[level] + num_true
-                self._all[level] = kept * self._all[level] + num_all
-
-    def note_found(self, share: float) -> None:
-        """Of the guesses that a step asked for."""
-        self.share_found += _SMOOTHING * (share - self.share_found)
-
-    def tokens_per_step(self, depth: int) -> float:
-        tokens = reached = 1.0
-        for level in range(depth):
-            reached *= self._true[level] / self._all[level] if level < len(self._all) else _ACCEPTANCE
-            tokens += reached
-        return tokens
-
-
-class _FirstTimes:
-    """What the first steps of a kind take beyond others, and how much of that trials may still cause."""
-
-    def __init__(self) -> None:
-        self.all_s = 0.0  # that all steps took
-        self._sum_s = self._in_trials_s = 0.0
-        self._count = 0
-
-    def note(self, measured_s: float, usual_s: float, is_trial: bool) -> None:
-        beyond_s = max(0.0, measured_s - usual_s)
-        self._sum_s += beyond_s
-        self._in_trials_s += beyond_s * is_trial
-        self._count += 1
-
-    def allowed(self, step_s: float) -> float:
-        """How many, where a step takes ``step_s``."""
-        left_s = _FIRST_TIMES * step_s + _TRYING_SHARE * self.all_s - self._in_trials_s
-        return inf if self._sum_s == 0.0 else left_s * self._count / self._sum_s
-
-
-class _Costs:
-    """Seconds by size: medians of the latest measurements."""
-
-    def __init__(self) -> None:
-        self._measured: dict[int, deque[tuple[float, int]]] = {}  # by size class: seconds, and in which step
-        self._medians: dict[int, float] = {}
-        self._sizes: list[int] = []  # classes that were measured, rising
-        self._new: set[int] = set()  # measured since medians were last wanted
-
-    def note(self, size: int, seconds: float, step: int) -> None:
-        size = _size_class(size)
-        if size not in self._measured:
-            insort(self._sizes, size)
-            self._measured[size] = deque(maxlen=_MEASUREMENTS)
-        measured = self._measured[size]
-        measured.append((seconds, step))
-        while len(measured) > 3 and measured[0][1] < step - _OLD_STEPS:
-            measured.popleft()
-        self._new.add(size)
-
-    def _update_medians(self) -> None:
-        for size in sorted(self._new):
-            self._medians[size] = new = median_low([value for value, _ in self._measured[size]])
-            for smaller in self._sizes[: bisect_left(self._sizes, size)]:
-                if self._medians.get(smaller, 0.0) > _OUT_OF_ORDER * new:
-                    # Faster since then: fewer rows take no longer than more.
-                    self._medians[smaller] = _OUT_OF_ORDER * new
-                    self._measured[smaller].clear()
-        self._new.clear()
-
-    @property
-    def has_any(self) -> bool:
-        return bool(self._sizes)
-
-    def at(self, size: int, otherwise: float) -> float:
-        """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement."""
-        if self._new:
-            self._update_medians()
-        size = _size_class(size)
-        if size in self._medians:
-            return self._medians[size]
-        if not self._sizes:
-            return otherwise
-        place = bisect_left(self._sizes, size)
-        if len(self._sizes) == 1:
-            return self._medians[self._sizes[0]] * (1.0 + _COST_OF_ROWS * (size / self._sizes[0] - 1.0))
-        is_inside = 0 < place < len(self._sizes)
-        low, high = (self._sizes[place - 1], self._sizes[place]) if is_inside else (self._sizes[0], self._sizes[-1])
-        low_s, high_s = self._medians[low], self._medians[high]
-        # More rows take no less time, and not more than in proportion.
-        slope = min(max(0.0, (high_s - low_s) / (high - low)), high_s / high)
-        nearest = high if size > high else low
-        return self._medians[nearest] + slope * (size - nearest)
-
-
 @dataclass(slots=True, eq=False)
 class _Option:
     """What is known of one choice."""
 
     shape: DraftShape | None
-    acceptance: _Acceptance
-    draft_s: _Costs = field(default_factory=_Costs)  # of all tokens ahead, by requests
+    acceptance: GuessAcceptance
+    draft_s: Costs = field(default_factory=Costs)  # of all tokens ahead, by requests
     last_used: int = 0  # step
     num_lost_trials: int = 0  # in a row, after which something else was better all the same
-
-
-def _size_class(count: int) -> int:
-    """Counts that cost about the same: exact up to 8, then in steps of an eighth to a quarter."""
-    step = 1 << max(0, count.bit_length() - 4)
-    return count // step * step

@@ -12,13 +12,25 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from eagleray.kernels.native.library import MAX_ARGUMENTS, NativeCall, NativeLibrary
 from eagleray.kernels.replay.api import StepInputs
 from eagleray.kernels.replay.arena import Lifetime, place
 
-_ALLOCATIONS: Final = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+_ALLOCATIONS: Final = {"empty", "new_empty"}
+_VIEWS: Final = {"view", "reshape", "contiguous", "__getitem__", "unbind", "split", "chunk", "unsqueeze", "squeeze"}
+_QUESTIONS: Final = {
+    "__get__",
+    "__len__",
+    "size",
+    "stride",
+    "is_contiguous",
+    "data_ptr",
+    "element_size",
+    "numel",
+    "dim",
+}
 ARENA: Final = 0  # index among a program's inputs; the step's own follow
 
 
@@ -35,31 +47,38 @@ class Region:
         return self.address <= address < self.address + self.num_bytes
 
 
-class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what torch does: where it allocates, and whether it computes, which could not be replayed."""
+class _TorchWatch(TorchFunctionMode):
+    """Sees what is asked of torch: where it allocates, and whether it computes, which could not be replayed."""
 
     def __init__(self, calls: Sequence[NativeCall]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         # Their memory is not kept: the results of all layers would be alive at one time. So an address may be given out
         # again, and which allocation it means depends on the call.
         self.allocated: list[Region] = []
         self.computed = False
         self._calls = calls
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled; to skip it torch would import its compiler, for over a second
-
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.name in _ALLOCATIONS:
+        name = getattr(func, "__name__", "")
+        if name in _ALLOCATIONS:
             number, before_call = len(self.allocated), len(self._calls)
             self.allocated.append(Region(result.data_ptr(), _num_bytes(result), number, before_call))
-        elif not func.is_view:
+        elif name not in _QUESTIONS and not (name in _VIEWS and _is_view(result, args[0])):
             self.computed = True
         return result
+
+
+def _is_view(result: Tensor | tuple[Tensor, ...], base: Tensor) -> bool:
+    """Or several. Some functions copy where they cannot give a view."""
+    views = result if isinstance(result, tuple) else (result,)
+    return all(_same_memory(view, base) for view in views)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from eagleray.core.clock import ManualClock
@@ -11,6 +13,8 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine, StepOutcome
 from eagleray.engine.execution.fake import FakeExecutor
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
+from eagleray.engine.speculation.controller import AdaptiveDrafts, StepTimes
+from eagleray.engine.speculation.tree import DraftShape
 from eagleray.text.fake import FIRST_BYTE_ID, byte_tokenizer
 from eagleray.text.output import OutputText, TokenText
 
@@ -107,6 +111,37 @@ def test_the_next_step_computes_while_text_is_made(executor: LateExecutor) -> No
     assert begun_at_push == [2, 3, 3], "the text of step k is made after step k + 1 has begun, if there is one"
     assert [output.position for output in outputs] == [0, 1, 2] and outputs[-1].finish_reason is FinishReason.LENGTH
     assert not executor.is_computing and not engine.has_work
+
+
+def test_what_guesses_brought_and_took_is_told_while_the_next_step_computes(executor: LateExecutor) -> None:
+    told: list[tuple[str, int]] = []
+
+    class Policy(AdaptiveDrafts):
+        def choose(self, num_decoding: int, max_rows: int) -> DraftShape:
+            told.append(("chosen", executor.num_begun))
+            return DraftShape(1)
+
+        def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
+            told.append(("acceptance", executor.num_begun))
+
+        def note_times(self, times: StepTimes) -> None:
+            told.append(("times", executor.num_begun))
+
+    policy = Policy([DraftShape(1)], has_network=True)
+    new_text = lambda spec: OutputText(TOKENIZER, spec.sampling, PROMPT)  # noqa: E731
+    engine = Engine(executor, EngineConfig(), ManualClock(), new_text, policy)
+    engine.add(new_spec("a", max_tokens=20))
+    for _ in range(3):
+        engine.step()
+    # The first step computes the prompt and guesses; what the second one took is told when the third has been chosen.
+    assert told == [
+        *(("chosen", begun) for begun in (0, 1, 2)),
+        ("acceptance", 3),
+        ("times", 3),
+        ("chosen", 3),
+        ("acceptance", 4),
+        ("times", 4),
+    ]
 
 
 def test_a_stop_string_ends_a_request_that_is_in_the_step_under_way_and_nothing_of_that_step_is_kept(
