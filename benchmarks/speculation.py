@@ -118,7 +118,7 @@ def _compare(
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
         num_prompts = max(options.num_prompts, _BATCHES_OF_PROMPTS * batch)
         asked = list(islice(cycle(prompts), num_prompts))
-        rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats)
+        rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats, options.untimed)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
         always_rounds, adaptive_rounds = guessing_rounds
         yield [figure(plain_rounds, always_rounds, options.depth), figure(plain_rounds, adaptive_rounds, None)]
@@ -205,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=int, nargs="+", default=(1, 4, 16), help="requests that decode together")
     add("--threads", type=int, default=1, help="of each engine")
     add("--repeats", type=int, default=5, help="rounds of each contender, taken in turns")
+    add("--untimed", type=int, default=1, help="rounds before them, in which controllers learn and steps are recorded")
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")
     add("--json", type=Path, help="write everything to this file, after every row")
     add("--add", action="store_true", help="keep the rows that the file has already")

@@ -44,6 +44,7 @@ class SpeculationReport:
     def title(self) -> str:
         origin, options = self.pieces[-1].origin, self.pieces[-1].options
         named = [options["model"], f"threads {options['threads']}", f"{options['depth']} tokens ahead"]
+        named.append(f"answers of {options['max_tokens']}, rounds before that are not timed {options['untimed']}")
         if float(options["temperature"]):
             named.append(f"temperature {options['temperature']}")
         if options["verification"] != "target_token":

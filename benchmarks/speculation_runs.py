@@ -199,15 +199,16 @@ def in_turns(
     batch: int,
     max_tokens: int,
     repeats: int,
+    untimed: int = 1,
 ) -> list[list[Round]]:
     """Per repeat, one round of each contender over the same prompts, in the order of ``contenders``. One that others
-    disturb is tried again as a whole, so that rounds that are compared stay neighbours. The first, untimed, lets
+    disturb is tried again as a whole, so that rounds that are compared stay neighbours. The first ones, untimed, let
     controllers learn. Every repeat begins with another prompt, so that those that decode together differ, and with
     another contender: A B C, B C A, C A B."""
     repeated = []
-    for repeat in range(repeats + 1):
+    for repeat in range(untimed + repeats):
         answer_all = partial(_answer_all, contenders, repeat, _turned(prompts, repeat * batch), batch, max_tokens)
-        if repeat == 0:
+        if repeat < untimed:
             answer_all()
             continue
         rounds, others_share = undisturbed(answer_all)
