@@ -25,7 +25,16 @@ from provenance import provenance
 from report import to_markdown, to_terminal
 from rich.console import Console
 from speculation_figures import Figure, figure
-from speculation_report import ADAPTIVE, Piece, SpeculationReport, read_report, sections, write_report
+from speculation_report import (
+    ADAPTIVE,
+    IDLE,
+    NO_DRAFT,
+    Piece,
+    SpeculationReport,
+    read_report,
+    sections,
+    write_report,
+)
 from speculation_runs import NO_SPECULATION, Contender, in_turns, read_prompts
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
@@ -104,7 +113,8 @@ def _compare(
     prompts: Sequence[Sequence[int]],
     options: argparse.Namespace,
 ) -> Iterator[list[Figure]]:
-    """One method, always guessing and under its controller, in turns with no guessing."""
+    """One method, always guessing and under its controller, in turns with no guessing. If asked for, also its draft which
+    never guesses: no controller can better that where guessing does not pay. And a second engine without one."""
     guessing = [
         Contender(
             f"{name}{ADAPTIVE if adaptive else ''}",
@@ -114,14 +124,19 @@ def _compare(
         )
         for adaptive in (False, True)
     ]
+    if options.idle:
+        kept = SpeculationConfig(**fields)
+        guessing.append(Contender(f"{NO_DRAFT}{IDLE}", config, None, options.temperature))
+        guessing.append(Contender(f"{name}{IDLE}", config, kept, options.temperature, never_guesses=True))
     for batch in options.batches:
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
         num_prompts = max(options.num_prompts, _BATCHES_OF_PROMPTS * batch)
         asked = list(islice(cycle(prompts), num_prompts))
         rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats, options.untimed)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
-        always_rounds, adaptive_rounds = guessing_rounds
-        yield [figure(plain_rounds, always_rounds, options.depth), figure(plain_rounds, adaptive_rounds, None)]
+        always_rounds, *other_rounds = guessing_rounds
+        others = [figure(plain_rounds, taken, None) for taken in other_rounds]
+        yield [figure(plain_rounds, always_rounds, options.depth), *others]
     for contender in guessing:
         contender.close()
 
@@ -205,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=int, nargs="+", default=(1, 4, 16), help="requests that decode together")
     add("--threads", type=int, default=1, help="of each engine")
     add("--repeats", type=int, default=5, help="rounds of each contender, taken in turns")
+    add("--idle", action="store_true", help="measure also drafts that never guess, and a second engine without one")
     add("--untimed", type=int, default=1, help="rounds before them, in which controllers learn and steps are recorded")
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")
     add("--json", type=Path, help="write everything to this file, after every row")

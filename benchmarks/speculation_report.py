@@ -16,6 +16,8 @@ from speculation_figures import Figure, Ratio
 from eagleray.core.errors import ConfigError
 
 ADAPTIVE: Final = ", adaptive"
+IDLE: Final = ", never guessing"
+NO_DRAFT: Final = "no draft"
 # What two pieces of one table may differ in: which rows they add, and where they are written.
 _OWN_OPTIONS: Final = {"random", "trees", "only", "batches", "quick", "json", "add", "markdown"}
 
@@ -83,9 +85,10 @@ def write_report(file: Path, report: SpeculationReport) -> None:
 
 
 def sections(figures: Sequence[Figure]) -> list[Section]:
-    """Methods that always guess with what bounds them, then controllers."""
-    always = [figure for figure in figures if not figure.contender.endswith(ADAPTIVE)]
+    """Methods that always guess with what bounds them, then controllers, then drafts that are kept for nothing."""
+    always = [figure for figure in figures if not figure.contender.endswith((ADAPTIVE, IDLE))]
     adaptive = [figure for figure in figures if figure.contender.endswith(ADAPTIVE)]
+    idle = [figure for figure in figures if figure.contender.endswith(IDLE)]
     speeds = ("batch", "tokens per step", "by position", "tokens/s", "none", "speed-up (95 %)", "rounds", "others")
     bounds = (
         "bound", "with it", "t_decode, ms", "t_verify, ms", "t_draft, ms", "outside, ms", "none's, ms", "prefill",
@@ -96,12 +99,13 @@ def sections(figures: Sequence[Figure]) -> list[Section]:
             ("always guessing", *speeds, *bounds), [(*_speed_cells(figure), *_bound_cells(figure)) for figure in always]
         ),
         Section(("controller", *speeds), [_speed_cells(figure) for figure in adaptive]),
+        *([Section(("kept, never guessing", *speeds), [_speed_cells(figure) for figure in idle])] if idle else []),
     ]
 
 
 def _speed_cells(figure: Figure) -> tuple[str, ...]:
     return (
-        figure.contender.removesuffix(ADAPTIVE),
+        figure.contender.removesuffix(ADAPTIVE).removesuffix(IDLE),
         str(figure.batch),
         f"{figure.tokens_per_step:.2f}",
         " ".join(f"{rate:.0%}" for rate in figure.rate_per_position) or "-",

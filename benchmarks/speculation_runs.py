@@ -116,9 +116,16 @@ class Contender:
     """One engine; no prefix is ever cached, so that every round is the same work."""
 
     def __init__(
-        self, name: str, config: Config, speculation: SpeculationConfig | None, temperature: float = 0.0
+        self,
+        name: str,
+        config: Config,
+        speculation: SpeculationConfig | None,
+        temperature: float = 0.0,
+        never_guesses: bool = False,
     ) -> None:
-        """Raises ``ConfigError`` for a draft that does not go with the model."""
+        """With ``never_guesses`` a draft is there and kept up to date, for nothing.
+
+        Raises ``ConfigError`` for a draft that does not go with the model."""
         self.name, self.speculation, self._temperature = name, speculation, temperature
         engine = config.decode.engine
         self._tokenizer = Tokenizer.from_folder(config.model.folder)
@@ -127,7 +134,7 @@ class Contender:
         )
         self.model_config = self._executor.model_config
         self._timer = StepTimer(self._executor)
-        policy = build_draft_policy(speculation, self._executor.has_draft_network)
+        policy = build_draft_policy(None if never_guesses else speculation, self._executor.has_draft_network)
         self._engine = Engine(self._timer, engine, SystemClock(), self._new_text, policy)
         self._numbers = itertools.count()
 
