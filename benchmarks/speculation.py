@@ -113,8 +113,8 @@ def _compare(
     prompts: Sequence[Sequence[int]],
     options: argparse.Namespace,
 ) -> Iterator[list[Figure]]:
-    """One method, always guessing and under its controller, in turns with no guessing. If asked for, also its draft which
-    never guesses: no controller can better that where guessing does not pay. And a second engine without one."""
+    """One method, always guessing and under its controller, in turns with no guessing. If asked for, its draft as well
+    which never guesses: no controller can better that where guessing does not pay. And a second engine without one."""
     guessing = [
         Contender(
             f"{name}{ADAPTIVE if adaptive else ''}",
