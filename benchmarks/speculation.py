@@ -126,7 +126,7 @@ def _compare(
     ]
     if options.idle:
         kept = SpeculationConfig(**fields)
-        guessing.append(Contender(f"{NO_DRAFT}{IDLE}", config, None, options.temperature))
+        guessing.append(Contender(f"{NO_DRAFT}, beside {name}{IDLE}", config, None, options.temperature))
         guessing.append(Contender(f"{name}{IDLE}", config, kept, options.temperature, never_guesses=True))
     for batch in options.batches:
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.

@@ -373,7 +373,7 @@ def _acceptances(
     """What came of guesses as they were verified, whatever requests took of them: (of each run, None unless it decoded;
     of the step, whose time they share)."""
     verify_s, draft_s = result.verify_s, result.draft_s
-    without = Acceptance(num_steps=1, verify_s=verify_s, draft_s=draft_s)  # guesses: most, where they do not pay
+    without = Acceptance(num_steps=1, verify_s=verify_s, draft_s=draft_s)  # of whoever has no guesses
     parts: list[Acceptance | None] = []
     guessed: list[Acceptance] = []
     num_without = 0
@@ -390,4 +390,4 @@ def _acceptances(
     if not num_without and not guessed:
         return parts, None
     total = total_acceptance([Acceptance(num_steps=num_without), *guessed])
-    return parts, total and msgspec.structs.replace(total, verify_s=verify_s, draft_s=draft_s)
+    return parts, None if total is None else msgspec.structs.replace(total, verify_s=verify_s, draft_s=draft_s)

@@ -152,6 +152,7 @@ class AdaptiveDrafts:
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0:
+            self._trials.append(False)
             return None
         self._num_steps += 1
         self._num_decoding, self._max_rows = num_decoding, max_rows
@@ -177,34 +178,37 @@ class AdaptiveDrafts:
     def note_times(self, times: StepTimes) -> None:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
         was_verified_for_trial, was_drafted_for_trial, _ = self._trials
-        if self._is_usual((size, times.num_rows), size_class(times.num_rows)):
-            self._verify_s.note(times.num_rows, verify_s, step)
-            self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
-        elif self._verify_s.has_any:
+        is_first, is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
+        if is_first and self._verify_s.has_any:
             beyond_s = verify_s - self._verify_s.at(times.num_rows, verify_s)
             self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_verified_for_trial)
+        if is_usual:
+            self._verify_s.note(times.num_rows, verify_s, step)
+            self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
         if times.drafted is None:
             if times.num_caught_up:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
         elif not times.num_caught_up:
             option = self._options[times.drafted]
-            if self._is_usual((size, times.drafted), (size_class(size), times.drafted)):
-                option.draft_s.note(size, times.draft_s, step)
-                self._level_s.note(size, times.draft_s / times.drafted.depth, step)
-            else:
+            is_first, is_usual = self._count((size, times.drafted), (size_class(size), times.drafted))
+            if is_first:
                 beyond_s = times.draft_s - self._draft_s(option, times.drafted, size)
                 self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_drafted_for_trial)
+            if is_usual:
+                option.draft_s.note(size, times.draft_s, step)
+                self._level_s.note(size, times.draft_s / times.drafted.depth, step)
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
 
-    def _is_usual(self, kind: Hashable, like: Hashable) -> bool:
-        """What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one
-        kind, nothing would ever be measured: of those that are ``like`` each other only the first ones are left out."""
+    def _count(self, kind: Hashable, like: Hashable) -> tuple[bool, bool]:
+        """(Whether it is one of the first of its kind; whether it is measured.)
+
+        What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one kind,
+        nothing would ever be measured: of those that are ``like`` each other only the first ones are left out."""
         self._num_seen[kind] += 1
-        if self._num_seen[kind] > _UNUSUAL_TIMES:
-            return True
-        self._num_left_out[like] += 1
-        return self._num_left_out[like] > _MOST_LEFT_OUT
+        is_first = self._num_seen[kind] <= _UNUSUAL_TIMES
+        self._num_left_out[like] += is_first
+        return is_first, not is_first or self._num_left_out[like] > _MOST_LEFT_OUT
 
     def _decide(self) -> None:
         num_decoding = self._num_decoding
@@ -213,7 +217,7 @@ class AdaptiveDrafts:
             for option in self._choices
         }
         self._decided_for, self._usual = num_decoding, self._best(costs)
-        if not self._is_trial:  # of one that has just ended the last times are not told yet
+        if not self._is_trial and not any(self._trials):  # else its last times are not told yet
             self._judge_trial()
         trial = self._due_for_trial(costs, self._usual, num_decoding)
         self._is_trial = trial is not None

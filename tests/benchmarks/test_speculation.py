@@ -16,7 +16,7 @@ import speculation
 import speculation_runs
 from speculation import _config, _parser, main, methods_of
 from speculation_figures import Figure, Ratio, figure
-from speculation_report import sections
+from speculation_report import IDLE, sections
 from speculation_runs import Contender, DecodingStep, Round, StepTimer, in_turns, read_prompts
 
 from eagleray.core.acceptance import Acceptance
@@ -173,6 +173,13 @@ def test_controllers_have_a_table_of_their_own_without_a_bound() -> None:
     assert [row[0] for row in always.rows] == [row[0] for row in controllers.rows] == ["x"]
     assert "bound" in always.header and "bound" not in controllers.header
     assert len(always.rows[0]) == len(always.header) and len(controllers.rows[0]) == len(controllers.header)
+
+
+def test_drafts_that_are_kept_without_guessing_have_a_table_only_if_they_were_measured() -> None:
+    idle = figure([taken("none", 2.0, PLAIN)], [taken(f"x{IDLE}", 2.0, PLAIN)], None)
+    assert len(sections([guessed()])) == 2
+    *_, kept = sections([guessed(), idle])
+    assert kept.header[0] == "kept, never guessing" and [row[0] for row in kept.rows] == ["x"]
 
 
 def test_the_default_prompts_are_64_held_out_chats_for_the_demo_models_template() -> None:
