@@ -17,7 +17,7 @@ _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
-_MOST_BEYOND: Final = 10  # steps that a first time may take more: beyond that the machine has paused
+_MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
 
 class GuessAcceptance:

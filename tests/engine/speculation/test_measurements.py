@@ -10,22 +10,22 @@ from eagleray.engine.speculation.measurements import FirstTimes
 def test_trials_pay_for_the_first_times_that_they_cause_and_for_no_others() -> None:
     first_times = FirstTimes()
     for is_trial in (False, True, False, True):
-        first_times.note(0.010, step_s=0.002, is_trial=is_trial)
-    assert first_times.is_paid_for(2, paid_s=0.0401)  # two were a trial's, two more come
-    assert not first_times.is_paid_for(2, paid_s=0.0399)
+        first_times.note(0.008, step_s=0.002, is_trial=is_trial)
+    assert first_times.is_paid_for(2, paid_s=0.0321)  # two were a trial's, two more come
+    assert not first_times.is_paid_for(2, paid_s=0.0319)
 
 
 def test_what_causes_none_is_always_paid_for() -> None:
     first_times = FirstTimes()
     for _ in range(10):
-        first_times.note(0.010, step_s=0.002, is_trial=True)
-    assert first_times.is_paid_for(0, paid_s=0.0) and not first_times.is_paid_for(1, paid_s=0.1)
+        first_times.note(0.008, step_s=0.002, is_trial=True)
+    assert first_times.is_paid_for(0, paid_s=0.0) and not first_times.is_paid_for(1, paid_s=0.08)
 
 
 def test_a_pause_of_the_machine_is_no_first_time() -> None:
     first_times = FirstTimes()
     first_times.note(30.0, step_s=0.002, is_trial=True)
-    assert first_times.is_paid_for(1, paid_s=0.0401)  # each counts as ten steps
+    assert first_times.is_paid_for(1, paid_s=0.0161)  # each counts as four steps
 
 
 @pytest.mark.parametrize("beyond_s", [0.0, -0.001])
