@@ -30,6 +30,7 @@ SHAPES: Final = {
     "tree of 31, 6 deep": {"num_speculative_tokens": 6, "tree_branching": 5, "tree_nodes": 31},
 }
 _NUM_BLOCKS: Final = 4096
+_MAX_NUM_SEQS: Final = 8  # so few that a step has room for all their guesses, prompts or not
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ def measure(options: argparse.Namespace, name: str, prompts: list[list[dict[str,
     """Of one shape, at each temperature."""
     rule = {"verification": options.verification}
     speculation = {"method": "eagle3", "model": options.draft, "adaptive": False, **rule, **SHAPES[name]}
-    llm = LLM(options.model, num_threads=options.num_threads, num_blocks=_NUM_BLOCKS, speculation=speculation)
+    llm = LLM(
+        options.model,
+        num_threads=options.num_threads,
+        num_blocks=_NUM_BLOCKS,
+        max_num_seqs=_MAX_NUM_SEQS,
+        speculation=speculation,
+    )
     rows = []
     for temperature in options.temperatures:
         sampling = SamplingParams(temperature=temperature, max_tokens=options.max_tokens, seed=1)
