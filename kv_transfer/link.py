@@ -78,6 +78,11 @@ class Link:
     def wants_write(self) -> bool:
         return bool(self._out)
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """Of what is queued."""
+        return sum(view.nbytes for view in self._out)
+
     def queue(self, frame: Frame, views: Sequence[memoryview] = ()) -> None:
         """Append a frame and the raw bytes that follow it. Views are sent from where they lie, when they are sent."""
         self._out.append(memoryview(encode_frame(frame)))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+# So much is read, hashed or handed to the kernel in less time than it takes to wake another thread for it.
+QUICK_BYTES: Final = 256 * 2**10
+
 
 def num_blocks_for(num_tokens: int, block_size_tokens: int) -> int:
     """Blocks that ``num_tokens`` tokens occupy, the last perhaps in part."""

@@ -15,6 +15,7 @@ from eagleray.core.kv_layout import KVLayout
 from eagleray.core.kv_region import KVRegion
 from eagleray.kv_transfer.link import Link
 from eagleray.kv_transfer.plan import blocks_per_piece
+from eagleray.kv_transfer.reactor import Next
 from eagleray.kv_transfer.session import PullSession
 from eagleray.kv_transfer.transport import BlockReader, BlockStore, Transport
 from eagleray.kv_transfer.wire import Announcement, Heartbeat, Received, Release, Subscribe
@@ -94,21 +95,27 @@ class Pull:
     # ---- Handler
 
     def interest(self) -> tuple[int, int]:
-        return (self._link.fileno() if self._link is not None else -1), selectors.EVENT_READ
+        if self._link is None:
+            return -1, 0
+        return self._link.fileno(), selectors.EVENT_READ | (selectors.EVENT_WRITE if self._link.wants_write else 0)
 
-    def serve(self) -> bool:
+    def serve(self, *, may_take_long: bool) -> Next:
         """Copy all that is announced, looking for news between pieces."""
         try:
             link = self._link or self._connect()
             while not (self._session.is_complete or self._is_cancelled):
-                if not (self._take_frame(link) or self._read_piece(link)):
+                if link.flush() and self._take_frame(link):
+                    continue
+                if self._session.has_next and not may_take_long:
+                    return Next.WORK
+                if not self._read_piece(link):
                     if self._lost is not None:
                         raise self._lost
                     self._idle_since_s = self._receiver.clock.now_s()
-                    return True
+                    return Next.WAIT
         except (TransferError, OSError) as error:
             self._reason = self._last_words() or str(error)
-        return False
+        return Next.END
 
     def tick(self) -> None:
         """Give up on a source that has gone silent: a living one sends heartbeats."""
@@ -145,7 +152,7 @@ class Pull:
         link = self._link = Link.connect(source.address, receiver.clock, receiver.config.stall_deadline_s, peer)
         if self._is_cancelled:  # by a thread that did not see the link yet
             link.limit(receiver.clock.now_s())
-        link.send(Subscribe(order.request_id, source.epoch, receiver.layout_digest, order.first_block))
+        link.queue(Subscribe(order.request_id, source.epoch, receiver.layout_digest, order.first_block))
         return link
 
     def _take_frame(self, link: Link) -> bool:

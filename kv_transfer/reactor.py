@@ -1,8 +1,8 @@
-"""Many connections, few threads: one thread waits on all that are idle, a pool serves those with something to do.
+"""Many connections, few threads: one thread waits on all that are idle and does what is quick, a pool does the rest.
 
-So a pull that waits for its prefill costs no thread, and one that is cut ends at once even when all threads are busy.
-(Schmidt and Cranor, "Half-Sync/Half-Async: an architectural pattern for efficient and well-structured concurrent I/O",
-1995.)
+So a pull that waits for its prefill costs no thread, one that is cut ends at once even when all threads are busy, and
+a frame that comes in wakes one thread: each further one waits for the interpreter's lock as well. (Schmidt and Cranor,
+"Half-Sync/Half-Async: an architectural pattern for efficient and well-structured concurrent I/O", 1995.)
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ _TICK_S: Final = 0.1
 _STOP_DEADLINE_S: Final = 10.0
 
 
+class Next(Enum):
+    """What a handler asks for when it was served."""
+
+    WAIT = "wait"  # until its descriptor has news, or it is poked
+    WORK = "work"  # what there is to do may take long: to be served on a thread of the pool
+    END = "end"
+
+
 class Handler(Protocol):
     """One connection and what is to be done on it. At most one thread is inside a handler at any time, apart from
     ``is_over``. Compared and hashed by identity."""
@@ -36,8 +44,9 @@ class Handler(Protocol):
         """File descriptor and selector events to wait for while idle; a descriptor of -1 waits for a poke alone."""
         ...
 
-    def serve(self) -> bool:
-        """Do what can be done now, on a pool thread; False when the handler has ended."""
+    def serve(self, *, may_take_long: bool) -> Next:
+        """Do what can be done now. ``may_take_long``: on a pool thread; else on the reactor's, which the others wait
+        for: then only what is done at once, and ``Next.WORK`` when there is more."""
         ...
 
     def tick(self) -> None:
@@ -73,7 +82,7 @@ class Reactor:
         self._ready: queue.SimpleQueue[Handler | None] = queue.SimpleQueue()
         self._stopping = False
         self._selector = selectors.DefaultSelector()  # this and what is registered: reactor's thread only
-        self._registered: dict[Handler, int] = {}
+        self._registered: dict[Handler, tuple[int, int]] = {}
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -147,17 +156,29 @@ class Reactor:
             state = self._states.get(handler)
             if state is _State.RUNNING:
                 self._states[handler] = _State.POKED
-            if state not in (_State.IDLE, _State.QUEUED):
+            if state is not _State.IDLE and not (state is _State.QUEUED and over):
                 return
             if over:
-                del self._states[handler]
-                self._timeless.discard(handler)
-            else:
-                self._states[handler] = _State.QUEUED
-        self._unwatch(handler)
+                self._forget(handler)
         if over:
+            self._unwatch(handler)
             run_guarded(handler.finish)
-        elif state is _State.IDLE:
+        else:
+            self._serve_here(handler)
+
+    def _serve_here(self, handler: Handler) -> None:
+        following = run_guarded(functools.partial(handler.serve, may_take_long=False)) or Next.END
+        if following is Next.END or handler.is_over():
+            with self._lock:
+                self._forget(handler)
+            self._unwatch(handler)
+            run_guarded(handler.finish)
+        elif following is Next.WAIT:
+            self._watch(handler)
+        else:
+            with self._lock:
+                self._states[handler] = _State.QUEUED
+            self._unwatch(handler)
             self._ready.put(handler)
 
     def _tick(self, handler: Handler) -> None:
@@ -167,18 +188,27 @@ class Reactor:
             self._poked(handler)
 
     def _watch(self, handler: Handler) -> None:
+        """Have an idle handler served at the next event that it is interested in; again and again does no harm."""
         with self._lock:
-            if self._states.get(handler) is not _State.IDLE or handler in self._registered:
+            if self._states.get(handler) is not _State.IDLE:
                 return
-        descriptor, events = handler.interest()
-        if descriptor >= 0:
-            self._selector.register(descriptor, events, handler)
-            self._registered[handler] = descriptor
+        wanted = handler.interest()
+        if self._registered.get(handler) != wanted:
+            self._unwatch(handler)
+            descriptor, events = wanted
+            if descriptor >= 0:
+                self._selector.register(descriptor, events, handler)
+                self._registered[handler] = wanted
 
     def _unwatch(self, handler: Handler) -> None:
-        descriptor = self._registered.pop(handler, None)
-        if descriptor is not None:
+        descriptor, _ = self._registered.pop(handler, (-1, 0))
+        if descriptor >= 0:
             self._selector.unregister(descriptor)
+
+    def _forget(self, handler: Handler) -> None:
+        """With the lock held."""
+        del self._states[handler]
+        self._timeless.discard(handler)
 
     # ---- the pool's threads
 
@@ -188,18 +218,18 @@ class Reactor:
                 if self._states.get(handler) is not _State.QUEUED:
                     continue  # it ended while it waited here
                 self._states[handler] = _State.RUNNING
-            goes_on = run_guarded(handler.serve) and not handler.is_over()
+            following = run_guarded(functools.partial(handler.serve, may_take_long=True)) or Next.END
+            goes_on = following is not Next.END and not handler.is_over()
             with self._lock:
                 poked = self._states[handler] is _State.POKED
                 if goes_on:
                     self._states[handler] = _State.IDLE
                 else:
-                    del self._states[handler]
-                    self._timeless.discard(handler)
+                    self._forget(handler)
             if not goes_on:
                 run_guarded(handler.finish)
                 self.wake()
-            elif poked:
+            elif poked or following is Next.WORK:
                 self._request(functools.partial(self._poked, handler))
             else:
                 self._request(functools.partial(self._watch, handler))

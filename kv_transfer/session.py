@@ -171,12 +171,15 @@ class SourceLedger:
         lease.next_block = subscription.first_block
         return lease
 
+    def num_ready_blocks(self, lease: SourceLease) -> int:
+        """How many are to be announced now."""
+        return len(self._ready(lease)) if lease.is_reading else 0
+
     def next_piece(self, lease: SourceLease, max_blocks: int) -> Piece | None:
         """What is to be announced now, if anything; counts as announced from here on."""
         if not lease.is_reading or lease.told_last:
             return None
-        progress = lease.progress
-        ready = blocks_to_announce(lease.next_block, progress.num_tokens, self._block_size_tokens, progress.is_last)
+        progress, ready = lease.progress, self._ready(lease)
         chosen = ready[:max_blocks]
         is_last = progress.is_last and len(chosen) == len(ready)
         if not chosen and not is_last:
@@ -206,6 +209,10 @@ class SourceLedger:
             lease.state = LeaseState.RELEASED
         elif lease.state is not LeaseState.RELEASED:
             self._release(lease, now_s)
+
+    def _ready(self, lease: SourceLease) -> range:
+        progress = lease.progress
+        return blocks_to_announce(lease.next_block, progress.num_tokens, self._block_size_tokens, progress.is_last)
 
     def _check_ticket(self, subscription: Subscribe) -> None:
         if subscription.epoch != self._epoch:
@@ -290,6 +297,11 @@ class PullSession:
         if missing:
             raise TransferError(f"source announced its last block, but never block {missing[0]}")
         self.has_last, self.token_ids = True, announcement.token_ids
+
+    @property
+    def has_next(self) -> bool:
+        """A block is there to be read."""
+        return self.next_index in self._notices
 
     def next_notices(self, max_blocks: int) -> list[BlockNotice]:
         """The next blocks to read: announced ones, without a gap."""

@@ -22,7 +22,7 @@ from eagleray.core.errors import ConfigError, TransferError
 from eagleray.core.kv_region import KVRegion
 from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, BlockOps
 from eagleray.kv_transfer.link import Link
-from eagleray.kv_transfer.reactor import Reactor, run_guarded
+from eagleray.kv_transfer.reactor import Next, Reactor, run_guarded
 from eagleray.kv_transfer.session import SourceLedger, SourceProgress
 from eagleray.kv_transfer.source_connection import ReaderConnection, SourceState
 from eagleray.kv_transfer.transport import BlockStore
@@ -72,7 +72,6 @@ class KVSource:
             if self._state.stopping.is_set():
                 raise TransferError(f"request {request_id}: the source is stopped")
             self._state.ledger.open(request_id)
-        self._poke_reader(request_id)
 
     def announce(self, request_id: str, progress: SourceProgress) -> None:
         """The engine computed a chunk. Cheap; no effect on a request that has ended."""
@@ -139,12 +138,12 @@ class _Listener:
     def interest(self) -> tuple[int, int]:
         return self._socket.fileno(), selectors.EVENT_READ
 
-    def serve(self) -> bool:
+    def serve(self, *, may_take_long: bool) -> Next:
         with contextlib.suppress(OSError):  # none left, or gone before it was accepted
             while True:
                 sock, peer = self._socket.accept()
                 self._on_accept(sock, f"{peer[0]}:{peer[1]}")
-        return True
+        return Next.WAIT
 
     def tick(self) -> None:
         """Nothing is due: readers come when they come."""

@@ -13,7 +13,8 @@ from eagleray.core.config import TransferConfig
 from eagleray.core.errors import TransferError
 from eagleray.kv_transfer.fingerprint import BlockOps
 from eagleray.kv_transfer.link import Link
-from eagleray.kv_transfer.plan import blocks_per_piece
+from eagleray.kv_transfer.plan import QUICK_BYTES, blocks_per_piece
+from eagleray.kv_transfer.reactor import Next
 from eagleray.kv_transfer.session import LeaseState, SourceLease, SourceLedger
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.kv_transfer.wire import (
@@ -60,23 +61,25 @@ class ReaderConnection:
     def interest(self) -> tuple[int, int]:
         return self._link.fileno(), selectors.EVENT_READ | (selectors.EVENT_WRITE if self._link.wants_write else 0)
 
-    def serve(self) -> bool:
+    def serve(self, *, may_take_long: bool) -> Next:
         """Frames first, so that a release or a read does not wait behind fingerprints."""
         try:
-            while self._link.flush():
+            while may_take_long or self._link.num_unsent_bytes <= QUICK_BYTES:
+                if not self._link.flush():
+                    return Next.WAIT  # the reader is slow; go on when its socket takes more
                 if self._lease is not None and self._lease.has_ended:
-                    return False
+                    return Next.END
                 frame = self._link.poll_frame()
                 if isinstance(frame, Release):
-                    return False
+                    return Next.END
                 if frame is not None:
                     self._handle(frame)
-                elif not self._announce_next():
-                    return True
-            return True  # the reader is slow; go on when its socket takes more
+                elif (following := self._announce_next(may_take_long)) is not None:
+                    return following
         except TransferError as error:
             self._last_words = str(error)
-            return False
+            return Next.END
+        return Next.WORK
 
     def tick(self) -> None:
         """A sign of life, so that a reader can tell a busy source from a dead one."""
@@ -131,16 +134,20 @@ class ReaderConnection:
         else:
             raise TransferError(f"a {type(frame).__name__} frame is out of place here; subscribe first, and once")
 
-    def _announce_next(self) -> bool:
-        """Take the fingerprints of some blocks that are ready, and announce them; False when there are none."""
+    def _announce_next(self, may_take_long: bool) -> Next | None:
+        """Take the fingerprints of some blocks that are ready, and announce them. What to do instead when there are
+        none, or too many of them."""
         if self._lease is None:
-            return False
+            return Next.WAIT
+        max_blocks = blocks_per_piece(self._source.config.piece_bytes, self._source.block_bytes)
         with self._source.lock:
-            max_blocks = blocks_per_piece(self._source.config.piece_bytes, self._source.block_bytes)
+            num_bytes = self._source.ledger.num_ready_blocks(self._lease) * self._source.block_bytes
+            if num_bytes > QUICK_BYTES and not may_take_long:
+                return Next.WORK
             piece = self._source.ledger.next_piece(self._lease, max_blocks)
         if piece is None:
-            return False
+            return Next.WAIT
         digest, blocks, ops = self._source.layout_digest, self._source.blocks, self._source.ops
         fingerprints = [ops.fingerprint(digest, blocks.block_views(slot)) for slot in piece.slots]
         self._link.queue(piece.announcement(self._lease.request_id, fingerprints))
-        return True
+        return None

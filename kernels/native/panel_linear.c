@@ -231,6 +231,22 @@ INLINE void prefetch_panel(const struct product *job, int64_t panel, int64_t chu
             __builtin_prefetch(first + word * COLUMNS + column, 0, 2);
 }
 
+/* What a block of few rows should have on the way while it multiplies chunks of a panel; see struct block. */
+INLINE const char *weights_ahead(const struct product *job, int64_t num_rows, int64_t panel, int64_t chunk,
+                                 int64_t chunks, const int weights, const int numbers) {
+    if (is_widened(job, num_rows, weights, numbers)) return NULL;
+#if defined(__AMX_TILE__)
+    /* Tiles wait for their weights: those of two chunks later, of this panel or the next. */
+    return num_rows > TILE_PAIR ? NULL : (const char *)(panel_at(job, panel, chunk, weights, numbers) + 2 * PANEL_CHUNK);
+#else
+    /* Several passes compute over what is in the cache; nothing would be read from memory meanwhile. */
+    int64_t next_panel = chunk + chunks < job->chunks ? panel : panel + 1, next = next_panel > panel ? 0 : chunk + chunks;
+    if (num_rows <= sum_rows(numbers) || num_rows > ROWS) return NULL;
+    if (next_panel >= job->num_panels || next + chunks > job->chunks) return NULL;
+    return (const char *)panel_at(job, next_panel, next, weights, numbers);
+#endif
+}
+
 INLINE struct block block_of(const struct product *job, int64_t first_row, int64_t row, int64_t num_rows, int64_t chunk,
                              const int numbers) {
     int upper = (int)smaller(ROWS, num_rows - row), lower = (int)smaller(ROWS, num_rows - row - upper);
@@ -274,10 +290,7 @@ INLINE void multiply_rows(const struct product *job, int64_t first_row, int64_t 
         block.accumulates = !scales && chunk > 0;
         if (numbers != FLOATS && rows != configured_rows) configure_tiles(block.rows);
         configured_rows = rows;
-        /* Several passes compute over what is in the cache; nothing would be read from memory meanwhile. */
-        if (num_rows > sum_rows(numbers) && num_rows <= ROWS && next_panel < job->num_panels &&
-            next_chunk + chunks <= job->chunks && !is_widened(job, num_rows, weights, numbers))
-            block.ahead = (const char *)panel_at(job, next_panel, next_chunk, weights, numbers);
+        block.ahead = weights_ahead(job, num_rows, panel, chunk, chunks, weights, numbers);
         if (num_rows > TILE_PAIR && next_panel < job->num_panels)
             prefetch_panel(job, next_panel, next_chunk, chunks, row / TILE_PAIR, parts, weights, numbers);
         if (!is_widened(job, num_rows, weights, numbers))

@@ -138,9 +138,13 @@ INLINE void multiply_tiles(const struct block *block, const int numbers, const i
         _tile_zero(2);
         _tile_zero(3);
     }
-    const char *a0 = block->a[0], *a1 = block->a[1];
+    const char *a0 = block->a[0], *a1 = block->a[1], *ahead = block->ahead;
     const uint32_t *b = block->b;
     for (int64_t chunk = 0; chunk < block->chunks; chunk++) {
+        if (ahead)
+#pragma GCC unroll 32
+            for (int line = 0; line < PANEL_CHUNK * 4 / 64; line++)
+                __builtin_prefetch(ahead + chunk * PANEL_CHUNK * 4 + line * 64, 0, 3);
         _tile_loadd(4, a0, block->a_row);
         _tile_loadd(6, b, STRIDE);
         ADD_PRODUCT(0, 4, 6);

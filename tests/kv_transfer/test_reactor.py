@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import queue
 import selectors
 import socket
@@ -9,30 +10,36 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from eagleray.kv_transfer.fake import Calls
-from eagleray.kv_transfer.reactor import Reactor
+from eagleray.kv_transfer.reactor import Next, Reactor
 
 
 class Recorder:
-    """A handler that counts, and checks that it is alone."""
+    """A handler that counts, and checks that it is alone. Without ``on_quick`` all that it does takes long."""
 
-    def __init__(self, descriptor: int = -1, on_serve: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        descriptor: int = -1,
+        on_serve: Callable[[], Next] = lambda: Next.WAIT,
+        on_quick: Callable[[], Next] = lambda: Next.WORK,
+    ) -> None:
         self._descriptor = descriptor
-        self._on_serve = on_serve
+        self._on_serve, self._on_quick = on_serve, on_quick
         self._alone = threading.Lock()
         self.served: Calls[bool] = Calls()
+        self.served_quickly: Calls[bool] = Calls()
         self.finished: Calls[bool] = Calls()
         self.over = False
 
     def interest(self) -> tuple[int, int]:
         return self._descriptor, selectors.EVENT_READ
 
-    def serve(self) -> bool:
+    def serve(self, *, may_take_long: bool) -> Next:
         alone = self._alone.acquire(blocking=False)
         try:
-            return self._on_serve()
+            return self._on_serve() if may_take_long else self._on_quick()
         finally:
             self._alone.release()
-            self.served(alone)
+            (self.served if may_take_long else self.served_quickly)(alone)
 
     def tick(self) -> None:
         """Nothing is due."""
@@ -67,13 +74,54 @@ def test_a_handler_is_served_when_added_when_poked_and_when_its_socket_is_ready(
     right.close()
 
 
-def handler_reads(end: socket.socket) -> bool:
+def handler_reads(end: socket.socket) -> Next:
     end.setblocking(False)
-    try:
+    with contextlib.suppress(BlockingIOError):
         end.recv(16)
-    except BlockingIOError:
-        return True
-    return True
+    return Next.WAIT
+
+
+def test_what_is_quick_is_done_although_all_threads_are_busy(reactor: Reactor) -> None:
+    go_on = threading.Event()
+    busy = [Recorder(on_serve=lambda: waits_for(go_on)) for _ in range(4)]
+    left, right = socket.socketpair()
+    quick = Recorder(left.fileno(), on_quick=lambda: handler_reads(left))
+    for handler in [*busy, quick]:
+        reactor.add(handler)
+    quick.served_quickly.wait(1)
+    right.send(b"x")
+    quick.served_quickly.wait(2)
+    assert not quick.served.values
+    go_on.set()
+    for handler in [*busy, quick]:
+        handler.over = True
+    reactor.stop()
+    left.close()
+    right.close()
+
+
+def test_a_handler_that_waits_to_write_is_served_when_it_can(reactor: Reactor) -> None:
+    left, right = socket.socketpair()
+    wanted = [selectors.EVENT_READ]
+
+    class Writer(Recorder):
+        def interest(self) -> tuple[int, int]:
+            return left.fileno(), wanted[0]
+
+    writer = Writer(on_quick=lambda: Next.WAIT)
+    reactor.add(writer)
+    writer.served_quickly.wait(1)
+    wanted[0] |= selectors.EVENT_WRITE
+    reactor.poke(writer)
+    writer.served_quickly.wait(3)  # poked, and then because its socket takes bytes
+    writer.over = True
+    reactor.stop()
+    left.close()
+    right.close()
+
+
+def waits_for(event: threading.Event) -> Next:
+    return Next.WAIT if event.wait(10.0) else Next.END
 
 
 def test_a_handler_is_never_entered_by_two_threads(reactor: Reactor) -> None:
@@ -93,9 +141,9 @@ def test_a_handler_is_never_entered_by_two_threads(reactor: Reactor) -> None:
 def test_a_poke_while_a_handler_is_served_serves_it_once_more(reactor: Reactor) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
-    def hold() -> bool:
+    def hold() -> Next:
         inside.set()
-        return go_on.wait(10.0)
+        return waits_for(go_on)
 
     handler = Recorder(on_serve=hold)
     reactor.add(handler)
@@ -108,7 +156,7 @@ def test_a_poke_while_a_handler_is_served_serves_it_once_more(reactor: Reactor) 
 
 def test_a_handler_that_is_over_ends_although_all_threads_are_busy(reactor: Reactor) -> None:
     go_on = threading.Event()
-    busy = [Recorder(on_serve=lambda: go_on.wait(10.0)) for _ in range(4)]
+    busy = [Recorder(on_serve=lambda: waits_for(go_on)) for _ in range(4)]
     waiting = Recorder()
     for handler in [*busy, waiting]:
         reactor.add(handler)
@@ -124,10 +172,10 @@ def test_a_handler_that_is_over_ends_although_all_threads_are_busy(reactor: Reac
 
 
 def test_a_handler_that_fails_is_finished_and_the_others_go_on(reactor: Reactor) -> None:
-    def fail() -> bool:
+    def fail() -> Next:
         raise RuntimeError("a bug")
 
-    bad, good = Recorder(on_serve=fail), Recorder(on_serve=lambda: False)
+    bad, good = Recorder(on_serve=fail), Recorder(on_serve=lambda: Next.END)
     reactor.add(bad)
     bad.finished.wait()
     reactor.add(good)

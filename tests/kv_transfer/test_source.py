@@ -16,6 +16,7 @@ from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.kv_transfer.fake import Calls, MemoryBlockStore
 from eagleray.kv_transfer.fingerprint import PORTABLE_BLOCK_OPS, fingerprint
 from eagleray.kv_transfer.link import Link
+from eagleray.kv_transfer.reactor import Next
 from eagleray.kv_transfer.session import LAST_WORDS_S, SourceLedger, SourceProgress
 from eagleray.kv_transfer.source import KVSource
 from eagleray.kv_transfer.source_connection import ReaderConnection, SourceState
@@ -254,10 +255,10 @@ def test_a_first_reader_that_gave_up_does_not_take_the_second_one_along() -> Non
     first, second = (ReaderConnection(state, Link(ours, clock, 5.0, "reader")) for ours, _ in pairs)
     for _, theirs in pairs:
         theirs.sendall(encode_frame(Subscribe("r", 1, LAYOUT.digest(), 0)))
-    assert first.serve()
+    assert first.serve(may_take_long=False) is Next.WAIT
     ledger.close("r", "gave up waiting for it", 0.0)
     ledger.open("r")
-    assert second.serve()
+    assert second.serve(may_take_long=False) is Next.WAIT
     first.finish()
     assert state.readers == {"r": second}
     second.finish()
