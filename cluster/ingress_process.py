@@ -24,7 +24,7 @@ from eagleray.text.chat_template import ChatTemplate
 from eagleray.text.tokenizer import Tokenizer
 from eagleray.workers.pool import ConnectedWorkers
 
-DISCOVERY_INTERVAL_S: Final = 0.25
+DISCOVERY_INTERVAL_S: Final = 0.5
 # A call of Serve's costs more than all else that a short request does: only what lasts is worth telling.
 HOLD_AFTER_S: Final = 0.5
 

@@ -172,8 +172,8 @@ class RouterConfig(_Frozen):
     )
     stall_deadline_s: float = Field(
         10.0,
-        ge=1,
-        description="a worker that sends nothing for so long counts as dead; idle ones send four times a second",
+        ge=2,
+        description="a worker that sends nothing for so long counts as dead; idle ones send twice a second",
     )
     submit_deadline_s: float = Field(5.0, gt=0, description="answer to a submit")
     silence_deadline_s: float = Field(120.0, gt=0, description="no token for so long: the request is tried elsewhere")
@@ -397,4 +397,6 @@ def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> 
     # Serve's controller and the node's reports, ten times a second each, would take 2 % of two cores from what computes.
     target.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
     target.setdefault("RAY_raylet_report_resources_period_milliseconds", "1000")
-    target.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone
+    target.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone

@@ -23,7 +23,7 @@ START_DEADLINE_S: Final = 10.0
 MAX_UNSENT_BYTES: Final = 256 * 2**20
 # Far more than the interval of an ingress's pings: one that says nothing for so long is stopped, or its host is gone.
 INGRESS_SILENCE_DEADLINE_S: Final = 10.0
-HEARTBEAT_INTERVAL_S: Final = 0.25
+HEARTBEAT_INTERVAL_S: Final = 0.5
 
 logger = logging.getLogger("eagleray")
 

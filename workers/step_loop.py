@@ -13,23 +13,22 @@ from eagleray.engine.engine import Engine, StepOutcome
 
 Command = Callable[[Engine], None]
 
-# While there is nothing to compute the thread looks up this often, to let the worker tell that it lives: each look
-# wakes every ingress as well, and on a quiet machine a process that was asleep needs most of a millisecond for it.
-IDLE_TICK_S: Final = 0.25
-# The first look after something was done: what others know of the worker is out of date.
-FIRST_IDLE_TICK_S: Final = 0.1
+# After something was done the thread looks up once more, to tell what has become of it. Then it sleeps until it is
+# called: on a quiet machine a thread that was asleep needs most of a millisecond for a look.
+LAST_LOOK_S: Final = 0.1
 
 
 class StepLoop:
     """Runs the engine's loop while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
-    thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more."""
+    thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more.
+    ``on_tick`` returns False while there is something left to tell later."""
 
     def __init__(
         self,
         engine: Engine,
         clock: Clock,
         on_step: Callable[[StepOutcome, float], None],
-        on_tick: Callable[[], None],
+        on_tick: Callable[[], bool],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._engine = engine
@@ -40,7 +39,7 @@ class StepLoop:
         self._step_start_s = clock.now_s()
         self._turn_start_s: float | None = None  # None: the thread waits for something to do
         self._is_idle = True  # nothing is being computed
-        self._has_settled = True  # and nothing was done since the last tick
+        self._has_settled = True  # and nothing is left to tell
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
 
     @property
@@ -82,15 +81,15 @@ class StepLoop:
         self._engine.wait()
         step_s = self._clock.now_s() - self._step_start_s
         try:
-            has_commands = self._run_commands(wait=self._is_idle)
-            self._has_settled = self._is_idle and not has_commands
+            was_idle = self._is_idle
+            has_commands = self._run_commands(wait=was_idle)
             self._step_start_s = self._clock.now_s()
             self._is_idle = not self._engine.begin()
         finally:
             outcome = self._engine.report()
             if outcome is not None:
                 self._on_step(outcome, step_s)
-        self._on_tick()
+        self._has_settled = self._on_tick() and was_idle and not has_commands
 
     def _run_commands(self, wait: bool) -> bool:
         """All commands that are there; with ``wait``, give the first one a while to come. False: there was none."""
@@ -107,6 +106,6 @@ class StepLoop:
     def _next_command(self) -> Command:
         self._turn_start_s = None
         try:
-            return self._commands.get(timeout=IDLE_TICK_S if self._has_settled else FIRST_IDLE_TICK_S)
+            return self._commands.get(timeout=None if self._has_settled else LAST_LOOK_S)
         finally:
             self._turn_start_s = self._clock.now_s()

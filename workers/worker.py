@@ -32,12 +32,12 @@ from eagleray.core.request import RequestState
 from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.engine.engine import Engine, StepOutcome
 from eagleray.workers.cache_announcer import CacheAnnouncer
-from eagleray.workers.channel import Channel
+from eagleray.workers.channel import HEARTBEAT_INTERVAL_S, Channel
 from eagleray.workers.hand_over import HandOver, Schedule
 from eagleray.workers.meter import StepMeter
 from eagleray.workers.step_loop import StepLoop
 
-# Ingresses hear of a worker that computes this often at most, whatever it has to say; of an idle one at its idle ticks.
+# Ingresses hear of what changes this often at most; of a worker that has nothing to say, as often as the channel asks.
 SNAPSHOT_INTERVAL_S: Final = 0.1
 STOP_DEADLINE_S: Final = 5.0
 _COMPUTED_ELSEWHERE: Final = frozenset({RequestState.RESERVED, RequestState.HANDED_OVER})
@@ -149,14 +149,14 @@ class Worker:
             yield from self._announcer.all_held()
 
     def heartbeat(self) -> ToIngress | None:
-        """While a step is long: the last snapshot again, and for how long the step has been running. One that runs for
+        """While nothing changes: the last snapshot again, and for how long a step has been running. One that runs for
         too long will never end as far as anybody can tell."""
         running_s = self._loop.step_running_s
         if running_s > self._config.step_deadline_s:
             deadline_s = self._config.step_deadline_s
             self._failed(TimeoutError(f"a step has been running for more than engine.step_deadline_s={deadline_s}"))
-        if running_s < SNAPSHOT_INTERVAL_S:
-            return None  # the step thread will speak for itself
+        if self._clock.now_s() - self._last_snapshot_s < HEARTBEAT_INTERVAL_S:
+            return None  # the step thread speaks for itself
         return StepOutputs(snapshot=msgspec.structs.replace(self._snapshot, step_running_s=running_s))
 
     def submitted(self, connection: int, submit: Submit) -> None:
@@ -211,7 +211,8 @@ class Worker:
             self._channel.send({connection: StepOutputs(tuple(outputs)) for connection, outputs in messages.items()})
         self._hand_over.stepped(self._engine, outcome)
 
-    def _ticked(self) -> None:
+    def _ticked(self) -> bool:
+        """False: there was no time to tell all."""
         stored, evicted = self._engine.drain_cache_changes()
         if stored:
             self._cache_listener.stored(stored)
@@ -219,7 +220,7 @@ class Worker:
             self._cache_listener.evicted(evicted)
         now_s = self._clock.now_s()
         if now_s - self._last_snapshot_s < SNAPSHOT_INTERVAL_S:
-            return
+            return False
         self._last_snapshot_s = now_s
         live = {request.request_id for request in self._engine.scheduler}
         self._owners = {owned: connection for owned, connection in self._owners.items() if owned in live}
@@ -227,6 +228,7 @@ class Worker:
         self._channel.broadcast(StepOutputs(snapshot=self._snapshot))
         if self._draining and not live:
             self._drained.set()
+        return True
 
     def _begin_draining(self) -> None:
         self._draining = True

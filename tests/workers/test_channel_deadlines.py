@@ -25,7 +25,9 @@ from eagleray.engine.scheduling.plan import StepPlan
 from eagleray.router.fake_workers import fake_welcome
 from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
+from eagleray.workers import channel as channel_module
 from eagleray.workers import frames
+from eagleray.workers import worker as worker_module
 from eagleray.workers.build import WorkerParts
 from eagleray.workers.channel import Channel
 from eagleray.workers.client import ChannelClient
@@ -224,8 +226,10 @@ async def new_worker(executor: HeldExecutor) -> AsyncIterator[NewWorker]:
 
 
 async def test_a_long_step_is_told_of_while_it_runs_and_costs_nothing(
-    new_worker: NewWorker, executor: HeldExecutor
+    new_worker: NewWorker, executor: HeldExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in (channel_module, worker_module):
+        monkeypatch.setattr(module, "HEARTBEAT_INTERVAL_S", 0.1)
     worker, changed = new_worker(), asyncio.Event()
     heard: asyncio.Queue[TokenOutput | WorkerLost] = asyncio.Queue()
     client = await ChannelClient.connect(
@@ -244,6 +248,23 @@ async def test_a_long_step_is_told_of_while_it_runs_and_costs_nothing(
     executor.may_step.set()
     item = await asyncio.wait_for(heard.get(), SETTLE_DEADLINE_S)
     assert isinstance(item, TokenOutput)
+    await client.aclose()
+
+
+async def test_an_idle_worker_is_heard_while_its_thread_sleeps(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (channel_module, worker_module):
+        monkeypatch.setattr(module, "HEARTBEAT_INTERVAL_S", 0.1)
+    worker, heard = new_worker(), asyncio.Semaphore(0)
+    client = await ChannelClient.connect(
+        worker.address, "test", submit_deadline_s=5.0, stall_deadline_s=0.4, on_change=heard.release
+    )
+    number = client.snapshot.number
+    async with asyncio.timeout(SETTLE_DEADLINE_S):
+        for _ in range(8):  # in more time than the connection may be silent
+            await heard.acquire()
+    assert client.snapshot.number == number and client.snapshot.step_running_s == 0 and not client.is_lost
     await client.aclose()
 
 

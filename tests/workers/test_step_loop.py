@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Bench:
     def __init__(self, clock: Clock | None = None) -> None:
         self.executor = GatedExecutor()
         self.num_ticks = 0
+        self.num_untold = 0  # ticks that do not tell all
         engine = Engine(
             self.executor, EngineConfig(), SystemClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, ())
         )
@@ -76,10 +78,11 @@ class Bench:
             self.told.extend(output.position for output in outcome.outputs)
             self.changed.notify_all()
 
-    def _on_tick(self) -> None:
+    def _on_tick(self) -> bool:
         with self.changed:
             self.num_ticks += 1
             self.changed.notify_all()
+            return self.num_ticks > self.num_untold
 
     def _on_failure(self, error: BaseException) -> None:
         self.told.append(error)
@@ -145,8 +148,7 @@ def test_what_the_last_step_brought_is_told_even_if_a_command_fails_after_it(ben
 
 
 def test_a_loop_that_has_nothing_to_do_is_in_no_step_however_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_loop, "IDLE_TICK_S", 60.0)
-    monkeypatch.setattr(step_loop, "FIRST_IDLE_TICK_S", 0.0)
+    monkeypatch.setattr(step_loop, "LAST_LOOK_S", 0.0)
     clock = ManualClock()
     bench = Bench(clock)
     bench.loop.start()
@@ -167,10 +169,14 @@ def test_a_loop_that_has_nothing_to_do_is_in_no_step_however_long_it_waits(monke
     bench.loop.stop(DEADLINE_S)
 
 
-def test_after_the_last_thing_done_others_are_told_sooner_than_in_idleness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_loop, "IDLE_TICK_S", 60.0)
+def test_the_thread_looks_up_until_everything_is_told_and_then_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "LAST_LOOK_S", 0.0)
     bench = Bench()
+    bench.num_untold = 5
     bench.loop.start()
     bench.loop.call(lambda engine: None)
-    bench.until(lambda: bench.num_ticks >= 2)
+    bench.until(lambda: bench.num_ticks >= 6)  # five that had not the time, and the one that had
+    ticks_when_called: queue.SimpleQueue[int] = queue.SimpleQueue()
+    bench.loop.call(lambda engine: ticks_when_called.put(bench.num_ticks))
+    assert ticks_when_called.get(timeout=DEADLINE_S) == 6
     bench.loop.stop(DEADLINE_S)
