@@ -391,12 +391,12 @@ def with_cores(config: Config, num_cores: int) -> Config:
 def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> None:
     """Set what Ray reads from the environment, unless the user has. To be called before ray is imported."""
     target = os.environ if environ is None else environ
-    target.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server should not phone home unasked
-    # Else every replica hands Serve's counts to Ray's metrics ten times a second; Ray reports them every ten seconds.
-    target.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "10000")
-    # Serve's controller and the node's reports, ten times a second each, would take 2 % of two cores from what computes.
-    target.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
-    target.setdefault("RAY_raylet_report_resources_period_milliseconds", "1000")
-    target.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone
+    for name, value in (
+        ("RAY_USAGE_STATS_ENABLED", "0"),  # a server should not phone home unasked
+        ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone
+        # What happens ten times a second in idle processes takes a few percent of two cores from those that compute.
+        ("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "10000"),  # as often as Ray reports them
+        ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25"),
+        ("RAY_raylet_report_resources_period_milliseconds", "1000"),
+    ):
+        target.setdefault(name, value)
