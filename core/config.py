@@ -171,9 +171,7 @@ class RouterConfig(_Frozen):
         32, ge=0, description="an uncached suffix up to this long is prefilled on the decode worker itself"
     )
     stall_deadline_s: float = Field(
-        10.0,
-        ge=2,
-        description="a worker that sends nothing for so long counts as dead; idle ones send twice a second",
+        10.0, ge=2, description="a worker that says nothing for so long counts as dead; idle ones do twice a second"
     )
     submit_deadline_s: float = Field(5.0, gt=0, description="answer to a submit")
     silence_deadline_s: float = Field(120.0, gt=0, description="no token for so long: the request is tried elsewhere")
