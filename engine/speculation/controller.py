@@ -24,11 +24,12 @@ _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what has lost several in a row
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
+_ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
 _PAID_STEPS: Final = 40  # trials' first times may take as long from the beginning, and later their share of the time
-_MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then medians have to do
+_MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then the others have to do
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
 _GAIN_TO_CHANGE: Final = 1.01  # and another way to guess so much more than the one before
@@ -136,6 +137,7 @@ class AdaptiveDrafts:
         self._verify_s = Costs()  # by rows; with all that a step takes but guessing
         self._level_s = Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
+        self._enough = 1  # measurements to be believed
         self._first_times = FirstTimes()
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
@@ -212,6 +214,7 @@ class AdaptiveDrafts:
 
     def _decide(self) -> None:
         num_decoding = self._num_decoding
+        self._enough = _ENOUGH if self._verify_s.is_disturbed(num_decoding) else 1
         costs = {
             option: self._s_per_token(option, num_decoding) if _fits(option, num_decoding, self._max_rows) else inf
             for option in self._choices
@@ -261,9 +264,14 @@ class AdaptiveDrafts:
                 return option
         return None
 
+    def _num_rows(self, option: _Option, num_decoding: int) -> int:
+        """With as many guesses as were found of late."""
+        guesses = option.acceptance.share_found * option.shape.max_nodes if option.shape else 0
+        return round(num_decoding * (1 + guesses))
+
     def _steps_of_trial(self, option: _Option, num_decoding: int) -> int:
         """That it takes to measure it; of the last ones is told when they are over."""
-        return _STEPS_OF_TRIAL + self._first_kinds(option, num_decoding)[0]
+        return max(_STEPS_OF_TRIAL, self._enough) + self._first_kinds(option, num_decoding)[0]
 
     def _first_kinds(self, option: _Option, num_decoding: int) -> tuple[int, int]:
         """First times that it still has before it: (of verifying, of guessing)."""
@@ -278,14 +286,16 @@ class AdaptiveDrafts:
         shape = option.shape
         if shape is None:
             return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
-        num_rows = round(num_requests * (1 + option.acceptance.share_found * shape.max_nodes))
-        step_s = self._verify_s.at(num_rows, 1.0) + self._draft_s(option, shape, num_requests)
+        step_s = self._verify_s.at(self._num_rows(option, num_requests), 1.0, self._enough) + self._draft_s(
+            option, shape, num_requests
+        )
         return step_s / option.acceptance.tokens_per_step(shape.depth)
 
     def _draft_s(self, option: _Option, shape: DraftShape, num_requests: int) -> float:
         """Of guessing once."""
-        level_s = self._level_s.at(num_requests, _COST_OF_LEVEL * self._verify_s.at(num_requests, 1.0))
-        return option.draft_s.at(num_requests, shape.depth * level_s)
+        level_s = _COST_OF_LEVEL * self._verify_s.at(num_requests, 1.0)
+        level_s = self._level_s.at(num_requests, level_s, self._enough)
+        return option.draft_s.at(num_requests, shape.depth * level_s, self._enough)
 
 
 def _fits(option: _Option, num_decoding: int, max_rows: int) -> bool:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from statistics import fmean, median_low
+from statistics import fmean
 from typing import Final
 
 _SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
-_MEASUREMENTS: Final = 25  # of one kind that count: their median, which a disturbed step or a few do not move
+_MEASUREMENTS: Final = 25  # of one kind that count
+_LOW: Final = 0.15  # of them lie below what counts: other programs disturb many steps, and none to the better
 _OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
@@ -72,12 +73,13 @@ class FirstTimes:
 
 
 class Costs:
-    """Seconds by size: medians of the latest measurements."""
+    """Seconds by size: a low quantile of the latest measurements."""
 
     def __init__(self) -> None:
         self._measured: dict[int, deque[tuple[float, int]]] = {}  # by size class: seconds, and in which step
-        self._medians: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
         self._sizes: list[int] = []  # classes that were measured, rising
+        self._num_told: dict[int, int] = {}  # measurements that this rests on, of this or of larger sizes
 
     def note(self, size: int, seconds: float, step: int) -> None:
         size = size_class(size)
@@ -88,33 +90,52 @@ class Costs:
         measured.append((seconds, step))
         while len(measured) > 3 and measured[0][1] < step - _OLD_STEPS:
             measured.popleft()
-        self._medians[size] = new = median_low([value for value, _ in measured])
+        self._seconds[size] = new = quantile([value for value, _ in measured], _LOW)
+        self._num_told[size] = len(measured)
         for smaller in self._sizes[: bisect_left(self._sizes, size)]:
-            if self._medians[smaller] > _OUT_OF_ORDER * new:  # faster since then: fewer rows take no longer than more
-                self._medians[smaller] = _OUT_OF_ORDER * new
+            if self._seconds[smaller] > _OUT_OF_ORDER * new:  # faster since then: fewer rows take no longer than more
+                self._seconds[smaller] = _OUT_OF_ORDER * new
                 self._measured[smaller].clear()
+                self._num_told[smaller] = len(measured)
 
     @property
     def has_any(self) -> bool:
         return bool(self._sizes)
 
-    def at(self, size: int, otherwise: float) -> float:
-        """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement."""
+    def is_disturbed(self, size: int) -> bool:
+        """Whether measurements of one size say very different things."""
+        values = [value for value, _ in self._measured.get(size_class(size), ())]
+        return len(values) > 4 and quantile(values, 1 - _LOW) > 2 * quantile(values, _LOW)
+
+    def at(self, size: int, otherwise: float, enough: int = 1) -> float:
+        """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement. Sizes
+        with fewer than ``enough`` measurements count as not measured."""
         size = size_class(size)
-        if size in self._medians:
-            return self._medians[size]
-        if not self._sizes:
+        sizes = [known for known in self._sizes if self._num_told[known] >= enough]
+        if size in sizes:
+            return self._seconds[size]
+        if not sizes:
             return otherwise
-        place = bisect_left(self._sizes, size)
-        if len(self._sizes) == 1:
-            return self._medians[self._sizes[0]] * (1.0 + _COST_OF_ROWS * (size / self._sizes[0] - 1.0))
-        is_inside = 0 < place < len(self._sizes)
-        low, high = (self._sizes[place - 1], self._sizes[place]) if is_inside else (self._sizes[0], self._sizes[-1])
-        low_s, high_s = self._medians[low], self._medians[high]
+        place = bisect_left(sizes, size)
+        if len(sizes) == 1:
+            return self._seconds[sizes[0]] * (1.0 + _COST_OF_ROWS * (size / sizes[0] - 1.0))
+        is_inside = 0 < place < len(sizes)
+        low, high = (sizes[place - 1], sizes[place]) if is_inside else (sizes[0], sizes[-1])
+        low_s, high_s = self._seconds[low], self._seconds[high]
         # More rows take no less time, and not more than in proportion.
         slope = min(max(0.0, (high_s - low_s) / (high - low)), high_s / high)
         nearest = high if size > high else low
-        return self._medians[nearest] + slope * (size - nearest)
+        return self._seconds[nearest] + slope * (size - nearest)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """What ``share`` of all that the values were drawn from is expected to be below, whether they are few or many: else
+    what was measured seldom would look dearer, or cheaper, than what was measured often (type 6 of Hyndman and Fan,
+    "Sample quantiles in statistical packages", 1996)."""
+    ordered, place = sorted(values), (len(values) + 1) * share - 1
+    below = min(max(int(place), 0), len(ordered) - 1)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + max(0.0, place - below) * (ordered[above] - ordered[below])
 
 
 def size_class(count: int) -> int:

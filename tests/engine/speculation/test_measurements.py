@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
+import random
+from statistics import fmean
+
 import pytest
 
-from eagleray.engine.speculation.measurements import FirstTimes
+from eagleray.engine.speculation.measurements import Costs, FirstTimes, quantile
+
+
+@pytest.mark.parametrize("count", [6, 10, 25])
+def test_few_values_say_on_average_what_many_do(count: int) -> None:
+    chance = random.Random(count)
+    found = fmean(quantile([chance.random() for _ in range(count)], 0.15) for _ in range(20_000))
+    assert found == pytest.approx(0.15, abs=0.005)
+
+
+def test_of_too_few_values_the_lowest_counts_and_of_one_that_one() -> None:
+    assert quantile([3.0, 1.0, 2.0], 0.15) == 1.0
+    assert quantile([4.0], 0.15) == 4.0
+    assert quantile([4.0, 8.0], 0.95) == 8.0
+
+
+def test_sizes_with_too_few_measurements_follow_from_the_others() -> None:
+    costs = Costs()
+    for step in range(8):
+        costs.note(1, 1.0, step)
+        costs.note(8, 1.7, step)
+    for step in range(2):
+        costs.note(4, 1.6, step)
+    assert costs.at(4, otherwise=0.0) == 1.6
+    assert costs.at(4, otherwise=0.0, enough=8) == pytest.approx(1.3)
+    assert costs.at(4, otherwise=0.5, enough=9) == 0.5
+
+
+def test_measurements_that_scatter_are_told_from_those_that_were_disturbed() -> None:
+    chance, costs = random.Random(0), Costs()
+    for step in range(25):
+        costs.note(1, chance.uniform(0.8, 1.2), step)
+        costs.note(2, chance.choice((1.0, 30.0)), step)
+    assert costs.is_disturbed(2) and not costs.is_disturbed(1) and not costs.is_disturbed(3)
 
 
 def test_trials_pay_for_the_first_times_that_they_cause_and_for_no_others() -> None:
