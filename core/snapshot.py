@@ -20,7 +20,7 @@ class WorkerSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     role: Role
     epoch: int
-    number: int = 0  # counts what this worker took; a worker that is in a long step repeats its last one
+    number: int = 0  # counts what this worker took; one that is idle or in a long step repeats its last one
     step_running_s: float = 0.0  # how long the step under way has been running when this was sent
     pid: int = 0  # of the worker's process, on its host
     num_waiting: int = 0

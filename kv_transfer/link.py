@@ -8,6 +8,7 @@ A link is used by one thread at a time; only ``limit`` may be called from anothe
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import select
 import socket
@@ -38,6 +39,7 @@ class Link:
         self._stall_deadline_s = stall_deadline_s
         self._limit_s = math.inf
         self._out: deque[memoryview] = deque()
+        self._num_unsent_bytes = 0
         self._inbox: deque[Frame] = deque()  # came while something else was waited for
         self._buffer = bytearray(HEADER_BYTES)  # the part of a frame that is being received: header or body
         self._filled = 0
@@ -58,6 +60,13 @@ class Link:
         link._socket.connect_ex(sockaddr)  # a failure shows at the first use
         return link
 
+    @staticmethod
+    def is_found_at_once(address: str) -> bool:
+        """Whether ``address`` has a number and no name, which a resolver might take long for."""
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(address.rpartition(":")[0].strip("[]")))
+        return False
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -68,6 +77,7 @@ class Link:
     def close(self) -> None:
         """May be repeated. Bytes that are queued and not sent are dropped."""
         self._out.clear()
+        self._num_unsent_bytes = 0
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -81,12 +91,13 @@ class Link:
     @property
     def num_unsent_bytes(self) -> int:
         """Of what is queued."""
-        return sum(view.nbytes for view in self._out)
+        return self._num_unsent_bytes
 
     def queue(self, frame: Frame, views: Sequence[memoryview] = ()) -> None:
         """Append a frame and the raw bytes that follow it. Views are sent from where they lie, when they are sent."""
-        self._out.append(memoryview(encode_frame(frame)))
-        self._out.extend(view for view in views if view.nbytes)
+        added = [memoryview(encode_frame(frame)), *(view for view in views if view.nbytes)]
+        self._out.extend(added)
+        self._num_unsent_bytes += sum(view.nbytes for view in added)
 
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing is left."""
@@ -111,6 +122,7 @@ class Link:
             self._wait(select.POLLOUT, max(start_s, self.last_sent_s))
 
     def _drop_sent(self, num_bytes: int) -> None:
+        self._num_unsent_bytes -= num_bytes
         while num_bytes:
             head = self._out.popleft()
             if head.nbytes > num_bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-# So much is read, hashed or handed to the kernel in less time than it takes to wake another thread for it.
+# So much is hashed or handed to the kernel in less time than it takes to wake another thread for it.
 QUICK_BYTES: Final = 256 * 2**10
 
 

@@ -101,6 +101,8 @@ class Pull:
 
     def serve(self, *, may_take_long: bool) -> Next:
         """Copy all that is announced, looking for news between pieces."""
+        if self._link is None and not (may_take_long or Link.is_found_at_once(self._order.source.address)):
+            return Next.WORK
         try:
             link = self._link or self._connect()
             while not (self._session.is_complete or self._is_cancelled):

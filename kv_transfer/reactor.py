@@ -1,7 +1,7 @@
 """Many connections, few threads: one thread waits on all that are idle and does what is quick, a pool does the rest.
 
-So a pull that waits for its prefill costs no thread, one that is cut ends at once even when all threads are busy, and
-a frame that comes in wakes one thread: each further one waits for the interpreter's lock as well. (Schmidt and Cranor,
+So a pull that waits for its prefill costs no thread, and one that is cut ends at once even when all threads are busy.
+Most frames wake one thread only: each further one waits for the interpreter's lock as well. (Schmidt and Cranor,
 "Half-Sync/Half-Async: an architectural pattern for efficient and well-structured concurrent I/O", 1995.)
 """
 
@@ -46,7 +46,7 @@ class Handler(Protocol):
 
     def serve(self, *, may_take_long: bool) -> Next:
         """Do what can be done now. ``may_take_long``: on a pool thread; else on the reactor's, which the others wait
-        for: then only what is done at once, and ``Next.WORK`` when there is more."""
+        for: then only what is done at once, and ``Next.WORK``, from there alone, when there is more."""
         ...
 
     def tick(self) -> None:
@@ -148,7 +148,7 @@ class Reactor:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_reader.recv(4096)
             else:
-                self._poked(key.data)
+                run_guarded(functools.partial(self._poked, key.data))
 
     def _poked(self, handler: Handler) -> None:
         over = handler.is_over()
@@ -158,21 +158,15 @@ class Reactor:
                 self._states[handler] = _State.POKED
             if state is not _State.IDLE and not (state is _State.QUEUED and over):
                 return
-            if over:
-                self._forget(handler)
         if over:
-            self._unwatch(handler)
-            run_guarded(handler.finish)
+            self._end(handler)
         else:
             self._serve_here(handler)
 
     def _serve_here(self, handler: Handler) -> None:
         following = run_guarded(functools.partial(handler.serve, may_take_long=False)) or Next.END
         if following is Next.END or handler.is_over():
-            with self._lock:
-                self._forget(handler)
-            self._unwatch(handler)
-            run_guarded(handler.finish)
+            self._end(handler)
         elif following is Next.WAIT:
             self._watch(handler)
         else:
@@ -185,25 +179,36 @@ class Reactor:
         if self._states.get(handler) is _State.IDLE:  # only this thread moves a handler out of IDLE
             run_guarded(handler.tick)
         if handler.is_over():
-            self._poked(handler)
+            run_guarded(functools.partial(self._poked, handler))
 
     def _watch(self, handler: Handler) -> None:
         """Have an idle handler served at the next event that it is interested in; again and again does no harm."""
         with self._lock:
             if self._states.get(handler) is not _State.IDLE:
                 return
-        wanted = handler.interest()
-        if self._registered.get(handler) != wanted:
-            self._unwatch(handler)
-            descriptor, events = wanted
-            if descriptor >= 0:
-                self._selector.register(descriptor, events, handler)
-                self._registered[handler] = wanted
+        try:
+            wanted = handler.interest()
+            if self._registered.get(handler) != wanted:
+                self._unwatch(handler)
+                descriptor, events = wanted
+                if descriptor >= 0:
+                    self._selector.register(descriptor, events, handler)
+                    self._registered[handler] = wanted
+        except Exception:  # such as no room for one more: nobody would ever serve it again
+            _logger.exception("KV transfer: a connection cannot be watched and is ended")
+            self._end(handler)
 
     def _unwatch(self, handler: Handler) -> None:
         descriptor, _ = self._registered.pop(handler, (-1, 0))
         if descriptor >= 0:
             self._selector.unregister(descriptor)
+
+    def _end(self, handler: Handler) -> None:
+        """Of one that no other thread is inside of."""
+        with self._lock:
+            self._forget(handler)
+        self._unwatch(handler)
+        run_guarded(handler.finish)
 
     def _forget(self, handler: Handler) -> None:
         """With the lock held."""
@@ -229,7 +234,7 @@ class Reactor:
             if not goes_on:
                 run_guarded(handler.finish)
                 self.wake()
-            elif poked or following is Next.WORK:
+            elif poked:
                 self._request(functools.partial(self._poked, handler))
             else:
                 self._request(functools.partial(self._watch, handler))

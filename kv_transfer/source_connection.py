@@ -59,7 +59,8 @@ class ReaderConnection:
         self._last_words = ""
 
     def interest(self) -> tuple[int, int]:
-        return self._link.fileno(), selectors.EVENT_READ | (selectors.EVENT_WRITE if self._link.wants_write else 0)
+        # What it sends meanwhile is read when its own bytes have left.
+        return self._link.fileno(), selectors.EVENT_WRITE if self._link.wants_write else selectors.EVENT_READ
 
     def serve(self, *, may_take_long: bool) -> Next:
         """Frames first, so that a release or a read does not wait behind fingerprints."""

@@ -8,7 +8,7 @@ emitted as known tokens. The journal drops what comes twice. There is nothing el
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -230,15 +230,19 @@ class Answer:
         again when its snapshot is another one. Raises ``InvalidRequest`` when a worker says so."""
         while (placement := await self._coordinator.choose(self._journal, self._refused)) is not None:
             attempt = self._new_attempt()
+            # Of the moment before: a snapshot that comes while it waits for the answer may tell of room already.
+            numbers = {
+                worker_id: client.snapshot.number for worker_id, client in self._coordinator.pool.workers().items()
+            }
             try:
                 await attempt.submit(placement)
             except SubmitRefused as error:
                 if error.kind is RefusalKind.INVALID:
                     raise InvalidRequest(error.reason) from None
-                self._note_refused(error.worker_id, error.reason)
+                self._note_refused(error.worker_id, error.reason, numbers)
             except WorkerLost as error:
                 self._budget.note_lost(error)
-                self._note_refused(error.worker_id, error.reason)
+                self._note_refused(error.worker_id, error.reason, numbers)
             else:
                 if self._phases is not None:
                     self._phases.mark(Phase.QUEUE)
@@ -246,11 +250,10 @@ class Answer:
                 return attempt
         return None
 
-    def _note_refused(self, worker_id: str, reason: str) -> None:
+    def _note_refused(self, worker_id: str, reason: str, numbers: Mapping[str, int]) -> None:
         self._why_refused = reason
-        client = self._coordinator.pool.workers().get(worker_id)
-        if client is not None:
-            self._refused[worker_id] = client.snapshot.number
+        if worker_id in numbers:
+            self._refused[worker_id] = numbers[worker_id]
 
     def _mark(self, output: TokenOutput) -> None:
         """Attribute the time since the last output: as the worker says where it has just begun, else to decoding."""

@@ -199,7 +199,8 @@ class ChannelClient:
                     if output.finish_reason is not None:
                         del self._sinks[output.request_id]
                     sink(output)
-            if message.snapshot is not None:
+            # The worker's channel may repeat the one before while its step thread tells the newest.
+            if message.snapshot is not None and message.snapshot.number >= self.snapshot.number:
                 self.snapshot = message.snapshot
                 self._on_change()
 

@@ -212,7 +212,7 @@ class Worker:
         self._hand_over.stepped(self._engine, outcome)
 
     def _ticked(self) -> bool:
-        """False: there was no time to tell all."""
+        """False: it was too soon to tell all."""
         stored, evicted = self._engine.drain_cache_changes()
         if stored:
             self._cache_listener.stored(stored)

@@ -286,7 +286,8 @@ class AdaptiveDrafts:
         shape = option.shape
         if shape is None:
             return plain_s + num_requests * self._catch_up_s.at(1, 0.0)
-        step_s = self._verify_s.at(self._num_rows(option, num_requests), 1.0, self._enough) + self._draft_s(
+        num_rows = self._num_rows(option, num_requests)
+        step_s = self._verify_s.at(num_rows, self._verify_s.at(num_rows, 1.0), self._enough) + self._draft_s(
             option, shape, num_requests
         )
         return step_s / option.acceptance.tokens_per_step(shape.depth)

@@ -93,7 +93,7 @@ struct block {
     int64_t chunks;
     uint32_t *c;
     int accumulates;
-    const char *ahead; /* as many weights that are read next, or none */
+    const char *ahead; /* as many weights to be fetched meanwhile, or none: those read next, or with tiles a little later */
 };
 
 #if defined(__AMX_TILE__)

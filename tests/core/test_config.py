@@ -184,6 +184,20 @@ def test_ray_phones_nobody_unless_the_user_said_so() -> None:
     assert chosen["RAY_USAGE_STATS_ENABLED"] == "1"
 
 
+def test_ray_looks_up_less_often_unless_the_user_said_so() -> None:
+    names = (
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S",
+        "RAY_raylet_report_resources_period_milliseconds",
+    )
+    untouched: dict[str, str] = {}
+    prepare_ray_environment(untouched)
+    assert [untouched[name] for name in names] == ["10000", "0.25", "1000"]
+    chosen = dict.fromkeys(names, "7")
+    prepare_ray_environment(chosen)
+    assert [chosen[name] for name in names] == ["7"] * 3
+
+
 def test_the_environment_fills_in_only_what_the_configuration_leaves_open() -> None:
     environment = read_environment(
         {"EAGLERAY_REDIS_URL": "redis://there", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel"}
@@ -196,4 +210,4 @@ def test_the_environment_fills_in_only_what_the_configuration_leaves_open() -> N
 
 def test_a_stall_deadline_that_idle_workers_cannot_keep_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"router\.stall_deadline_s"):
-        parse_config({"router": {"stall_deadline_s": 0.3}})
+        parse_config({"router": {"stall_deadline_s": 1.5}})

@@ -31,7 +31,7 @@ def test_the_table_has_every_key_with_its_default(script: ModuleType) -> None:
     tables = script.render_tables()
     for key in Config.model_fields:
         assert f"`{key}." in tables or f"`{key}`" in tables
-    assert "| `router.stall_deadline_s` | `10.0` | number ≥ 1 |" in tables
+    assert "| `router.stall_deadline_s` | `10.0` | number ≥ 2 |" in tables
     assert "| `model.max_model_tokens` | `null` | integer ≥ 1 or null |" in tables
     assert "`decode.*`: the same keys and defaults as `prefill.*`." in tables
 

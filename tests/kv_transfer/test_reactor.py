@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import selectors
 import socket
@@ -38,7 +39,8 @@ class Recorder:
         try:
             return self._on_serve() if may_take_long else self._on_quick()
         finally:
-            self._alone.release()
+            if alone:
+                self._alone.release()
             (self.served if may_take_long else self.served_quickly)(alone)
 
     def tick(self) -> None:
@@ -125,7 +127,11 @@ def waits_for(event: threading.Event) -> Next:
 
 
 def test_a_handler_is_never_entered_by_two_threads(reactor: Reactor) -> None:
-    handler = Recorder()
+    def let_others_in() -> Next:
+        os.sched_yield()
+        return Next.WAIT
+
+    handler = Recorder(on_serve=let_others_in)
     reactor.add(handler)
     pokers = [threading.Thread(target=lambda: [reactor.poke(handler) for _ in range(200)]) for _ in range(4)]
     for poker in pokers:
@@ -135,7 +141,7 @@ def test_a_handler_is_never_entered_by_two_threads(reactor: Reactor) -> None:
     handler.over = True
     reactor.poke(handler)
     assert handler.finished.wait() == [True]
-    assert all(handler.served.values)
+    assert all(handler.served.values) and all(handler.served_quickly.values)
 
 
 def test_a_poke_while_a_handler_is_served_serves_it_once_more(reactor: Reactor) -> None:

@@ -267,6 +267,26 @@ def test_a_first_reader_that_gave_up_does_not_take_the_second_one_along() -> Non
         theirs.close()
 
 
+@pytest.mark.parametrize(("num_blocks", "following"), [(100, Next.WAIT), (200, Next.WORK)])
+def test_many_fingerprints_are_left_to_who_may_take_long(num_blocks: int, following: Next) -> None:
+    ledger = SourceLedger(1, LAYOUT.digest(), LAYOUT.block_size_tokens, CONFIG.lease_s)
+    store, clock = MemoryBlockStore(LAYOUT, 1), ManualClock()
+    state = SourceState(ledger, store, clock, CONFIG, LAYOUT.digest(), LAYOUT.block_bytes, PORTABLE_BLOCK_OPS)
+    ours, theirs = socket.socketpair()
+    reader, link = ReaderConnection(state, Link(ours, clock, 5.0, "reader")), Link(theirs, SystemClock(), 5.0, "source")
+    link.send(Subscribe("r", 1, LAYOUT.digest(), 0))
+    assert reader.serve(may_take_long=False) is Next.WAIT
+    ledger.open("r")
+    ledger.announce("r", SourceProgress((0,) * num_blocks, num_blocks * LAYOUT.block_size_tokens, True, (7,)), 0.0)
+    assert reader.serve(may_take_long=False) is following
+    assert reader.serve(may_take_long=True) is Next.WAIT
+    told = 0
+    while told < num_blocks:
+        told += len(next_announcement(link).blocks)
+    reader.finish()
+    link.close()
+
+
 def test_a_silent_source_shows_signs_of_life(bench: Bench) -> None:
     bench.source.open("r")
     bench.announce(9, num_tokens=4)

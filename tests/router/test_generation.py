@@ -136,6 +136,20 @@ async def test_a_request_refused_by_all_waits_for_a_change_and_does_not_spin(agg
     assert len(set(names)) == len(names) == 5
 
 
+async def test_room_that_is_told_while_a_worker_refuses_is_not_overlooked(aggregated: Stage, until: Until) -> None:
+    worker = aggregated.d1
+    aggregated.d2.lose()
+    worker.replies.append(RefusalKind.NO_ROOM)
+    worker.may_reply.clear()
+    answering = aggregated.start()
+    await until(lambda: worker.submits)
+    aggregated.pool.change()  # the last thing that it will tell: nothing changes any more
+    worker.may_reply.set()
+    await until(lambda: worker.open_requests)
+    worker.say(0, 100, finish=LENGTH)
+    await answering.end()
+
+
 async def test_a_request_that_finds_no_worker_fails_at_the_queue_deadline_saying_why(
     aggregated: Stage, until: Until
 ) -> None:

@@ -17,6 +17,7 @@ from eagleray.core.messages import (
     Failed,
     Hello,
     Ping,
+    StepOutputs,
     Submit,
     ToIngress,
     TokenOutput,
@@ -124,6 +125,18 @@ async def test_a_submit_that_is_cancelled_is_aborted(script: ScriptedWorker) -> 
     await script.next_heard()
     submitting.cancel()
     assert await script.next_heard() == Abort("a")
+    await client.aclose()
+
+
+async def test_a_snapshot_that_was_overtaken_by_a_newer_one_does_not_count(script: ScriptedWorker) -> None:
+    client = await connected(script)
+    newer, older = (msgspec.structs.replace(client.snapshot, number=number, num_running=number) for number in (8, 7))
+    submitting = asyncio.create_task(client.submit(Submit(SPEC), ignore))
+    await script.next_heard()
+    for told in (StepOutputs(snapshot=newer), StepOutputs(snapshot=older), Accepted("a")):
+        script.say(told)
+    await asyncio.wait_for(submitting, SETTLE_DEADLINE_S)
+    assert client.snapshot == newer
     await client.aclose()
 
 
