@@ -130,8 +130,8 @@ class Costs:
 
 def quantile(values: Sequence[float], share: float) -> float:
     """What a ``share`` of all that the values were drawn from is expected to be below: else what was measured seldom
-    would look dearer, or cheaper, than what was measured often. Of too few for that, their lowest (type 6 of Hyndman and
-    Fan, "Sample quantiles in statistical packages", 1996)."""
+    would look dearer, or cheaper, than what was measured often. Of too few for that, their lowest (type 6 of Hyndman
+    and Fan, "Sample quantiles in statistical packages", 1996)."""
     ordered, place = sorted(values), (len(values) + 1) * share - 1
     below = min(max(int(place), 0), len(ordered) - 1)
     above = min(below + 1, len(ordered) - 1)
