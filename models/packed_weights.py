@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import threading
 import warnings
@@ -27,6 +26,7 @@ import xxhash
 
 from eagleray.core.clock import Clock
 from eagleray.kernels.linear.api import PackedLinear
+from eagleray.models.mapped_file import map_for_reading
 from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder, is_same_file
 
 _MAGIC: Final = b"eagleray packed weights 2\n"
@@ -163,10 +163,9 @@ def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:
     """None when there is no such file, or when it is not what was written."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < _FOOTER_BYTES:
+            if os.fstat(file.fileno()).st_size < _FOOTER_BYTES:
                 return None
-            mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+            mapping = map_for_reading(file)
     except FileNotFoundError:
         return None
     view = memoryview(mapping)

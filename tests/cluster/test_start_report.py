@@ -52,10 +52,12 @@ def test_a_listener_hears_everything_that_was_told_before_it_closed() -> None:
     assert heard_by_a_listener(*notes) == notes
 
 
-def test_of_many_tensors_only_some_are_told() -> None:
-    heard = heard_by_a_listener(*(TensorsLoaded("decode a", count, 9) for count in range(1, 10)))
-    assert heard[0] == TensorsLoaded("decode a", 1, 9)
-    assert 1 < len(heard) < 4
+@pytest.mark.parametrize(("total", "told"), [(4, []), (7, [5, 7]), (12, [5, 10, 12])])
+def test_of_many_tensors_some_are_told_and_the_last_and_of_those_loaded_at_once_none(
+    total: int, told: list[int]
+) -> None:
+    heard = heard_by_a_listener(*(TensorsLoaded("decode a", count, total) for count in range(1, total + 1)))
+    assert heard == [TensorsLoaded("decode a", count, total) for count in told]
 
 
 def test_nothing_is_left_and_telling_goes_on_when_nobody_listens_any_more() -> None:
