@@ -27,11 +27,12 @@ def map_for_reading(file: BinaryIO) -> mmap.mmap:
     once more, unless others have mapped it or a sample of it comes back in small pages again."""
     descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
     mapping = _map(descriptor, size)
-    if size >= WORTH_BYTES and share_in_huge_pages(mapping) < _ENOUGH and _would_be_huge(descriptor):
-        mapping.close()
+    if size < WORTH_BYTES or share_in_huge_pages(mapping) >= _ENOUGH:
+        return mapping
+    mapping.close()  # the cache lets go of nothing that is mapped
+    if _would_be_huge(descriptor):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        mapping = _map(descriptor, size)
-    return mapping
+    return _map(descriptor, size)
 
 
 def share_in_huge_pages(mapping: mmap.mmap) -> float:

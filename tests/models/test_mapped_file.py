@@ -15,14 +15,18 @@ SMALL_PIECE = bytes(range(256)) * 16  # a page
 NUM_PIECES = 17_000  # a little more than is worth it
 
 
+def write_in_pieces(path: Path, num_pieces: int) -> None:
+    with path.open("wb", buffering=0) as file:
+        for _ in range(num_pieces):
+            file.write(SMALL_PIECE)
+        os.fsync(file.fileno())
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A file that the page cache has in small pages."""
     path = tmp_path / "weights"
-    with path.open("wb", buffering=0) as file:
-        for _ in range(NUM_PIECES):
-            file.write(SMALL_PIECE)
-        os.fsync(file.fileno())
+    write_in_pieces(path, NUM_PIECES)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
         if share_in_huge_pages(mapping) > 0.1:
             pytest.skip("this system has no small pages of it, or does not tell")
@@ -38,8 +42,9 @@ def has_whole_content(mapping: mmap.mmap) -> bool:
     return mapping[:] == SMALL_PIECE * NUM_PIECES
 
 
-def test_a_file_in_small_pages_is_read_again_into_huge_ones(path: Path) -> None:
-    with path.open("rb") as file:
+def test_a_file_in_small_pages_is_read_again_into_huge_ones(path: Path, tmp_path: Path) -> None:
+    write_in_pieces(tmp_path / "other", NUM_PIECES // 8)
+    with (tmp_path / "other").open("rb") as file:
         if not mapped_file._would_be_huge(file.fileno()):
             pytest.skip("this file system gives no huge pages")
     with map_path(path) as mapping:
