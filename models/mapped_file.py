@@ -1,9 +1,7 @@
 """A file that is read again and again, mapped in huge pages where the system has them.
 
-The page cache keeps a file in pages as large as it was read or written in. Two cores of an Intel Xeon, a virtual
-machine, needed 46 ms to read 946 MB of weights once and compute with them out of huge pages, and 56 ms out of pages of
-4 KiB (Linux 6.18, ext4, 2026-11-30, by hand). What has been read under memory pressure, or copied in small pieces, is
-in small ones until the cache lets go of it.
+The page cache keeps a file in pages as large as it was read or written in, for as long as it keeps it. From small ones
+a virtual machine reads a third slower (docs/decisions/0024-weights-in-huge-pages.md).
 """
 
 from __future__ import annotations
