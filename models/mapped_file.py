@@ -7,8 +7,10 @@ a virtual machine reads a third slower (docs/decisions/0024-weights-in-huge-page
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -24,13 +26,18 @@ def map_for_reading(file: BinaryIO) -> mmap.mmap:
     """All of ``file``. A large one that the page cache has in small pages is dropped from there and read from the disk
     once more, unless others have mapped it or a sample of it comes back in small pages again."""
     descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
-    mapping = _map(descriptor, size)
-    if size < WORTH_BYTES or share_in_huge_pages(mapping) >= _ENOUGH:
+    if size < WORTH_BYTES:
+        return _map(descriptor, size)
+    with _alone(descriptor):  # or workers that start together would keep each other's small pages
+        mapping = _map(descriptor, size)
+        if share_in_huge_pages(mapping) >= _ENOUGH:
+            return mapping
+        mapping.close()  # the cache lets go of nothing that is mapped
+        if _would_be_huge(descriptor):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        mapping = _map(descriptor, size)
+        share_in_huge_pages(mapping)  # brings it in, before others look at it
         return mapping
-    mapping.close()  # the cache lets go of nothing that is mapped
-    if _would_be_huge(descriptor):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return _map(descriptor, size)
 
 
 def share_in_huge_pages(mapping: mmap.mmap) -> float:
@@ -46,6 +53,18 @@ def share_in_huge_pages(mapping: mmap.mmap) -> float:
         if line.startswith("FilePmdMapped:"):
             return int(line.split()[1]) * 1024 / len(mapping)
     return 1.0
+
+
+@contextlib.contextmanager
+def _alone(descriptor: int) -> Iterator[None]:
+    """Of those who map this file here. Nobody waits longer than it takes to read the file, as all of them do."""
+    with contextlib.suppress(OSError):  # some file systems give this lock to those only who may write
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _map(descriptor: int, size: int) -> mmap.mmap:
