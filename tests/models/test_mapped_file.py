@@ -49,7 +49,7 @@ def test_a_file_in_small_pages_is_read_again_into_huge_ones(path: Path, tmp_path
         if not mapped_file._would_be_huge(file.fileno()):
             pytest.skip("this file system gives no huge pages")
     with map_path(path) as mapping:
-        assert share_in_huge_pages(mapping) > 0.9
+        assert share_in_huge_pages(mapping) >= 0.5
         assert has_whole_content(mapping)
 
 
@@ -60,7 +60,7 @@ def test_of_several_that_start_together_all_have_huge_pages(path: Path, tmp_path
             pytest.skip("this file system gives no huge pages")
     with ThreadPoolExecutor(3) as pool:
         mappings = list(pool.map(map_path, [path] * 3))
-    assert all(share_in_huge_pages(mapping) > 0.9 for mapping in mappings)
+    assert all(share_in_huge_pages(mapping) >= 0.5 for mapping in mappings)
 
 
 def test_what_others_have_mapped_stays_as_it_is(path: Path) -> None:
