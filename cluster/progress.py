@@ -86,7 +86,7 @@ class ProgressReporter:
 
     def __init__(self, address: str | None, worker: str, clock: Clock) -> None:
         self._address, self._worker, self._clock = address, worker, clock
-        self._last_s = clock.now_s()
+        self._last_s: float | None = None  # since when nothing was told of tensors; None: none was loaded yet
         self._has_told_tensors = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -98,6 +98,8 @@ class ProgressReporter:
         """To be called after every tensor; says it every ``REPORT_INTERVAL_S``, and the last one if any was
         said: what is loaded at once is not worth a word."""
         now_s = self._clock.now_s()
+        if self._last_s is None:
+            self._last_s = now_s
         if now_s - self._last_s >= REPORT_INTERVAL_S or (self._has_told_tensors and loaded == total):
             self._last_s, self._has_told_tensors = now_s, True
             self._send(TensorsLoaded(self._worker, loaded, total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -43,24 +44,32 @@ def has_whole_content(mapping: mmap.mmap) -> bool:
     return mapping[:] == SMALL_PIECE * NUM_PIECES
 
 
-def test_a_file_in_small_pages_is_read_again_into_huge_ones(path: Path, tmp_path: Path) -> None:
-    write_in_pieces(tmp_path / "other", NUM_PIECES // 8)
-    with (tmp_path / "other").open("rb") as file:
-        if not mapped_file._would_be_huge(file.fileno()):
-            pytest.skip("this file system gives no huge pages")
+@pytest.fixture
+def huge_pages(tmp_path: Path) -> None:
+    """Skips where a file of this size does not come back in huge pages."""
+    other = tmp_path / "other"
+    write_in_pieces(other, NUM_PIECES)
+    with other.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mapped_file._map(file.fileno(), other.stat().st_size) as mapping:
+            if share_in_huge_pages(mapping) < 0.9:
+                pytest.skip("this file system, or so little memory, gives no huge pages")
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_a_file_in_small_pages_is_read_again_into_huge_ones(path: Path) -> None:
     with map_path(path) as mapping:
         assert share_in_huge_pages(mapping) >= 0.5
         assert has_whole_content(mapping)
 
 
-def test_of_several_that_start_together_all_have_huge_pages(path: Path, tmp_path: Path) -> None:
-    write_in_pieces(tmp_path / "other", NUM_PIECES // 8)
-    with (tmp_path / "other").open("rb") as file:
-        if not mapped_file._would_be_huge(file.fileno()):
-            pytest.skip("this file system gives no huge pages")
+@pytest.mark.usefixtures("huge_pages")
+def test_of_several_that_start_together_all_have_huge_pages(path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         mappings = list(pool.map(map_path, [path] * 3))
-    assert all(share_in_huge_pages(mapping) >= 0.5 for mapping in mappings)
+    for mapping in mappings:
+        assert share_in_huge_pages(mapping) >= 0.5
+        mapping.close()
 
 
 def test_what_others_have_mapped_stays_as_it_is(path: Path) -> None:
@@ -72,10 +81,20 @@ def test_what_others_have_mapped_stays_as_it_is(path: Path) -> None:
 
 
 def test_where_small_pages_come_back_the_rest_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_file, "_would_be_huge", lambda descriptor: False)
+    dropped: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *rest: dropped.append(rest))  # the cache keeps them
     with map_path(path) as mapping:
         assert share_in_huge_pages(mapping) < 0.1
         assert has_whole_content(mapping)
+    assert [length for _, length, _ in dropped] == [mapped_file._SAMPLE_BYTES], "and one sample told enough"
+
+
+def test_who_holds_the_file_for_too_long_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_file, "_ALONE_DEADLINE_S", 0.1)
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with map_path(path) as mapping:
+            assert has_whole_content(mapping)
 
 
 def test_a_small_file_is_mapped_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
