@@ -392,7 +392,7 @@ def prepare_ray_environment(environ: MutableMapping[str, str] | None = None) -> 
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"),  # a server should not phone home unasked
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),  # workers without GPUs leave CUDA_VISIBLE_DEVICES alone
-        # What happens ten times a second in idle processes takes a few percent of two cores from those that compute.
+        # What happens ten times a second in idle processes takes a percent or two of two cores from those that compute.
         ("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "10000"),  # as often as Ray reports them
         ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25"),
         ("RAY_raylet_report_resources_period_milliseconds", "1000"),
