@@ -153,6 +153,7 @@ class _Started:
         self.drivers[contender] = driver
         self.descriptions[contender.name] = {
             **description, "dtype": contender.dtype, "kv": contender.kv, "has_tcmalloc": driver.has_loaded("tcmalloc"),
+            "in_huge_pages": driver.share_in_huge_pages(".packed"),
         }  # fmt: skip
 
     def fail(self, contender: Contender, error: Exception) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 from floors import Machine, Work
 from provenance import Provenance
-from report import Section
+from report import Section, percent
 
 _OURS: Final = "eagleray"
 
@@ -180,8 +180,8 @@ def _ratios(comparison: Comparison, ours: str, peer: str, cases: Sequence[str]) 
 
 
 _RUN_HEADER: Final = (
-    "engine", "version", "asked to compute in", "K and V in", "tcmalloc", "start, s", "kept", "discarded",
-    "others at most",
+    "engine", "version", "asked to compute in", "K and V in", "tcmalloc", "packed weights in huge pages", "start, s",
+    "kept", "discarded", "others at most",
 )  # fmt: skip
 
 
@@ -194,8 +194,9 @@ def _runs(comparison: Comparison) -> list[tuple[str, ...]]:
         rows.append(
             (
                 contender, str(said[-1].get("version", "this commit")), found[-1].dtype, said[-1]["kv"],
-                "yes" if said[-1]["has_tcmalloc"] else "no", f"{min(one['start_s'] for one in said):.1f}",
-                str(len(kept)), str(len(found) - len(kept)), f"{max(m.others_share for m in kept):.1%}",
+                "yes" if said[-1]["has_tcmalloc"] else "no", percent(said[-1].get("in_huge_pages")),
+                f"{min(one['start_s'] for one in said):.1f}", str(len(kept)), str(len(found) - len(kept)),
+                f"{max(m.others_share for m in kept):.1%}",
             )
         )  # fmt: skip
     return rows

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from process_cpu import has_loaded
+from process_cpu import has_loaded, share_in_huge_pages
 
 _LONGEST_LINE_BYTES: Final = 2**20
 _STOP_TIMEOUT_S: Final = 20.0
@@ -34,6 +34,10 @@ class Driver:
     def has_loaded(self, library: str) -> bool:
         """Whether the engine, or a process that it started, has a file of such a name in its memory."""
         return has_loaded(self.pid, library)
+
+    def share_in_huge_pages(self, file: str) -> float | None:
+        """Of what the engine has in memory of mapped files with such a name; None if that is nothing."""
+        return share_in_huge_pages(self.pid, file)
 
     def kill(self) -> None:
         """The engine and all that it started, whatever they are doing."""

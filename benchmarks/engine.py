@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from engine_report import Figure, Profile, Run, StepSplit, Timing, figure_of, se
 from engine_runs import PROMPT_TOKENS, BenchmarkEngine, CallCounter, Decoding, KernelClock, Operation
 from floors import WEIGHT_BYTES, Machine, bytes_per_weight, in_child, measure_machine, step_work
 from interference import undisturbed
+from process_cpu import share_in_huge_pages
 from provenance import provenance
 from random_checkpoint import SHAPES, checkpoint_folder
 from report import to_markdown, to_terminal
@@ -57,6 +59,7 @@ def measure(options: argparse.Namespace) -> Run:
     config = _config(options)
     with CallCounter() as counter:  # before the engine: threads are followed from their start
         engine = BenchmarkEngine(config, counter=counter)
+        in_huge_pages = share_in_huge_pages(os.getpid(), ".packed")
         calls = {batch: _count_calls(engine, batch) for batch in options.batches}
     machine = in_child(measure_machine, engine.dtype, options.threads)
     figures = _figures(engine, machine, options)
@@ -70,6 +73,8 @@ def measure(options: argparse.Namespace) -> Run:
         figures=figures,
         splits=_splits(config, calls),
         profiles=_profiles(config, options),
+        computes_with=engine.computes_with,
+        weights_in_huge_pages=in_huge_pages,
     )
 
 
@@ -144,11 +149,13 @@ def _splits(config: Config, calls: Mapping[int, float]) -> list[StepSplit]:
         return []
     splits = []
     for batch, num_calls in calls.items():
-        engine.decode(batch, 1)
+        engine.decode(batch, _SPLIT_STEPS)  # or memory that was never touched would be provided within the steps
         decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, _SPLIT_STEPS))
+        num_steps, parts = len(decoding.step_s), decoding.parts
         step_s = statistics.fmean(decoding.step_s)
-        outside_s = step_s - decoding.kernel_s / len(decoding.step_s)
-        splits.append(StepSplit(batch, step_s, outside_s, num_calls, others_share))
+        outside_s = step_s - decoding.kernel_s / num_steps
+        between_s = (parts.loop_s / num_steps, parts.hand_over_s / num_steps)
+        splits.append(StepSplit(batch, step_s, outside_s, num_calls, others_share, *between_s))
     engine.close()
     return splits
 
@@ -163,7 +170,7 @@ def _profiles(config: Config, options: argparse.Namespace) -> list[Profile]:
         return []
     profiles = [_prefill_profile(engine, clock, options.prefill_tokens)]
     for batch in options.batches:
-        engine.decode(batch, 1)
+        engine.decode(batch, _SPLIT_STEPS)  # or memory that was never touched would be provided within the steps
         decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, _SPLIT_STEPS))
         name, total_s = f"a step of decode {batch}, not replayed", sum(decoding.step_s)
         profiles.append(Profile(name, total_s, len(decoding.step_s), decoding.by_operation, others_share))

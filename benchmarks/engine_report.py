@@ -11,7 +11,7 @@ from engine_runs import Operation
 from floors import Machine
 from interference import MAX_OTHERS_SHARE, mark
 from provenance import Provenance
-from report import Section
+from report import Section, percent
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class StepSplit:
     outside_s: float
     num_calls: float  # of Python and C functions, on all threads: the same in every run
     others_share: float
+    loop_s: float = 0.0  # of outside: update and schedule, between two steps
+    hand_over_s: float = 0.0  # of outside: to the executor's thread and back
+
+    @property
+    def executor_s(self) -> float:
+        """Of outside: tensors, sampling and their like, on the executor's thread."""
+        return self.outside_s - self.loop_s - self.hand_over_s
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class Run:
     figures: Sequence[Figure]
     splits: Sequence[StepSplit]
     profiles: Sequence[Profile]
+    computes_with: str = ""
+    weights_in_huge_pages: float | None = None  # share of the packed ones; None where there are none
 
     def title(self) -> str:
         origin, machine = self.origin, self.machine
@@ -106,7 +115,8 @@ class Run:
             f"{self.model}, {self.dtype}, quantization {self.options['quantization']}, threads "
             f"{self.options['threads']}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; "
             f"read {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplied {machine.flop_per_s / 1e12:.2f} TFLOP/s"
-            f"{mark(machine.others_share)}. Shares of the floor count from this report, comparisons with other "
+            f"{mark(machine.others_share)}; {self.computes_with}; {percent(self.weights_in_huge_pages)} of the packed "
+            "weights in huge pages. Shares of the floor count from this report, comparisons with other "
             "engines from compare.py's. Operations are those of steps that are not replayed, under clocks in Python: "
             "their sum is more than the kernels of a replayed step take."
         )
@@ -116,7 +126,8 @@ def sections(run: Run) -> list[Section]:
     splits = [
         (
             str(split.batch), f"{split.step_s * 1e3:.2f}", f"{(split.step_s - split.outside_s) * 1e3:.2f}",
-            f"{split.outside_s * 1e3:.2f}", f"{split.outside_s / split.step_s:.1%}", f"{split.num_calls:,.0f}",
+            f"{split.outside_s * 1e3:.2f}", f"{split.outside_s / split.step_s:.1%}", f"{split.loop_s * 1e3:.2f}",
+            f"{split.hand_over_s * 1e3:.2f}", f"{split.executor_s * 1e3:.2f}", f"{split.num_calls:,.0f}",
             f"{split.others_share:.1%}{mark(split.others_share)}",
         )
         for split in run.splits
@@ -127,7 +138,19 @@ def sections(run: Run) -> list[Section]:
             list(map(_figure_row, run.figures)),
         ),
         Section(
-            ("decode, replayed, batch", "step, ms", "kernels, ms", "outside, ms", "share", "calls", "others"), splits
+            (
+                "decode, replayed, batch",
+                "step, ms",
+                "kernels, ms",
+                "outside, ms",
+                "share",
+                "of it the loop",
+                "hand-over to the thread",
+                "executor",
+                "calls",
+                "others",
+            ),
+            splits,
         ),
     ]
     if len({split.batch for split in run.splits}) > 1:

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -21,7 +22,8 @@ from eagleray.core.config import Config
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.engine import Engine, StepOutcome
-from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.engine.execution.executor import LocalExecutor, LocalStep, build_executor
+from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.kernels.native import build as native
 from eagleray.kernels.replay.api import ComputeAnew
 from eagleray.kernels.select import Kernels, load_best_library, native_kernels
@@ -46,6 +48,15 @@ class Operation:
     weight_bytes: float = 0.0  # that they read; 0: not counted
 
 
+@dataclass(slots=True)
+class StepParts:
+    """Seconds of steps that follow one another, over all of them."""
+
+    loop_s: float = 0.0  # from a step's end as the loop learns of it to the next one's submission
+    hand_over_s: float = 0.0  # from there to the other thread and back, beside what that one does
+    executor_s: float = 0.0  # kernels, and what is beside them in the executor
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Requests that decode together. Durations are from one step's outputs to the next one's."""
@@ -54,6 +65,7 @@ class Decoding:
     step_s: Sequence[float]
     by_operation: Mapping[str, Operation]  # of all these steps, when kernels are timed
     num_calls: int  # of Python and C functions in all these steps, when they are counted
+    parts: StepParts
 
     @property
     def kernel_s(self) -> float:
@@ -172,6 +184,43 @@ class CallCounter:
             self._counts[event] += 1
 
 
+class StampedExecutor:
+    """Any executor, and when the loop submits its steps and learns of their ends."""
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self._executor = executor
+        self._known_s = time.perf_counter()
+        self._parts = StepParts()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def submit(self, plan: StepPlan) -> _StampedStep:
+        submitted_s = time.perf_counter()
+        self._parts.loop_s += submitted_s - self._known_s
+        return _StampedStep(self._executor.submit(plan), partial(self._note, submitted_s))
+
+    def _note(self, submitted_s: float, result: StepResult) -> None:
+        self._known_s, executor_s = time.perf_counter(), result.verify_s + result.draft_s
+        self._parts.executor_s += executor_s
+        self._parts.hand_over_s += self._known_s - submitted_s - executor_s
+
+    def taken(self) -> StepParts:
+        taken, self._parts = self._parts, StepParts()
+        return taken
+
+
+@dataclass(frozen=True)
+class _StampedStep:
+    step: LocalStep
+    note: Callable[[StepResult], None]
+
+    def result(self) -> StepResult:
+        result = self.step.result()
+        self.note(result)
+        return result
+
+
 class BenchmarkEngine:
     """One model and its engine; every prompt is a new one, so that no prefix is ever cached."""
 
@@ -192,7 +241,9 @@ class BenchmarkEngine:
         self._executor: LocalExecutor = build_executor(
             config.model, config.decode.engine, num_threads=num_threads, kernels=kernels
         )
-        self._engine = Engine(self._executor, config.decode.engine, SystemClock(), self._new_text)
+        self.computes_with = self._executor.computes_with
+        self._stamped = StampedExecutor(self._executor)
+        self._engine = Engine(self._stamped, config.decode.engine, SystemClock(), self._new_text)
         self._numbers = itertools.count(1)
 
     def close(self) -> None:
@@ -215,13 +266,15 @@ class BenchmarkEngine:
         for _ in range(_UNTIMED_STEPS):
             self._engine.step()
         self._clock.taken()
+        self._stamped.taken()
         calls_before = self._counter.num_calls
         ends_s = [time.perf_counter()]
         for _ in range(num_steps):
             self._engine.step()
             ends_s.append(time.perf_counter())
         step_s = [b - a for a, b in itertools.pairwise(ends_s)]
-        result = Decoding(batch, step_s, self._clock.taken(), self._counter.num_calls - calls_before)
+        num_calls = self._counter.num_calls - calls_before
+        result = Decoding(batch, step_s, self._clock.taken(), num_calls, self._stamped.taken())
         self._end_all()
         return result
 

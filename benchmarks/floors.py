@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -106,8 +108,17 @@ def _read_bytes_per_s() -> float:
     factor of two; how fast a piece is read depends, in a virtual machine, on where it lies, and all are there at once
     so that they lie apart."""
     vector = torch.ones(4096)
-    pieces = [torch.ones(_PIECE_BYTES // 4 // 4096, 4096) for _ in range(_NUM_PIECES)]
+    pieces = [_in_huge_pages(_PIECE_BYTES).view(-1, 4096).fill_(1.0) for _ in range(_NUM_PIECES)]
     return _PIECE_BYTES / min(min(_shortest_s(lambda m=m: m @ vector), _shortest_s(m.sum)) for m in pieces)
+
+
+def _in_huge_pages(num_bytes: int) -> torch.Tensor:
+    """float32, where the system has such pages: a virtual machine reads others up to a third slower
+    (docs/decisions/0024-weights-in-huge-pages.md), which is no limit of the machine."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def _flop_per_s(dtype: torch.dtype) -> float:

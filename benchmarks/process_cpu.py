@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,30 @@ def thread_times_s(pid: int) -> dict[int, float]:
 def has_loaded(pid: int, library: str) -> bool:
     """Whether ``pid`` or a process below it has a file of such a name in its memory."""
     return any(library in _maps(process) for process in (pid, *descendants(pid)))
+
+
+def share_in_huge_pages(pid: int, name: str) -> float | None:
+    """Of what ``pid`` has in memory of mapped files with ``name`` in their paths; None if that is nothing."""
+    fields = mapped_bytes(smaps_of(pid), name)
+    return fields["FilePmdMapped"] / fields["Rss"] if fields["Rss"] else None
+
+
+def smaps_of(pid: int) -> str:
+    """Raises ``FileNotFoundError`` or ``ProcessLookupError`` for a process that is gone."""
+    return (_PROC / str(pid) / "smaps").read_text(encoding="utf-8", errors="replace")
+
+
+def mapped_bytes(smaps: str, name: str) -> Counter[str]:
+    """Sums over all mappings whose line has ``name`` in it, by the fields of proc_pid_smaps(5)."""
+    total: Counter[str] = Counter()
+    is_meant = False
+    for line in smaps.splitlines():
+        first, *rest = line.split(maxsplit=2)
+        if not first.endswith(":"):
+            is_meant = name in line
+        elif is_meant and rest[-1:] == ["kB"]:
+            total[first.removesuffix(":")] += int(rest[0]) * 1024
+    return total
 
 
 def _maps(pid: int) -> str:

@@ -64,6 +64,11 @@ def to_markdown(shown: Iterable[Section]) -> str:
     return "\n\n".join(tables)
 
 
+def percent(share: float | None) -> str:
+    """A dash for what is not there."""
+    return "-" if share is None else f"{share:.0%}"
+
+
 def _scaling_rows(workload: Workload) -> list[tuple[str, str]]:
     scaling, requests = workload.scaling, workload.requests
     prompts = [request.num_prompt_tokens for request in requests]

@@ -29,6 +29,7 @@ from typing import Final
 import httpx
 import torch
 from interference import MAX_OTHERS_SHARE, Attempt, attempts, mark
+from process_cpu import mapped_bytes, smaps_of
 from provenance import Provenance, provenance
 from report import Section, to_markdown
 from safetensors.torch import save_file
@@ -60,6 +61,14 @@ class ProcessMemory:
     unique_bytes: int
     weights_bytes: int  # resident, of mapped weights: packed ones and checkpoints
     kv_bytes: int  # resident, of KV pools: its own, and those that it has read from
+    allocated_bytes: int  # resident, of no file or no more as in the file: what Python and libraries have made
+    torch_bytes: int  # resident, of torch's files, as they are there
+    ray_bytes: int  # resident, of Ray's files, as they are there
+
+    @property
+    def beyond_bytes(self) -> int:
+        """What the program itself takes: no weights, no KV."""
+        return self.resident_bytes - self.weights_bytes - self.kv_bytes
 
 
 @dataclass(frozen=True)
@@ -206,32 +215,30 @@ def _memory_of(pid: int) -> ProcessMemory | None:
     try:
         arguments = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
         rollup = (folder / "smaps_rollup").read_text(encoding="ascii")
-        smaps = (folder / "smaps").read_text(encoding="utf-8", errors="replace")
+        smaps = smaps_of(pid)
     except OSError:
         return None
     fields = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE)}
     resident, proportional, *unique = (fields.get(name, 0) for name in _ROLLUP_KEYS)
-    weights = _resident_of(smaps, ".packed") + _resident_of(smaps, ".safetensors")
-    kv = _resident_of(smaps, "memfd:eagleray-kv")
-    return ProcessMemory(_short_name(arguments), resident, proportional, sum(unique), weights, kv)
+    weights, kv = _resident_of(smaps, ".packed", ".safetensors"), _resident_of(smaps, "memfd:eagleray-kv")
+    allocated, name = mapped_bytes(smaps, "")["Anonymous"], _short_name(arguments)
+    files = (_as_in_files(smaps, "/torch/"), _as_in_files(smaps, "/ray/"))
+    return ProcessMemory(name, resident, proportional, sum(unique), weights, kv, allocated, *files)
+
+
+def _as_in_files(smaps: str, name: str) -> int:
+    fields = mapped_bytes(smaps, name)
+    return fields["Rss"] - fields["Anonymous"]
+
+
+def _resident_of(smaps: str, *names: str) -> int:
+    return sum(mapped_bytes(smaps, name)["Rss"] for name in names)
 
 
 def _short_name(arguments: Sequence[str]) -> str:
     """Ray's own name of a replica, or the program or script that runs."""
     scripts = [word for word in arguments[:3] if not word.startswith("-")]
     return next((word for word in arguments if "ray::" in word), Path(scripts[-1]).name if scripts else "")
-
-
-def _resident_of(smaps: str, mark: str) -> int:
-    """Of the mappings whose name has ``mark`` in it."""
-    total, is_meant = 0, False
-    for line in smaps.splitlines():
-        first = line.split(maxsplit=1)[0]
-        if not first.endswith(":"):
-            is_meant = mark in line
-        elif is_meant and first == "Rss:":
-            total += int(line.split()[1]) * 1024
-    return total
 
 
 def render(origin: Provenance, starts: Sequence[Start]) -> str:
@@ -244,7 +251,10 @@ def render(origin: Provenance, starts: Sequence[Start]) -> str:
         f"{origin.command}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; others used "
         f"at most {others_share:.1%} of the cores{mark(others_share)}"
     )
-    header = ("process", "resident", "proportional", "unique", "weights", "KV", "beyond weights and KV")
+    header = (
+        "process", "resident", "proportional", "unique", "weights", "KV", "beyond weights and KV", "allocated",
+        "files of torch", "files of Ray", "other files",
+    )  # fmt: skip
     tables = [Section(("phase, median of starts", f"s ({len(starts)} starts)"), rows)]
     for when, memories in (("when ready", starts[-1].idle), ("after answers", starts[-1].used)):
         tables.append(Section((f"{header[0]}, MiB {when}", *header[1:]), [_row(memory) for memory in memories]))
@@ -256,9 +266,12 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def _row(memory: ProcessMemory) -> tuple[str, ...]:
-    rest = memory.resident_bytes - memory.weights_bytes - memory.kv_bytes
-    sizes = (memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.weights_bytes)
-    return (memory.name, *(f"{size / 2**20:.0f}" for size in (*sizes, memory.kv_bytes, rest)))
+    known = (memory.allocated_bytes, memory.torch_bytes, memory.ray_bytes)
+    sizes = (
+        memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.weights_bytes, memory.kv_bytes,
+        memory.beyond_bytes, *known, memory.beyond_bytes - sum(known),
+    )  # fmt: skip
+    return (memory.name, *(f"{size / 2**20:.0f}" for size in sizes))
 
 
 if __name__ == "__main__":

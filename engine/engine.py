@@ -237,6 +237,8 @@ class Engine:
     def _note_guesses(self, step: _EndedStep, is_decode_only: bool) -> None:
         """Tell who decides how much to guess what came of it, and what it took."""
         guessed, self._guessed = self._guessed, step.plan.shape
+        if guessed is None and step.plan.shape is None and not self._draft_policy.listens:
+            return  # as in most steps where guessing does not pay
         if guessed is not None and self._drafted:
             # Not those that had no guesses, or were cut short, for want of room or because they have just come here:
             # that does not tell how often guesses come true. Where none was found, none did.
@@ -256,14 +258,16 @@ class Engine:
                 for run in step.runs
                 if run.run.may_draft
             }
-        if is_decode_only and step.plan.runs:
-            num_rows = sum([run.num_rows for run in step.plan.runs])
-            num_caught_up = sum([run.num_deferred for run in step.plan.runs if not run.defers])
-            times = (step.result.verify_s, step.result.draft_s)
-            shapes = (step.plan.shape, guessed)
+        runs = step.plan.runs
+        if is_decode_only and runs:
+            has_deferred = self._draft_policy.may_defer
+            num_caught_up = sum([run.num_deferred for run in runs if not run.defers]) if has_deferred else 0
             self._draft_policy.note_times(
-                StepTimes(len(step.plan.runs), num_rows, *times, *shapes, num_caught_up, step.outside_s)
-            )
+                StepTimes(
+                    len(runs), sum([run.num_rows for run in runs]), step.result.verify_s, step.result.draft_s,
+                    step.plan.shape, guessed, num_caught_up, step.outside_s,
+                )
+            )  # fmt: skip
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""
@@ -374,6 +378,9 @@ def _acceptances(
     of the step, whose time they share)."""
     verify_s, draft_s = result.verify_s, result.draft_s
     without = Acceptance(num_steps=1, verify_s=verify_s, draft_s=draft_s)  # of whoever has no guesses
+    if len(runs) == 1 and runs[0].draft is None:  # what a small model's steps are, who have no time for more
+        part = without if runs[0].samples and runs[0].num_tokens == 1 else None
+        return (part,), part
     parts: list[Acceptance | None] = []
     guessed: list[Acceptance] = []
     num_without = 0
@@ -387,7 +394,7 @@ def _acceptances(
             num_accepted = len(result.sampled[run.spec.request_id]) - 1
             guessed.append(Acceptance.of_step(len(run.draft), max(run.draft.depths), num_accepted, verify_s, draft_s))
             parts.append(guessed[-1])
-    if not num_without and not guessed:
-        return parts, None
+    if not guessed:
+        return parts, msgspec.structs.replace(without, num_steps=num_without) if num_without else None
     total = total_acceptance([Acceptance(num_steps=num_without), *guessed])
     return parts, None if total is None else msgspec.structs.replace(total, verify_s=verify_s, draft_s=draft_s)

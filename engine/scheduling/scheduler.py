@@ -183,6 +183,8 @@ class Scheduler:
     def _prompts(self, num_decoding: int, lacking_many: list[Request]) -> list[tuple[Request, int]]:
         """What else there is to compute for, begun and about to be, with the tokens that are missing: enough of it to
         know what is left for guesses, and who begins to decode if nobody does yet."""
+        if not (lacking_many or self._waiting):
+            return []  # as in most steps
         left = max(0, self._config.max_num_batched_tokens - num_decoding)
         begun = [(request, request.num_uncomputed_tokens) for request in lacking_many]
         enough = (_half(left) if num_decoding else left) - sum(num_tokens for _, num_tokens in begun)

@@ -15,7 +15,9 @@ from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
+
+import msgspec
 
 from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, size_class
 from eagleray.engine.speculation.tree import DraftShape
@@ -27,6 +29,7 @@ _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to da
 _ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
+_HEARD_OF_THEM: Final = 2  # the last of those
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
 _PAID_STEPS: Final = 40  # trials' first times may take as long from the beginning, and later their share of the time
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then the others have to do
@@ -35,8 +38,7 @@ _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not gues
 _GAIN_TO_CHANGE: Final = 1.01  # and another way to guess so much more than the one before
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimes:
+class StepTimes(msgspec.Struct, frozen=True):
     """What a step that only decoded took."""
 
     num_requests: int
@@ -73,6 +75,11 @@ class DraftPolicy(Protocol):
         """
         ...
 
+    @property
+    def listens(self) -> bool:
+        """Whether it wants the times of steps in which nothing was guessed or verified: telling takes time itself."""
+        ...
+
     def note_times(self, times: StepTimes) -> None:
         """How long a step took that only decoded."""
         ...
@@ -82,6 +89,7 @@ class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
 
     may_defer = False
+    listens = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return None
@@ -104,6 +112,7 @@ class FixedDrafts:
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
+    listens: ClassVar = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0 or not self.has_network:
@@ -146,6 +155,7 @@ class AdaptiveDrafts:
         self._chosen = self._usual = self._none
         self._decided_for = 0  # so many requests
         self._steps_left = 0  # with what is chosen
+        self._is_settled = False  # that guessing does not pay, and for how long steps take
         self._is_trial = False  # what is chosen: only to find out
         # Whether steps were that: the one before the step that is told of, that one, and the newest.
         self._trials = deque([False] * 3, maxlen=3)
@@ -170,6 +180,10 @@ class AdaptiveDrafts:
 
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self._has_network else 0
+
+    @property
+    def listens(self) -> bool:
+        return not self._is_settled or self._steps_left < _HEARD_OF_THEM
 
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         acceptance = self._options[shape].acceptance
@@ -223,14 +237,16 @@ class AdaptiveDrafts:
         if not self._is_trial and not any(self._trials):  # else its last times are not told yet
             self._judge_trial()
         trial = self._due_for_trial(costs, self._usual, num_decoding)
-        self._is_trial = trial is not None
+        self._is_trial, self._is_settled = trial is not None, False
         if trial is not None:
             self._chosen, self._steps_left = trial, self._steps_of_trial(trial, num_decoding)
             self._tried, self._is_tried_measured = trial, False
             return
         does_not_pay = self._usual is self._none and self._verify_s.has_any and inf not in costs.values()
+        does_not_pay &= self._tried is None
         self._chosen = self._usual
-        self._steps_left = _STEPS_WITHOUT if does_not_pay and self._tried is None else _STEPS_OF_DECISION
+        self._steps_left = _STEPS_WITHOUT if does_not_pay else _STEPS_OF_DECISION
+        self._is_settled = does_not_pay and self._enough < _ENOUGH and self._verify_s.is_well_known(num_decoding)
 
     def _judge_trial(self) -> None:
         """One that was cut off before it was measured tells nothing."""

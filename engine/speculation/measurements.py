@@ -80,23 +80,34 @@ class Costs:
         self._seconds: dict[int, float] = {}
         self._sizes: list[int] = []  # classes that were measured, rising
         self._num_told: dict[int, int] = {}  # measurements that this rests on, of this or of larger sizes
+        self._unread: dict[int, None] = {}  # classes measured since anybody asked, the latest last
 
     def note(self, size: int, seconds: float, step: int) -> None:
+        """Little work: a step of a small model is not much longer than its accounts."""
         size = size_class(size)
-        if size not in self._measured:
+        measured = self._measured.get(size)
+        if measured is None:
             insort(self._sizes, size)
-            self._measured[size] = deque(maxlen=_MEASUREMENTS)
-        measured = self._measured[size]
+            measured = self._measured[size] = deque(maxlen=_MEASUREMENTS)
         measured.append((seconds, step))
         while len(measured) > 3 and measured[0][1] < step - _OLD_STEPS:
             measured.popleft()
-        self._seconds[size] = new = quantile([value for value, _ in measured], _LOW)
-        self._num_told[size] = len(measured)
-        for smaller in self._sizes[: bisect_left(self._sizes, size)]:
-            if self._seconds[smaller] > _OUT_OF_ORDER * new:  # faster since then: fewer rows take no longer than more
-                self._seconds[smaller] = _OUT_OF_ORDER * new
-                self._measured[smaller].clear()
-                self._num_told[smaller] = len(measured)
+        self._unread.pop(size, None)
+        self._unread[size] = None
+
+    def _read(self) -> None:
+        for size in self._unread:
+            measured = self._measured[size]
+            if not measured:  # set aside just now, for those of a larger size
+                continue
+            self._seconds[size] = new = quantile([value for value, _ in measured], _LOW)
+            self._num_told[size] = len(measured)
+            for smaller in self._sizes[: bisect_left(self._sizes, size)]:
+                if self._seconds.get(smaller, 0.0) > _OUT_OF_ORDER * new:  # faster since then: fewer take no longer
+                    self._seconds[smaller] = _OUT_OF_ORDER * new
+                    self._measured[smaller].clear()
+                    self._num_told[smaller] = len(measured)
+        self._unread.clear()
 
     @property
     def has_any(self) -> bool:
@@ -107,13 +118,19 @@ class Costs:
         values = [value for value, _ in self._measured.get(size_class(size), ())]
         return len(values) > 4 and quantile(values, 1 - _LOW) > 2 * quantile(values, _LOW)
 
+    def is_well_known(self, size: int) -> bool:
+        """Whether as many were measured of one size as count."""
+        return len(self._measured.get(size_class(size), ())) == _MEASUREMENTS
+
     def at(self, size: int, otherwise: float, enough: int = 1) -> float:
         """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement. Sizes
         with fewer than ``enough`` measurements count as not measured."""
+        if self._unread:
+            self._read()
         size = size_class(size)
-        sizes = [known for known in self._sizes if self._num_told[known] >= enough]
-        if size in sizes:
+        if self._num_told.get(size, 0) >= enough:
             return self._seconds[size]
+        sizes = [known for known in self._sizes if self._num_told[known] >= enough]
         if not sizes:
             return otherwise
         place = bisect_left(sizes, size)

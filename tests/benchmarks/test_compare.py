@@ -59,6 +59,7 @@ async def test_what_an_engine_has_loaded_is_seen(fake_engine):
     async with fake_engine() as driver:
         await driver.ready(30)
         assert driver.has_loaded("python") and not driver.has_loaded("tcmalloc")
+        assert driver.share_in_huge_pages("no such file") is None
 
 
 async def test_an_engine_that_is_killed_gives_no_more_answers(fake_engine):
@@ -115,7 +116,7 @@ def test_tables_show_medians_of_what_was_not_disturbed_over_all_pieces():
     assert "| eagleray-bf16 | 300.0 (30%) |" in shown  # of 200 and 400; the floor is 1,000
     assert "| transformers | 4.00 |" in shown  # of the piece that has both
     assert "| eagleray-bf16 | 200.0 to 400.0 |" in shown
-    assert "| eagleray-bf16 | 1 | bfloat16 | 8 bits | yes | 1.0 | 2 | 1 | 1.0% |" in shown
+    assert "| eagleray-bf16 | 1 | bfloat16 | 8 bits | yes | - | 1.0 | 2 | 1 | 1.0% |" in shown
     assert "| vllm | no Python |" in shown
 
 

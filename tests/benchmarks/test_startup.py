@@ -27,6 +27,8 @@ def test_memory_of_a_process_is_read_from_the_kernel() -> None:
     own = next(startup.memory_below(os.getpid()))
     assert own.resident_bytes >= own.proportional_bytes >= own.unique_bytes > 2**20
     assert own.resident_bytes % 4096 == 0
+    known = own.allocated_bytes + own.torch_bytes + own.ray_bytes
+    assert 2**20 < own.allocated_bytes < known <= own.beyond_bytes <= own.resident_bytes  # torch is loaded here
 
 
 def test_what_others_used_during_the_starts_is_in_the_title() -> None:

@@ -19,6 +19,7 @@ class Sometimes:
     """Implements ``DraftPolicy``: guesses when it is told to."""
 
     may_defer = True
+    listens = False
 
     def __init__(self) -> None:
         self.guesses = False

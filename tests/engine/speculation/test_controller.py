@@ -36,7 +36,11 @@ class Engine:
         self.untold.append(partial(self.policy.note_acceptance, shape, num_guesses, num_tokens))
 
     def note_times(self, times: StepTimes) -> None:
-        self.untold.append(partial(self.policy.note_times, times))
+        self.untold.append(partial(self._tell_times, times))
+
+    def _tell_times(self, times: StepTimes) -> None:
+        if times.drafted or times.verified or self.policy.listens:
+            self.policy.note_times(times)
 
 
 def adaptive(shapes: Sequence[DraftShape], has_network: bool = True) -> Engine:
