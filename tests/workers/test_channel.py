@@ -20,7 +20,9 @@ from eagleray.core.messages import (
     Accepted,
     Hello,
     RefusalKind,
+    StepOutputs,
     Submit,
+    ToIngress,
     TokenOutput,
 )
 from eagleray.core.request import FinishReason, RequestSpec
@@ -34,7 +36,7 @@ from eagleray.text.fake import byte_tokenizer
 from eagleray.text.output import OutputText
 from eagleray.workers.build import WorkerParts
 from eagleray.workers.client import ChannelClient
-from eagleray.workers.frames import encode_frame
+from eagleray.workers.frames import FrameReader, encode_frame
 from eagleray.workers.worker import Worker
 
 TOKENIZER = byte_tokenizer()
@@ -45,8 +47,8 @@ SLOW_STEP_S = 0.02
 class PacedExecutor:
     """Computes as the fake does, but takes its time for a step until it is hurried, and fails when told to."""
 
-    def __init__(self) -> None:
-        self._executor = FakeExecutor(num_blocks=32, block_size_tokens=4, max_model_tokens=1000)
+    def __init__(self, num_blocks: int = 32) -> None:
+        self._executor = FakeExecutor(num_blocks=num_blocks, block_size_tokens=4, max_model_tokens=1000)
         self.hurry = threading.Event()
         self.error: Exception | None = None
 
@@ -127,14 +129,14 @@ def executor() -> PacedExecutor:
     return PacedExecutor()
 
 
-@pytest.fixture
-async def worker(executor: PacedExecutor) -> AsyncIterator[Worker]:
-    """A decode worker with one seat and one place in its queue."""
+@asynccontextmanager
+async def decode_worker(executor: PacedExecutor, num_seats: int, num_places: int) -> AsyncIterator[Worker]:
+    """So many requests run at a time, and so many wait."""
     parts = WorkerParts(
         worker_id="w",
         epoch=1,
         executor=executor,
-        engine=EngineConfig(block_size_tokens=4, max_num_seqs=1, max_num_waiting=1),
+        engine=EngineConfig(block_size_tokens=4, max_num_seqs=num_seats, max_num_waiting=num_places),
         transfer=TransferConfig(),
         new_text_stream=lambda spec: OutputText(TOKENIZER, spec.sampling, ()),
         clock=SystemClock(),
@@ -143,6 +145,13 @@ async def worker(executor: PacedExecutor) -> AsyncIterator[Worker]:
     worker.start()
     yield worker
     await asyncio.to_thread(worker.stop)
+
+
+@pytest.fixture
+async def worker(executor: PacedExecutor) -> AsyncIterator[Worker]:
+    """A decode worker with one seat and one place in its queue."""
+    async with decode_worker(executor, num_seats=1, num_places=1) as worker:
+        yield worker
 
 
 @pytest.fixture
@@ -222,6 +231,53 @@ async def test_a_client_aborts_only_its_own_requests(worker: Worker, ingress: In
         await inbox.next()
         await inbox.next()
     assert isinstance(await inbox.next(), TokenOutput)
+
+
+# ---- steps
+
+
+class NotingExecutor(PacedExecutor):
+    """Notes which requests each step samples for, and takes its time until there is a step for ``num_together``."""
+
+    def __init__(self, num_together: int) -> None:
+        super().__init__(num_blocks=128)
+        self.sampled: list[set[str]] = []
+        self._num_together = num_together
+
+    def submit(self, plan: StepPlan) -> FakeStep:
+        step = super().submit(plan)
+        self.sampled.append({run.spec.request_id for run in plan.runs if run.samples})
+        if len(self.sampled[-1]) == self._num_together:
+            self.hurry.set()
+        return step
+
+
+async def heard_by_an_ingress(address: str, request_ids: set[str]) -> list[list[str]]:
+    """Of each message with tokens, whose they are, until all requests have ended."""
+    heard: list[list[str]] = []
+    unfinished = set(request_ids)
+    async with raw_connection(address) as (reader, writer):
+        submits = [Submit(new_spec(name, max_tokens=50)) for name in sorted(request_ids)]
+        writer.write(b"".join(map(encode_frame, [Hello(min(request_ids)), *submits])))
+        frames = FrameReader(reader, ToIngress)
+        while unfinished:
+            message = await asyncio.wait_for(frames.next(), SETTLE_DEADLINE_S)
+            assert message is not None, "the worker has closed the connection"
+            if isinstance(message, StepOutputs) and message.outputs:
+                heard.append([output.request_id for output in message.outputs])
+                unfinished -= {output.request_id for output in message.outputs if output.finish_reason is not None}
+    return heard
+
+
+async def test_a_step_is_one_message_to_each_ingress_with_the_tokens_of_all_its_requests() -> None:
+    ours, theirs = {"a", "b", "c"}, {"d", "e"}
+    executor = NotingExecutor(num_together=5)
+    async with decode_worker(executor, num_seats=5, num_places=5) as worker:
+        heard = await asyncio.gather(*(heard_by_an_ingress(worker.address, names) for names in (ours, theirs)))
+    assert ours | theirs in executor.sampled
+    for names, messages in zip((ours, theirs), heard, strict=True):
+        assert [set(message) for message in messages] == [step & names for step in executor.sampled if step & names]
+        assert all(len(message) == len(set(message)) for message in messages)
 
 
 # ---- clients that go
