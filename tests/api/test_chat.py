@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import threading
 import time
 
 import httpx
@@ -7,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from eagleray.api.app import create_app
+from eagleray.api.chat import prepare_chat
 from eagleray.api.context import ApiSettings
 from eagleray.api.response_types import ChatCompletion
 from eagleray.core.clock import ManualClock
@@ -159,10 +162,34 @@ async def test_timing_comes_when_asked_for(ask):
     assert phases == pytest.approx(timing["total_s"])
 
 
-async def test_a_large_prompt_is_prepared_in_a_thread_and_answered_the_same(client, service, monkeypatch):
-    monkeypatch.setattr("eagleray.api.app.INLINE_BODY_BYTES", 0)
-    body = {"model": "fish", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-    assert (await client.post("/v1/chat/completions", json=body)).json()["usage"]["completion_tokens"] == 2
+async def in_pieces(content: bytes):
+    """A body whose size no header tells."""
+    yield content[:9]
+    yield content[9:]
+
+
+@pytest.mark.parametrize(
+    ("bytes_too_many", "has_length", "in_a_thread"),
+    [(1, True, True), (0, True, False), (0, False, True)],
+    ids=["large", "small", "of unknown size"],
+)
+async def test_a_prompt_that_may_be_large_is_prepared_in_a_thread_and_answered_the_same(
+    client, monkeypatch, bytes_too_many: int, has_length: bool, in_a_thread: bool
+):
+    prepared_in: list[threading.Thread] = []
+
+    def noting_prepare(*arguments):
+        prepared_in.append(threading.current_thread())
+        return prepare_chat(*arguments)
+
+    body = json.dumps({"model": "fish", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
+    monkeypatch.setattr("eagleray.api.app.prepare_chat", noting_prepare)
+    monkeypatch.setattr("eagleray.api.app.INLINE_BODY_BYTES", len(body) - bytes_too_many)
+    content, headers = body if has_length else in_pieces(body), {"content-type": "application/json"}
+    answer = (await client.post("/v1/chat/completions", content=content, headers=headers)).json()
+    assert answer["usage"]["completion_tokens"] == 2
+    event_loops_thread = threading.current_thread()
+    assert [thread is not event_loops_thread for thread in prepared_in] == [in_a_thread]
 
 
 async def test_the_operation_that_a_trace_names_is_that_of_the_endpoint(ask, service):
