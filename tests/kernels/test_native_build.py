@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,6 +79,60 @@ def test_when_openmp_comes_later_the_library_for_one_thread_is_not_taken_any_mor
     assert build.can_be_built(folder)
     only_compiler(monkeypatch, found)
     assert load_library(LEVEL, folder, num_threads=2).num_threads == 2
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of two small sources, in the place of ours."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in ("a.c", "a.h"):
+        (folder / name).write_text("int one;\n")
+    monkeypatch.setattr(build, "_SOURCE_FOLDER", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        (lambda folder: (folder / "a.c").write_text("int two;\n"), True),
+        (lambda folder: (folder / "a.h").write_text("int two;\n"), True),
+        (lambda folder: (folder / "b.h").write_text(""), True),
+        (lambda folder: (folder / "a.h").rename(folder / "b.h"), True),
+        (lambda folder: (folder / "a.h").unlink(), True),
+        (lambda folder: os.utime(folder / "a.c", (1, 1)), False),
+        (lambda folder: (folder / "notes.txt").write_text(""), False),
+    ],
+    ids=["code", "header", "one more", "another name", "one less", "another time", "no source"],
+)
+def test_a_library_has_another_name_when_any_source_has_changed(
+    sources: Path, tmp_path: Path, change: Callable[[Path], object], is_another: bool
+) -> None:
+    before = build.library_path(LEVEL, tmp_path)
+    change(sources)
+    assert (build.library_path(LEVEL, tmp_path) != before) == is_another
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (build, "_FLAGS", (*build._FLAGS, "-g")),
+        (build, "LEVEL_FLAGS", {**build.LEVEL_FLAGS, LEVEL: (*build.LEVEL_FLAGS[LEVEL], "-mavx")}),
+        (build.platform, "machine", lambda: "another"),
+    ],
+    ids=["flags of all", "flags of its level", "CPU"],
+)
+def test_a_library_has_another_name_when_it_is_compiled_otherwise_or_for_another_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: object, name: str, value: object
+) -> None:
+    before = build.library_path(LEVEL, tmp_path)
+    monkeypatch.setattr(owner, name, value)
+    assert build.library_path(LEVEL, tmp_path) != before
+
+
+def test_no_two_levels_share_a_fingerprint(tmp_path: Path) -> None:
+    names = [build.library_path(level, tmp_path).name for level in build.LEVEL_FLAGS]
+    assert len({name.partition("-")[0] for name in names}) == len(build.LEVEL_FLAGS)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
