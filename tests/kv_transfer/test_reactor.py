@@ -188,6 +188,43 @@ def test_a_handler_that_fails_is_finished_and_the_others_go_on(reactor: Reactor)
     good.finished.wait()
 
 
+@pytest.mark.parametrize("following", [Next.WAIT, Next.WORK], ids=["served quickly", "served by the pool"])
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["at first", "when it was watched already"])
+def test_a_handler_that_fails_to_say_what_it_waits_for_is_finished_and_the_others_go_on(
+    reactor: Reactor, following: Next, fails_at: int
+) -> None:
+    class Failing(Recorder):
+        num_asked = 0
+
+        def interest(self) -> tuple[int, int]:
+            self.num_asked += 1
+            if self.num_asked == fails_at:
+                raise RuntimeError("a bug")
+            return super().interest()
+
+    (left, right), (other_left, other_right) = socket.socketpair(), socket.socketpair()
+    bad = Failing(left.fileno(), on_quick=lambda: following)
+    good = Recorder(other_left.fileno(), on_quick=lambda: handler_reads(other_left))
+    reactor.add(good)
+    reactor.add(bad)
+    if fails_at > 1:
+        (bad.served if following is Next.WORK else bad.served_quickly).wait(1)
+        right.send(b"x")
+    assert bad.finished.wait() == [True]
+    num_served = len(bad.served_quickly.values)
+    right.send(b"x")
+    other_right.send(b"x")
+    good.served_quickly.wait(2)
+    reactor.poke(bad)
+    reactor.poke(good)
+    good.served_quickly.wait(3)
+    assert len(bad.finished.values) == 1 and len(bad.served_quickly.values) == num_served
+    good.over = True
+    reactor.stop()
+    for end in (left, right, other_left, other_right):
+        end.close()
+
+
 def test_it_looks_up_regularly_only_while_somebody_waits_for_a_moment_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     timeouts: queue.SimpleQueue[float | None] = queue.SimpleQueue()
 
