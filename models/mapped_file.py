@@ -7,16 +7,15 @@ a virtual machine reads a third slower (docs/decisions/0024-weights-in-huge-page
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
+
+from eagleray.core.clock import Clock
+from eagleray.models.file_lock import locked
 
 WORTH_BYTES: Final = 64 * 2**20  # smaller files are left as they are
 _HUGE_BYTES: Final = 2 * 2**20
@@ -26,16 +25,17 @@ _ENOUGH: Final = 0.5  # of a mapping in huge pages
 _PIECE_BYTES: Final = 64 * 2**20  # that other threads of this process wait for
 _MADV_POPULATE_READ: Final = 22  # <linux/mman.h>; Python has no name for it
 _ALONE_DEADLINE_S: Final = 60.0
-_POLL_INTERVAL_S: Final = 0.02
 
 
-def map_for_reading(file: BinaryIO) -> mmap.mmap:
+def map_for_reading(file: BinaryIO, clock: Clock) -> mmap.mmap:
     """All of ``file``. A large one that the page cache has in small pages is dropped from there and read from the disk
     once more, unless others have mapped it or samples of it come back in small pages again."""
     descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
     if size < WORTH_BYTES:
         return _map(descriptor, size)
-    with _alone(descriptor):  # or workers that start together would keep each other's small pages
+    with contextlib.ExitStack() as alone:  # or workers that start together would keep each other's small pages
+        with contextlib.suppress(OSError):  # without the lock, or after a while, beside them: pages stay as they are
+            alone.enter_context(locked(file, clock, clock.now_s() + _ALONE_DEADLINE_S))
         mapping = _map(descriptor, size)
         if share_in_huge_pages(mapping) >= _ENOUGH:
             return mapping
@@ -81,24 +81,3 @@ def _map(descriptor: int, size: int, offset: int = 0) -> mmap.mmap:
     with contextlib.suppress(OSError, AttributeError):  # then what is not in the cache yet comes as the system likes
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
-
-
-@contextlib.contextmanager
-def _alone(descriptor: int) -> Iterator[None]:
-    """Of those who map this file here, or after a while beside them: pages stay as they are then."""
-    pause, deadline_s = threading.Event(), time.monotonic() + _ALONE_DEADLINE_S
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline_s:
-                    break
-            except OSError:  # some file systems give this lock to those only who may write
-                break
-            pause.wait(_POLL_INTERVAL_S)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -8,10 +8,8 @@ and lose the bytes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -26,6 +24,7 @@ import xxhash
 
 from eagleray.core.clock import Clock
 from eagleray.kernels.linear.api import PackedLinear
+from eagleray.models.file_lock import locked
 from eagleray.models.mapped_file import map_for_reading
 from eagleray.models.packed_folder import PARTIAL_SUFFIX, SUFFIX, PackedFolder, is_same_file
 
@@ -33,7 +32,6 @@ _MAGIC: Final = b"eagleray packed weights 2\n"
 _FOOTER_BYTES: Final = 8 + 8 + len(_MAGIC)  # length of the index, its fingerprint, magic
 _ALIGNMENT_BYTES: Final = 4096
 _PACKING_DEADLINE_S: Final = 300.0  # of another process
-_POLL_INTERVAL_S: Final = 0.05
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class PackedWeightFiles:
         folder: made when it is needed.
         model: names the content that is packed: equal names, equal weights.
         limit_bytes: of disk.
-        clock: for the wait while another process packs the same.
+        clock: for the waits while another process packs or maps the same.
     """
 
     def __init__(self, folder: Path, model: str, limit_bytes: int, clock: Clock) -> None:
@@ -84,11 +82,11 @@ class PackedWeightFiles:
         path = self._folder.path / f"{key}{SUFFIX}"
         try:
             self._folder.remove_abandoned()
-            found = _map_if_whole(path)
+            found = _map_if_whole(path, self._clock)
             if found is None:
                 self._folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._write(path, pack)
-                found = _map_if_whole(path)
+                found = _map_if_whole(path, self._clock)
             with contextlib.suppress(OSError):  # another process evicted it, or another user owns it: it is mapped
                 os.utime(path)  # what was used last goes last
         except OSError as error:
@@ -100,8 +98,8 @@ class PackedWeightFiles:
     def _write(self, path: Path, pack: Pack) -> None:
         """Returns when the file is there, whoever wrote it."""
         partial = path.with_suffix(PARTIAL_SUFFIX)
-        with _locked(partial, self._clock) as file:
-            if _map_if_whole(path) is not None:  # another process wrote it while we waited
+        with _partial_file(partial, self._clock) as file:
+            if _map_if_whole(path, self._clock) is not None:  # another process wrote it while we waited
                 partial.unlink(missing_ok=True)
                 return
             try:
@@ -138,34 +136,31 @@ class PackedWeightFiles:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, clock: Clock) -> Iterator[BinaryIO]:
+def _partial_file(path: Path, clock: Clock) -> Iterator[BinaryIO]:
     """The file, ours alone. The lock goes with the process, so one that died leaves nothing to wait for.
 
     Raises ``PackedWeightsUnavailable`` when another process does not let go of it within ``_PACKING_DEADLINE_S``.
     """
-    deadline_s, pause = clock.now_s() + _PACKING_DEADLINE_S, threading.Event()
+    until_s = clock.now_s() + _PACKING_DEADLINE_S
     while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if clock.now_s() > deadline_s:
-                    raise PackedWeightsUnavailable(f"{path} is written by another process that does not end") from None
-            else:
-                if is_same_file(path, file):
-                    yield file
-                    return
-                continue  # it was renamed or removed before we had the lock
-        pause.wait(_POLL_INTERVAL_S)
+        with (
+            open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file,
+            locked(file, clock, until_s) as is_ours,
+        ):
+            if not is_ours:
+                raise PackedWeightsUnavailable(f"{path} is written by another process that does not end")
+            if is_same_file(path, file):  # or it was renamed or removed before we had the lock
+                yield file
+                return
 
 
-def _map_if_whole(path: Path) -> dict[str, PackedLinear] | None:
+def _map_if_whole(path: Path, clock: Clock) -> dict[str, PackedLinear] | None:
     """None when there is no such file, or when it is not what was written."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < _FOOTER_BYTES:
                 return None
-            mapping = map_for_reading(file)
+            mapping = map_for_reading(file, clock)
     except FileNotFoundError:
         return None
     view = memoryview(mapping)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from eagleray.core.clock import ManualClock, SystemClock
 from eagleray.models import mapped_file
 from eagleray.models.mapped_file import map_for_reading, share_in_huge_pages
 
@@ -37,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 def map_path(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
-        return map_for_reading(file)
+        return map_for_reading(file, SystemClock())
 
 
 def has_whole_content(mapping: mmap.mmap) -> bool:
@@ -89,12 +92,28 @@ def test_where_small_pages_come_back_the_rest_is_not_read_again(path: Path, monk
     assert [length for _, length, _ in dropped] == [mapped_file._SAMPLE_BYTES], "and one sample told enough"
 
 
-def test_who_holds_the_file_for_too_long_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_file, "_ALONE_DEADLINE_S", 0.1)
-    with path.open("rb") as held:
+class HurryingClock(ManualClock):
+    """On which every deadline has passed when it is looked at again."""
+
+    def now_s(self) -> float:
+        self.advance(mapped_file._ALONE_DEADLINE_S + 1)
+        return super().now_s()
+
+
+def test_who_holds_the_file_for_too_long_is_not_waited_for(path: Path) -> None:
+    with path.open("rb") as held, path.open("rb") as file:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with map_path(path) as mapping:
+        with map_for_reading(file, HurryingClock()) as mapping:
             assert has_whole_content(mapping)
+
+
+def test_a_file_that_cannot_be_locked_is_mapped_without(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: BinaryIO, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with map_path(path) as mapping:
+        assert has_whole_content(mapping)
 
 
 def test_a_small_file_is_mapped_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
