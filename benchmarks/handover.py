@@ -73,16 +73,26 @@ class Line:
     others_share: float  # of the cores, what other processes used meanwhile
 
 
+@dataclass(frozen=True)
+class Hash:
+    """XXH3 with 128 bits over a pool in one piece, as fingerprints take it of blocks; medians, in 10^9 bytes/s."""
+
+    num_bytes: int
+    memcpy: float
+    xxh3_128: float
+    others_share: float  # of the cores, what other processes used meanwhile
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    origin, lines = provenance(), list(_measure(options))
-    shown = [_section(lines)]
+    origin, lines, of_hash = provenance(), list(_measure(options)), _measure_hash(options)
+    title, shown = _title(origin, [*lines, of_hash]), [_section(lines), _hash_section(of_hash)]
     if options.markdown:
-        print(f"{_title(origin, lines)}\n\n{to_markdown(shown)}")
+        print(f"{title}\n\n{to_markdown(shown)}")
     else:
-        Console().print(_title(origin, lines), to_terminal(shown), sep="\n", highlight=False, markup=False)
+        Console().print(title, to_terminal(shown), sep="\n", highlight=False, markup=False)
     if options.json:
-        everything = {"provenance": asdict(origin), "lines": [asdict(line) for line in lines]}
+        everything = {"provenance": asdict(origin), "lines": [asdict(line) for line in lines], "hash": asdict(of_hash)}
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(everything)) + b"\n")
     return 0
 
@@ -91,8 +101,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Line]:
     for name in options.layouts:
         layout = LAYOUTS[name]
         for transport in options.transports:
-            with _source(layout, transport == "loopback") as source:
-                for num_tokens in NUM_TOKENS:
+            with _source(layout, max(options.tokens), transport == "loopback") as source:
+                for num_tokens in options.tokens:
                     measured = partial(_measure_line, name, transport, source, num_tokens, options.repeats)
                     line, others_share = undisturbed(measured, tree_pid=os.getpid())
                     yield replace(line, others_share=others_share)
@@ -115,6 +125,26 @@ def _measure_line(layout_name: str, transport: str, source: Source, num_tokens: 
     rates = {name: num_bytes / statistics.median(values[1:]) / 1e9 for name, values in seconds.items()}
     first = num_bytes / seconds["verified"][0] / 1e9
     return Line(layout_name, num_tokens, num_bytes, transport, first=first, others_share=0.0, **rates)
+
+
+def _measure_hash(options: argparse.Namespace) -> Hash:
+    """On one thread, over as many bytes as the longest requests of the first layout have."""
+    layout = LAYOUTS[options.layouts[0]]
+    origin, target = (KVMemory(layout, max(options.tokens) // layout.block_size_tokens, shared=True) for _ in range(2))
+    blocks, fingerprint = origin.buffer[HEADER_BYTES:], _block_ops(layout, verify=True).fingerprint
+
+    def take_turns() -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {"xxh3_128": [], "memcpy": []}
+        for _ in range(options.repeats):
+            start_s = time.perf_counter()
+            fingerprint(layout.digest(), [blocks])
+            seconds["xxh3_128"].append(time.perf_counter() - start_s)
+            seconds["memcpy"].append(_copy_plainly(origin, target))
+        return seconds
+
+    seconds, others_share = undisturbed(take_turns)
+    rates = {name: blocks.nbytes / statistics.median(values[1:]) / 1e9 for name, values in seconds.items()}
+    return Hash(blocks.nbytes, others_share=others_share, **rates)
 
 
 def _copy_plainly(origin: KVMemory, target: KVMemory) -> float:
@@ -166,9 +196,9 @@ class Source:
 
 
 @contextmanager
-def _source(layout: KVLayout, in_this_process: bool) -> Iterator[Source]:
+def _source(layout: KVLayout, num_tokens: int, in_this_process: bool) -> Iterator[Source]:
     if in_this_process:
-        memory, sources = _start_sources(layout)
+        memory, sources = _start_sources(layout, num_tokens)
         regions = {verify: source.region for verify, source in sources.items()}
         stores = {"source": memory}
         yield Source(regions, lambda name, verify, *rest: getattr(sources[verify], name)(*rest), stores)
@@ -177,7 +207,7 @@ def _source(layout: KVLayout, in_this_process: bool) -> Iterator[Source]:
         return
     context = multiprocessing.get_context("spawn")
     pipe, child_end = context.Pipe()
-    process = context.Process(target=_serve, args=(child_end, layout), daemon=True)
+    process = context.Process(target=_serve, args=(child_end, layout, num_tokens), daemon=True)
     process.start()
     child_end.close()
 
@@ -197,9 +227,9 @@ def _answer(pipe: Connection) -> Any:
     return pipe.recv()
 
 
-def _serve(pipe: Connection, layout: KVLayout) -> None:
+def _serve(pipe: Connection, layout: KVLayout, num_tokens: int) -> None:
     """The source process: answers until its pipe is closed."""
-    _, sources = _start_sources(layout)
+    _, sources = _start_sources(layout, num_tokens)
     pipe.send({verify: source.region for verify, source in sources.items()})
     while True:
         try:
@@ -209,9 +239,9 @@ def _serve(pipe: Connection, layout: KVLayout) -> None:
         pipe.send(getattr(sources[verify], method)(*rest))
 
 
-def _start_sources(layout: KVLayout) -> tuple[KVMemory, dict[bool, KVSource]]:
+def _start_sources(layout: KVLayout, num_tokens: int) -> tuple[KVMemory, dict[bool, KVSource]]:
     """Two on one pool of blocks that have been written: one takes fingerprints, the other one does not."""
-    memory = KVMemory(layout, max(NUM_TOKENS) // layout.block_size_tokens, shared=True)
+    memory = KVMemory(layout, num_tokens // layout.block_size_tokens, shared=True)
     blocks = np.frombuffer(memory.buffer, np.uint8)[HEADER_BYTES:]
     blocks[:] = np.arange(len(blocks)) % 251
     region = KVRegion(
@@ -246,7 +276,7 @@ def _copy(library: NativeLibrary, origin: memoryview, target: memoryview) -> Non
 # ---- what is shown
 
 
-def _title(origin: Provenance, lines: Sequence[Line]) -> str:
+def _title(origin: Provenance, lines: Sequence[Line | Hash]) -> str:
     others = f"others used at most {max(line.others_share for line in lines):.1%} of the cores"
     return f"{origin.date}, {origin.cpu}, {origin.num_cores} cores, {origin.git_commit}; {others}"
 
@@ -266,6 +296,15 @@ def _section(lines: Sequence[Line]) -> Section:
     return Section(header, rows)
 
 
+def _hash_section(of_hash: Hash) -> Section:
+    header = ("hash of fingerprints", "MB", "memcpy", "hash", "of memcpy", "others")
+    row = (
+        "XXH3, 128 bits", f"{of_hash.num_bytes / 1e6:.1f}", f"{of_hash.memcpy:.2f}", f"{of_hash.xxh3_128:.2f}",
+        f"{of_hash.xxh3_128 / of_hash.memcpy:.0%}", f"{of_hash.others_share:.1%}{mark(of_hash.others_share)}",
+    )  # fmt: skip
+    return Section(header, [row])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="handover.py",
@@ -275,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, ("shared_memory", "tcp", "loopback")
     add("--transports", nargs="+", choices=names, default=names, help="loopback is within one process")
     add("--layouts", nargs="+", choices=tuple(LAYOUTS), default=tuple(LAYOUTS), help="shape of the KV")
+    add("--tokens", nargs="+", type=int, default=NUM_TOKENS, help="lengths of requests, in whole blocks of 16")
     add("--repeats", type=int, default=10, help="at least 2; the first one is reported apart")
     add("--json", type=Path, help="write everything to this file")
     add("--markdown", action="store_true", help="print the report as Markdown")
