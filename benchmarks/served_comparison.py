@@ -74,6 +74,7 @@ def served_sections(found: ServedComparison) -> list[Section]:
     for ours in (server for server in medians if server.startswith("eagleray")):
         peers = [(peer, *_times_better(medians[ours], row)) for peer, row in medians.items() if peer != ours]
         shown.append(Section((f"{ours}, times as good as", *_COLUMNS), peers))
+    shown.append(_phases(loads))
     shown.append(Section(_BEHIND, [_behind(server, its) for server, its in all_loads.items()]))
     failures = [(name, " ".join(why.split())) for name, why in found.failures.items()]
     shown.append(Section(("not measured, or no further", "why"), failures))
@@ -91,6 +92,18 @@ def _shown_name(server: str, loads: Sequence[Load]) -> str:
 
 def _read(loads: Sequence[Load], read: Callable[[Mapping[str, Any]], float]) -> list[float]:
     return [read(load.run["report"]) for load in loads]
+
+
+def _phases(loads: Mapping[str, Sequence[Load]]) -> Section:
+    """Where a request's time went, of servers that account for it: ours."""
+    accounts = {server: [load.run["report"]["phases_mean_s"] for load in its] for server, its in loads.items()}
+    told = {server: its for server, its in accounts.items() if all(its)}
+    names = list(dict.fromkeys(name for its in told.values() for account in its for name in account))
+    rows = [
+        (server, *(_with_spread([1000 * account.get(name, 0.0) for account in its]) for name in names))
+        for server, its in told.items()
+    ]
+    return Section(("phase of a request, mean, ms: median (least to most)", *names), rows)
 
 
 _BEHIND: Final = (

@@ -23,13 +23,14 @@ OPTIONS = argparse.Namespace(
 )
 
 
-def load(server: str, ttft_s: float, output_tokens_per_s: float, is_kept: bool = True) -> Load:
+def load(server: str, ttft_s: float, output_tokens_per_s: float, is_kept: bool = True, **phases_mean_s: float) -> Load:
     same: dict[str, Any] = {"p50": ttft_s, "p95": ttft_s, "p99": ttft_s}
     fields = ("time_to_first_token", "time_per_output_token", "end_to_end")
     report = {
         "latencies_s": dict.fromkeys(fields, same),
         "throughput": {"output_tokens_per_s": output_tokens_per_s},
         "goodput": {"requests_per_s": 0.0},
+        "phases_mean_s": phases_mean_s,
         "num_completed": 4,
         "num_requests": 4,
     }
@@ -59,6 +60,23 @@ def test_loads_that_others_disturbed_count_only_where_there_are_no_others():
     assert "| vllm | 1,000 | 1,000 |" in shown and "| slow, disturbed | 2,000 | 2,000 |" in shown
     assert "| vllm | 3 | yes | stopped | 1 | 1 | 8 of 8 | 2.0% | 1.0% |" in shown
     assert "| slow | 3 | yes | stopped | 0 | 1 | 4 of 4 | 50.0% | 1.0% |" in shown
+
+
+def test_phases_are_shown_of_servers_that_account_for_them_and_of_no_others():
+    loads = [
+        load("eagleray", 1.0, 1.0, queue=0.5, decode=2.0),
+        load("eagleray", 1.0, 1.0, queue=0.25, decode=4.0),
+        load("eagleray", 1.0, 1.0, is_kept=False, queue=9.0, decode=9.0),
+        load("eagleray-split", 1.0, 1.0, queue=0.001, transfer=0.01, decode=1.0),
+        load("vllm", 1.0, 1.0),
+    ]
+    shown = to_markdown(served_sections(comparison(*loads)))
+    [table] = [table for table in shown.split("\n\n") if table.startswith("| phase of a request")]
+    header, _, ours, of_the_split = table.splitlines()
+    assert header.endswith(" | queue | decode | transfer |")
+    assert ours == "| eagleray | 375 (250 to 500) | 3,000 (2,000 to 4,000) | 0.00 (0.00 to 0.00) |"
+    assert of_the_split == "| eagleray-split | 1.00 | 1,000 | 10 |"
+    assert "phase of a request" not in to_markdown(served_sections(comparison(load("vllm", 1.0, 1.0))))
 
 
 def test_servers_take_turns():
