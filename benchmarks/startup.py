@@ -1,7 +1,7 @@
 """Start a service, time its phases, let it answer, and look at the memory of every process that it has.
 
     python benchmarks/startup.py --repeats 3 -- --prefill 1 --decode 1
-    python benchmarks/startup.py --random-qwen3 -- --dtype bfloat16 --json startup.json
+    python benchmarks/startup.py --random-qwen3 --json startup.json -- --dtype bfloat16
 
 What follows ``--`` goes to ``eagleray serve``. With ``--random-qwen3`` a checkpoint of the shape of Qwen3-0.6B, with
 a smaller vocabulary and random weights, is made first and served.
