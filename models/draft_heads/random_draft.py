@@ -49,7 +49,7 @@ def save_random_draft(folder: Path, draft_format: DraftFormat, target: ModelConf
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     generator = torch.Generator().manual_seed(seed)
     if draft_format == "medusa":
-        shapes = medusa_views(MedusaHeads(read_medusa(Fields(fields), target), torch.float32, "meta"))
+        shapes = medusa_views(MedusaHeads(read_medusa(Fields(fields), (), target), torch.float32, "meta"))
         save_file(_random_tensors(shapes, generator), folder / "medusa_lm_head.safetensors")
         return
     read = read_speculators if draft_format == "speculators" else read_eagle

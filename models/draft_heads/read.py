@@ -50,7 +50,8 @@ def read_draft(folder: Path, target: ModelConfig) -> DraftCheckpoint:
     """
     fields = read_config_json(folder, FIELD)
     if fields.raw(NUM_HEADS) is not None:
-        return DraftCheckpoint(read_medusa(fields, target), medusa_shapes(folder))
+        heads = medusa_shapes(folder)
+        return DraftCheckpoint(read_medusa(fields, heads, target), heads)
     stored = head_shapes(folder)
     is_speculators = fields.raw(KIND) is not None or fields.raw("speculators_config") is not None
     if not is_speculators and not (folder / TORCH_FILE).is_file() and "fc.weight" not in stored:
