@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -55,11 +56,7 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    lines = options.chats.read_text(encoding="utf-8").splitlines()[: options.num_chats]
-    chats = [msgspec.json.decode(line).get("messages") for line in lines]
-    if not all(chats):
-        raise SystemExit(f"{options.chats}: line {chats.index(None) + 1} has no messages; give a file of chats")
-    prompts = [_question(chat) for chat in chats]
+    prompts = read_questions(options.chats, options.num_chats)
     origin = provenance()
     rows = [row for name in _shapes(options) for row in measure(options, name, prompts)]
     report = Report(origin, len(prompts), options.verification, rows)
@@ -70,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         Console(file=sys.stdout).print(to_terminal(sections(report)))
     return 0
+
+
+def read_questions(path: Path, num_chats: int) -> list[list[dict[str, str]]]:
+    """Chats without their last answer, from the beginning of a file. Exits if there are lines of another kind."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:num_chats]
+    chats = [msgspec.json.decode(line).get("messages") for line in lines]
+    if not all(chats):
+        raise SystemExit(f"{path}: line {chats.index(None) + 1} has no messages; give a file of chats")
+    return [_question(chat) for chat in chats]
 
 
 def measure(options: argparse.Namespace, name: str, prompts: list[list[dict[str, str]]]) -> list[Row]:
@@ -93,6 +99,14 @@ def measure(options: argparse.Namespace, name: str, prompts: list[list[dict[str,
 
 def count(llm: LLM, prompts: list[list[dict[str, str]]], sampling: SamplingParams) -> Acceptance:
     """What came of the guesses in all answers."""
+    with counted_steps(llm) as steps:
+        llm.chat(prompts, sampling)
+    return total_acceptance(steps) or Acceptance()
+
+
+@contextmanager
+def counted_steps(llm: LLM) -> Iterator[list[Acceptance | None]]:
+    """Fills with what came of the guesses in each step."""
     steps: list[Acceptance | None] = []
     take_step = llm.engine.step
 
@@ -103,10 +117,9 @@ def count(llm: LLM, prompts: list[list[dict[str, str]]], sampling: SamplingParam
 
     llm.engine.step = counted_step  # type: ignore[method-assign]
     try:
-        llm.chat(prompts, sampling)
+        yield steps
     finally:
         llm.engine.step = take_step  # type: ignore[method-assign]
-    return total_acceptance(steps) or Acceptance()
 
 
 def sections(report: Report) -> list[Section]:

@@ -25,7 +25,7 @@ def run_driver(start: Callable[[argparse.Namespace], tuple[Generate, dict[str, A
     ``start`` returns what answers prompts greedily, never ending early and without a prefix cache, and what to say
     about the engine.
     """
-    answers = _claim_standard_output()
+    answers = claim_standard_output()
     options = _parser().parse_args()
     began_s = time.perf_counter()
     generate, description = start(options)
@@ -39,7 +39,7 @@ def run_driver(start: Callable[[argparse.Namespace], tuple[Generate, dict[str, A
         print(json.dumps({"duration_s": duration_s, "output_tokens": counts}), file=answers, flush=True)
 
 
-def _claim_standard_output() -> Any:
+def claim_standard_output() -> Any:
     """Engines print as they like: what they say goes to standard error, and the real standard output is ours alone."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -38,15 +38,18 @@ def export_eagle3(folder: Path, config: EagleConfig, tensors: Mapping[str, torch
 
 
 def export_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, torch.Tensor], target_path: str) -> None:
-    """Write ``config.json`` and ``medusa_lm_head.safetensors`` as the Medusa authors do.
+    """Write ``config.json`` and ``medusa_lm_head.safetensors`` as the Medusa authors do, and say what vLLM asks for.
 
     Args:
         tensors: by the names of ``weight_names.medusa_views``.
         target_path: name or folder of the model that the heads belong to.
     """
     fields = {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
         NUM_HEADS: config.num_heads,
         "medusa_num_layers": config.num_layers,
+        "medusa_fc_bias": True,  # vLLM drops the blocks' biases without a word where this is missing
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "base_model_name_or_path": target_path,

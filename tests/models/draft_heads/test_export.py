@@ -108,3 +108,13 @@ def test_exported_medusa_heads_are_loaded_as_they_were(save: Any, tmp_path: Path
     assert isinstance(again, MedusaHeads)
     assert again.config == heads.config
     assert values(medusa_views(again)) == values(medusa_views(heads))
+
+
+def test_exported_medusa_heads_name_themselves_and_their_biases(save: Any, tmp_path: Path, target: Decoder) -> None:
+    """vLLM takes the biases of the blocks for missing unless it is told of them, and then leaves them out."""
+    heads = load_draft(save("medusa"), target)
+    assert isinstance(heads, MedusaHeads)
+    export_medusa(tmp_path / "exported", heads.config, medusa_views(heads), "the-target")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text("utf-8"))
+    assert (config["architectures"], config["model_type"]) == (["MedusaModel"], "medusa")
+    assert config["medusa_fc_bias"] and any(name.endswith(".bias") for name in medusa_views(heads))
