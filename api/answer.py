@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Final
+from typing import Any, Final
 
 from eagleray.api.errors import GenerationFailed
 from eagleray.api.prepared import AnswerOptions, PreparedRequest, TokenizedPrompt
+from eagleray.api.report import account_report
 from eagleray.api.response_types import Finish, Usage
 from eagleray.core.messages import TokenLogprobs, TokenOutput
-from eagleray.core.telemetry import TimeAccount
 from eagleray.router.service import Generation, GenerationService
 
 _MERGE_AHEAD: Final = 64  # outputs read ahead of the client, over all prompts of a batch
@@ -98,9 +98,9 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": sum(cached)},
         }
 
-    def timing(self) -> TimeAccount | list[TimeAccount | None] | None:
+    def timing(self) -> dict[str, Any] | list[dict[str, Any] | None] | None:
         """After the end: one account, or one per prompt of a batch."""
-        accounts = [generation.account for generation in self._generations]
+        accounts = [account_report(generation.account) for generation in self._generations]
         return accounts[0] if len(accounts) == 1 else accounts
 
     async def _read(self) -> AsyncGenerator[tuple[Choice, TokenOutput], None]:

@@ -6,6 +6,7 @@ import msgspec
 from fastapi import APIRouter, Response
 
 from eagleray.api.context import ApiContext
+from eagleray.api.report import status_report
 from eagleray.api.response_types import ModelCard, ModelList
 
 
@@ -51,6 +52,6 @@ def health_routes(context: ApiContext) -> APIRouter:
     @router.get("/v1/status")
     async def status() -> Response:
         """The whole ``ServiceStatus``."""
-        return Response(msgspec.json.encode(service.status()), media_type="application/json")
+        return Response(msgspec.json.encode(status_report(service.status())), media_type="application/json")
 
     return router

@@ -89,7 +89,15 @@ class ApiClient:
         self._http.close()
 
     def status(self) -> ServiceStatus:
+        return self._status_of(self._get("/v1/status"))
+
+    def status_report(self) -> bytes:
+        """As the server sends it, in JSON."""
         content = self._get("/v1/status")
+        self._status_of(content)
+        return content
+
+    def _status_of(self, content: bytes) -> ServiceStatus:
         try:
             return msgspec.json.decode(content, type=ServiceStatus)
         except msgspec.DecodeError as error:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     with client_from(arguments, SystemClock()) as client:
         if arguments.json:
-            print(msgspec.json.format(msgspec.json.encode(client.status())).decode())
+            print(msgspec.json.format(client.status_report()).decode())
         elif arguments.watch is None:
             _console().print(render(client.url, client.status()))
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.errors import ServiceUnavailable
 from eagleray.core.messages import TokenLogprobs, TokenOutput, merged
 from eagleray.core.request import FinishReason, RequestSpec
@@ -31,6 +32,7 @@ class FakeScript:
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     num_cached_tokens: int = 0
     tokens_per_output: int = 1
+    acceptance: Acceptance | None = None  # in the account
 
 
 class FakeGenerationService:
@@ -121,7 +123,7 @@ class FakeGeneration:
             phases, total_s=self._already_s + 0.05, time_to_first_token_s=self._already_s + 0.02,
             num_prompt_tokens=self._spec.num_prompt_tokens, num_cached_tokens=self._script.num_cached_tokens,
             num_output_tokens=self._num_output_tokens,
-            prefill_worker="prefill-0", decode_worker="decode-0", attempts=1,
+            prefill_worker="prefill-0", decode_worker="decode-0", attempts=1, acceptance=self._script.acceptance,
         )  # fmt: skip
         self._close()
 

@@ -12,6 +12,7 @@ from eagleray.api.app import create_app
 from eagleray.api.chat import prepare_chat
 from eagleray.api.context import ApiSettings
 from eagleray.api.response_types import ChatCompletion
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import ManualClock
 from eagleray.text.fake import chatml_template
 
@@ -190,6 +191,25 @@ async def test_a_prompt_that_may_be_large_is_prepared_in_a_thread_and_answered_t
     assert answer["usage"]["completion_tokens"] == 2
     event_loops_thread = threading.current_thread()
     assert [thread is not event_loops_thread for thread in prepared_in] == [in_a_thread]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_timing_tells_what_came_of_guesses_in_counts_and_in_what_follows_from_them(ask, service, stream: bool):
+    service.script.acceptance = Acceptance(
+        num_steps=10, num_draft_tokens=24, num_accepted_tokens=12, drafts_per_position=(8, 8, 8),
+        accepted_per_position=(8, 4), verify_s=1.5, draft_s=0.25,
+    )  # fmt: skip
+    answer = await ask.chat(max_tokens=1, return_timing=True, stream=stream)
+    told = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+    assert told["timing"]["acceptance"] == {
+        "num_steps": 10, "num_draft_tokens": 24, "num_accepted_tokens": 12, "drafts_per_position": [8, 8, 8],
+        "accepted_per_position": [8, 4], "verify_s": 1.5, "draft_s": 0.25,
+        "acceptance_length": 2.5, "rate_per_position": [1.0, 0.5, 0.0],
+    }  # fmt: skip
+
+
+async def test_where_nobody_guesses_timing_says_nothing_of_it(ask):
+    assert (await ask.chat(max_tokens=1, return_timing=True)).json()["timing"]["acceptance"] is None
 
 
 async def test_the_operation_that_a_trace_names_is_that_of_the_endpoint(ask, service):

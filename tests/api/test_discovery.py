@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 
 import httpx
+import msgspec
 import pytest
 
 from eagleray.api.app import create_app
 from eagleray.api.context import ApiSettings
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.clock import SystemClock
+from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.router.fake_service import FakeGenerationService
+from eagleray.router.service import ServiceStatus
 from eagleray.text.fake import chatml_template
 
 
@@ -63,6 +67,23 @@ async def test_metrics_are_the_services_and_move(client, ask):
 async def test_the_status_page_has_the_whole_service_status(client):
     status = (await client.get("/v1/status")).json()
     assert status["ready"] is True and status["max_model_tokens"] == 256 and status["workers"] == []
+
+
+async def test_the_status_page_tells_how_far_each_workers_guesses_come_true(client, service, monkeypatch):
+    guessing = Acceptance(
+        num_steps=4, num_draft_tokens=4, num_accepted_tokens=3, drafts_per_position=(2, 2), accepted_per_position=(2, 1)
+    )
+    workers = (
+        WorkerSnapshot(worker_id="d", role=Role.DECODE, epoch=1, acceptance=guessing),
+        WorkerSnapshot(worker_id="p", role=Role.PREFILL, epoch=1),
+    )
+    status = msgspec.structs.replace(service.status(), workers=workers)
+    monkeypatch.setattr(service, "status", lambda: status)
+    page = await client.get("/v1/status")
+    decode, prefill = page.json()["workers"]
+    assert (decode["acceptance"]["acceptance_length"], decode["acceptance"]["rate_per_position"]) == (2.5, [1.0, 0.5])
+    assert (prefill["worker_id"], prefill["role"], prefill["acceptance"]) == ("p", "prefill", None)
+    assert msgspec.json.decode(page.content, type=ServiceStatus) == status  # for programs, the counts are all there is
 
 
 async def test_the_callers_request_id_is_returned_on_answers_and_errors(client, ask):

@@ -72,6 +72,18 @@ def test_json_is_what_the_server_reports(server: Any, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["max_model_tokens"] == 512
 
 
+def test_json_has_what_follows_from_the_counts_of_guesses(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    acceptance = Acceptance.of_step(3, 3, 2, verify_s=0.5, draft_s=0.1)
+    worker = msgspec.structs.replace(STATUS.workers[0], acceptance=acceptance)
+    monkeypatch.setattr(server.service, "status", lambda: msgspec.structs.replace(STATUS, workers=(worker,)))
+    assert main(["status", "--url", server.url, "--json"]) == 0
+    [shown] = json.loads(capsys.readouterr().out)["workers"]
+    assert shown["acceptance"]["acceptance_length"] == 3.0
+    assert shown["acceptance"]["rate_per_position"] == [1.0, 1.0, 0.0]
+
+
 def test_the_table_is_printed_for_a_running_server(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", server.url]) == 0
     assert f"{server.url}  ready  workers: 0 prefill + 0 decode" in capsys.readouterr().out
