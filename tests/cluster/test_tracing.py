@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -25,6 +26,7 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role
 from eagleray.core.telemetry import Phase, TimeAccount
 from eagleray.engine.execution.fake import FakeExecutor
+from eagleray.engine.scheduling.plan import StepPlan, StepResult
 from eagleray.engine.speculation.controller import FixedDrafts
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.router.tracing import NoTracer, OpenTelemetryTracer, RequestTracer
@@ -39,8 +41,16 @@ NANOSECONDS = 1e-9
 PHASE_NAMES = {f"eagleray.{phase.value}" for phase in Phase}
 
 
+VERIFY_S, DRAFT_S = 0.25, 0.125  # of each step, as it says
+
+
+class TimedExecutor(FakeExecutor):
+    def _run(self, plan: StepPlan) -> StepResult:
+        return replace(super()._run(plan), verify_s=VERIFY_S, draft_s=DRAFT_S)
+
+
 def new_executor(role: Role, pool: PoolConfig) -> FakeExecutor:
-    return FakeExecutor(num_blocks=64, max_model_tokens=512, shared=True)
+    return TimedExecutor(num_blocks=64, max_model_tokens=512, shared=True)
 
 
 def new_spec(trace_parent: str = TRACE_PARENT, max_tokens: int = 20) -> RequestSpec:
@@ -171,10 +181,16 @@ async def test_the_span_of_decoding_tells_what_came_of_guesses(exported: Exporte
     _, phases = split(exporter.get_finished_spans())
     [attributes] = [dict(span.attributes) for span in phases if span.attributes]
     assert {span.name for span in phases if span.attributes} == {"eagleray.decode"}
-    assert attributes["eagleray.spec_decode.draft_tokens"] == told.num_draft_tokens
-    assert attributes["eagleray.spec_decode.accepted_tokens"] == told.num_accepted_tokens
-    assert attributes["eagleray.spec_decode.acceptance_length"] == told.acceptance_length
-    assert attributes["eagleray.spec_decode.rate_per_position"] == told.rate_per_position != ()
+    assert attributes == {
+        "eagleray.spec_decode.steps": told.num_steps,
+        "eagleray.spec_decode.draft_tokens": told.num_draft_tokens,
+        "eagleray.spec_decode.accepted_tokens": told.num_accepted_tokens,
+        "eagleray.spec_decode.acceptance_length": told.acceptance_length,
+        "eagleray.spec_decode.rate_per_position": told.rate_per_position,
+        "eagleray.spec_decode.verify_s": VERIFY_S * told.num_steps,
+        "eagleray.spec_decode.draft_s": DRAFT_S * told.num_steps,
+    }
+    assert told.acceptance_length > 1.0 and len(told.rate_per_position) == 3
 
 
 async def test_without_guesses_spans_say_nothing_of_them(exported: Exported) -> None:

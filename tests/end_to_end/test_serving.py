@@ -8,6 +8,7 @@ import json
 import random
 import socket
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,6 +59,58 @@ def test_guesses_come_true_and_the_answer_is_that_of_an_engine_without_them(
     alone = LLM("demo", dtype="float32", num_threads=1, num_blocks=32)
     [output] = alone.chat(messages(), SamplingParams(max_tokens=64, **sampling))
     assert answer["choices"][0]["message"]["content"] == output.outputs[0].text
+
+
+def test_the_answer_the_metrics_and_the_worker_tell_alike_what_came_of_guesses(whole_service: Service) -> None:
+    before, workers_before = counted(whole_service), whole_service.workers()
+    body = {"model": MODEL, "messages": messages(), "max_tokens": 64, "temperature": 0.0, "return_timing": True}
+    timing = whole_service.http.post("/v1/chat/completions", json=body).raise_for_status().json()["timing"]
+    told, name = timing["acceptance"], timing["decode_worker"]
+    drafts, accepted = told["drafts_per_position"], told["accepted_per_position"]
+    assert len(drafts) == 3 and drafts[0] > 0 and sum(accepted) == told["num_accepted_tokens"] > 0
+    assert told["acceptance_length"] == 1 + sum(accepted) / drafts[0]
+    assert told["rate_per_position"][: len(accepted)] == [part / of for part, of in zip(accepted, drafts, strict=False)]
+    assert told["verify_s"] > 0 and told["draft_s"] > 0
+
+    moved = {what: value - before[what] for what, value in counted(whole_service).items()}
+    assert moved == {
+        "steps": told["num_steps"],
+        "drafts": drafts[0],
+        "draft_tokens": told["num_draft_tokens"],
+        "accepted_tokens": told["num_accepted_tokens"],
+        **{f"drafts at {position}": count for position, count in enumerate(drafts)},
+        **{f"accepted at {position}": (*accepted, 0, 0, 0)[position] for position in range(3)},
+    }
+
+    wanted = num_steps(workers_before[name]) + told["num_steps"]
+    whole_service.wait_until(lambda: num_steps(whole_service.workers()[name]) >= wanted, "the worker has told of it")
+    worker = whole_service.workers()[name]
+    assert worker["acceptance"]["acceptance_length"] > 1 and len(worker["acceptance"]["rate_per_position"]) == 3
+    gauge = partial(whole_service.metric, worker=name, pool="decode")
+    assert gauge("eagleray_worker_spec_decode_steps_total") >= wanted
+    assert gauge("eagleray_worker_spec_decode_verify_seconds_total") >= worker["acceptance"]["verify_s"] > 0
+    assert gauge("eagleray_worker_spec_decode_draft_seconds_total") >= worker["acceptance"]["draft_s"] > 0
+    for position in range(3):
+        assert gauge("eagleray_worker_spec_decode_drafts_per_position_total", position=str(position)) > 0
+
+
+def counted(service: Service) -> dict[str, float]:
+    """Of guesses, over all requests that have ended."""
+    totals = ("steps", "drafts", "draft_tokens", "accepted_tokens")
+    per_position = {"drafts": "drafts_per_position", "accepted": "accepted_tokens_per_position"}
+    return {
+        **{name: service.metric(f"eagleray_spec_decode_{name}_total") for name in totals},
+        **{
+            f"{what} at {position}": service.metric(f"eagleray_spec_decode_{name}_total", position=str(position))
+            for what, name in per_position.items()
+            for position in range(3)
+        },
+    }
+
+
+def num_steps(worker: dict[str, Any]) -> int:
+    """Of decoding, with guesses or without."""
+    return worker["acceptance"]["num_steps"] if worker["acceptance"] else 0
 
 
 def timed(service: Service, number: int) -> tuple[float, dict[str, float]]:
