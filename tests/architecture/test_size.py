@@ -11,6 +11,7 @@ import pytest
 _MAX_FILE_LINES = 400
 _MAX_FUNCTION_LINES = 60
 _MAX_PROTOCOL_METHODS = 5
+_MAX_DEMO_BYTES = 20_000_000
 
 # path, or path:function -> why it is one piece. An entry that is not needed any more fails the test too.
 _LARGER_FOR_A_REASON: dict[str, str] = {}
@@ -96,6 +97,13 @@ def test_protocols_have_at_most_five_methods(source: Any) -> None:
 
 def test_no_class_of_ours_has_a_grandparent_of_ours(source: Any) -> None:
     assert _deep_classes(source.library) == []
+
+
+def test_the_packaged_model_and_its_head_are_at_most_20_megabytes_together(source: Any) -> None:
+    demo = source.root / "models" / "demo"
+    sizes = {file.relative_to(demo).as_posix(): file.stat().st_size for file in demo.rglob("*.safetensors")}
+    assert {"model.safetensors", "draft/model.safetensors"} <= sizes.keys()
+    assert sum(sizes.values()) <= _MAX_DEMO_BYTES, sizes
 
 
 def test_a_long_function_is_found_inside_a_class(module_of: Any) -> None:

@@ -1,4 +1,5 @@
-"""``eagleray demo``: what a user sees of each answer. The service itself is started by the end-to-end tests."""
+"""``eagleray demo``: what a user sees of each answer. The end-to-end tests start a service with the same
+model and head, of a configuration of their own."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from eagleray.cli.__main__ import build_parser, main
-from eagleray.cli.demo import _config
+from eagleray.cli.demo import SPECULATION, _config
 from eagleray.cli.local_service import print_snippets, require_free_port, wait_until_ready, why_not_free
 from eagleray.core.clock import SystemClock
-from eagleray.core.config import Config, HTTPConfig, PoolConfig, parse_config
+from eagleray.core.config import DEMO_DRAFT_PATH, Config, HTTPConfig, PoolConfig, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
 
 
@@ -71,6 +71,13 @@ def test_the_snippets_say_how_to_send_the_key_and_do_not_show_it(capsys: pytest.
     print_snippets("http://0.0.0.0:8000", Config())
     shown = capsys.readouterr().out
     assert "EAGLERAY_API_KEY" not in shown and 'api_key="none")' in shown
+
+
+def test_the_demo_guesses_with_the_packaged_head_wherever_its_port_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagleray.cli.demo.why_not_free", lambda host, port: 98 if port == 8000 else None)
+    for config in (demo_config(), demo_config("--port", "8001")):
+        assert config.speculation == SPECULATION == SpeculationConfig(method="eagle3", model="demo")
+        assert config.speculation is not None and config.speculation.folder == DEMO_DRAFT_PATH
 
 
 def test_the_demo_takes_the_next_free_port_if_none_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
