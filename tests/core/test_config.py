@@ -30,6 +30,8 @@ WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"speculation": {"model": "x"}}, "speculation.method", "must be set beside model"),
     ({"speculation": {}}, "speculation.method", "must be set"),
     ({"speculation": {"method": "early_exit"}}, "speculation", "needs speculation.early_exit_layers"),
+    ({"speculation": {"method": "ngram", "tree_branching": 2}}, "speculation", "no tree; leave tree_branching"),
+    ({"speculation": {"method": "ngram", "tree_paths": [[0]]}}, "speculation", "no tree; leave tree_branching"),
     ({"http": {"port": 99999}}, "http.port", "65535"),
     ({"router": {"policy": "best"}}, "router.policy", "least_loaded"),
     ({"router": 3}, "router", "mapping"),
