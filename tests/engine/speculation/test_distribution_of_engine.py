@@ -1,0 +1,157 @@
+"""An engine that guesses draws from the target's own distribution: chi-square tests of 8,000 answers, with seeds that
+requests bring and with those that a router draws for them. That many find what is grossly wrong."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from token_tables import NUM_NEW_TOKENS, PROMPT, SIGNIFICANCE, VOCAB_SIZE, p_values
+
+from eagleray.core.acceptance import Acceptance, total_acceptance
+from eagleray.core.clock import ManualClock
+from eagleray.core.config import EngineConfig, ModelConfigSection, SpeculationConfig
+from eagleray.core.messages import TokenLogprobs
+from eagleray.core.request import RequestSpec
+from eagleray.core.sampling_params import SamplingParams
+from eagleray.engine.engine import Engine
+from eagleray.engine.execution import runner
+from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.speculation import growth
+from eagleray.engine.speculation.build import build_draft_policy
+from eagleray.engine.speculation.verify import accepted_nodes
+from eagleray.models.draft_heads.random_draft import save_random_draft
+from eagleray.models.random_weights import save_random_checkpoint
+from eagleray.models.registry import load_model_config
+from eagleray.router import coordinator
+from eagleray.text.fake import byte_tokenizer
+from eagleray.text.output import OutputText
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "torch_dtype": "float32", "hidden_act": "silu",
+}  # fmt: skip
+NUM_OF_ENGINE = 8_000
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_random_checkpoint(folder, TINY, seed=1)
+    return folder
+
+
+Seeded = Callable[[RequestSpec], RequestSpec]  # what an engine gets, of what was asked
+
+
+def own_seed(spec: RequestSpec) -> RequestSpec:
+    return replace(spec, sampling=replace(spec.sampling, seed=int(spec.request_id)))
+
+
+def serve(
+    model: Path,
+    speculation: SpeculationConfig | None,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: dict[str, Any],
+    seeded: Seeded = own_seed,
+) -> tuple[list[list[int]], list[TokenLogprobs], Acceptance]:
+    """(Answers, log-probabilities of their first tokens, what came of the guesses.)"""
+    config = EngineConfig(block_size_tokens=8, num_blocks=1024, max_num_seqs=256, enable_prefix_caching=False)
+    executor = build_executor(ModelConfigSection(path=str(model)), config, num_threads=1, speculation=speculation)
+    policy, tokenizer = build_draft_policy(speculation, executor.has_draft_network), byte_tokenizer()
+    engine = Engine(executor, config, ManualClock(), lambda spec: OutputText(tokenizer, spec.sampling, ()), policy)
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(ignore_eos=True, **sampling)
+        spec = RequestSpec(request_id=str(index), token_ids=prompt, num_prompt_tokens=len(prompt), sampling=params)
+        engine.add(seeded(spec))
+    answers: list[list[int]] = [[] for _ in prompts]
+    first: dict[int, TokenLogprobs] = {}
+    steps: list[Acceptance | None] = []
+    while engine.has_work:
+        outcome = engine.step()
+        steps.append(outcome.acceptance)
+        for output in outcome.outputs:
+            answers[int(output.request_id)].extend(output.token_ids)
+            if output.position == 0 and output.logprobs:
+                first[int(output.request_id)] = output.logprobs[0]
+    executor.close()
+    return answers, [first[index] for index in sorted(first)], total_acceptance(steps) or Acceptance()
+
+
+def engines_probabilities(model: Path) -> dict[tuple[int, ...], float]:
+    """Of each answer, by what the target itself says after each of its beginnings."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(NUM_NEW_TOKENS):
+        prompts = [(*PROMPT, *beginning) for beginning in found]
+        _, scores, _ = serve(model, None, prompts, {"max_tokens": 1, "temperature": 0.0, "logprobs": VOCAB_SIZE})
+        found = {
+            (*beginning, token): probability * math.exp(logprob)
+            for (beginning, probability), of_next in zip(found.items(), scores, strict=True)
+            for token, logprob in zip(of_next.top_ids, of_next.top_logprobs, strict=True)
+        }
+    return found
+
+
+EARLY_EXIT = {"method": "early_exit", "early_exit_layers": 1}
+TREE = {"tree_branching": 2, "tree_nodes": 4}
+REJECTION = {"verification": "rejection"}
+
+
+def p_values_of_engine(
+    model: Path, speculation: dict[str, Any], seeded: Seeded = own_seed, count: int = NUM_OF_ENGINE
+) -> dict[str, float]:
+    config = SpeculationConfig(num_speculative_tokens=2, adaptive=False, **speculation)
+    drawn, _, acceptance = serve(model, config, [PROMPT] * count, {"max_tokens": NUM_NEW_TOKENS + 2}, seeded)
+    assert 0.2 < acceptance.rate_per_position[0] < 0.9  # guesses are taken, and refused
+    answers = Counter(tuple(answer[:NUM_NEW_TOKENS]) for answer in drawn)  # for the last tokens less is guessed
+    return p_values(answers, engines_probabilities(model))
+
+
+@pytest.mark.parametrize("verification", ["target_token", "rejection"])
+def test_answers_of_an_engine_have_the_targets_own_distribution(tiny_model: Path, verification: str) -> None:
+    found = p_values_of_engine(tiny_model, {**EARLY_EXIT, "verification": verification})
+    assert min(found.values()) > SIGNIFICANCE, found
+
+
+@pytest.mark.parametrize("guessing", [TREE, REJECTION], ids=["trees", "rejection"])
+def test_answers_to_requests_without_seeds_have_the_targets_own_distribution(
+    tiny_model: Path, guessing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the seeds that the router draws for them."""
+    monkeypatch.setattr(coordinator.secrets, "randbits", random.Random(8).getrandbits)
+    found = p_values_of_engine(tiny_model, EARLY_EXIT | guessing, coordinator.with_seed)
+    assert min(found.values()) > SIGNIFICANCE, found
+
+
+def test_answers_have_it_where_a_head_knows_a_part_of_the_tokens_and_draws_from_its_best(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "_DRAWN_CANDIDATES", 3)
+    save_random_draft(tmp_path, "eagle3", load_model_config(tiny_model), seed=2, draft_vocab_size=4)
+    found = p_values_of_engine(tiny_model, {"method": "eagle3", "model": str(tmp_path), **REJECTION})
+    assert min(found.values()) > SIGNIFICANCE, found
+
+
+def test_an_engine_that_walks_wrongly_is_found_out(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        runner, "accepted_nodes", lambda tree, chosen: accepted_nodes(tree, chosen) or [0][: hash(tuple(chosen)) % 2]
+    )
+    found = p_values_of_engine(tiny_model, EARLY_EXIT, count=NUM_OF_ENGINE // 4)
+    assert min(found.values()) < SIGNIFICANCE, found
+
+
+def test_an_engine_whose_requests_have_few_seeds_is_found_out(tiny_model: Path) -> None:
+    def one_of_few(spec: RequestSpec) -> RequestSpec:
+        return replace(spec, sampling=replace(spec.sampling, seed=int(spec.request_id) % 50))
+
+    found = p_values_of_engine(tiny_model, EARLY_EXIT, one_of_few, count=NUM_OF_ENGINE // 4)
+    assert min(found.values()) < SIGNIFICANCE, found
