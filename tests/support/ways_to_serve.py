@@ -1,0 +1,254 @@
+"""Every way to serve requests, with and without guesses: by one engine, or by prefill and decode workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from served_requests import BLOCK_SIZE_TOKENS, NUM_NEW_TOKENS, Checkpoints, Records, Served, Tokens, specs
+
+from eagleray.cluster.local import LocalCluster
+from eagleray.core.clock import SystemClock
+from eagleray.core.config import Config, ModelConfigSection, PoolConfig, parse_config
+from eagleray.core.errors import TransferError
+from eagleray.core.request import RequestSpec
+from eagleray.core.snapshot import Role
+from eagleray.engine.engine import Engine
+from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.engine.speculation.build import build_draft_policy
+from eagleray.engine.speculation.controller import DraftPolicy
+from eagleray.engine.speculation.tree import DraftShape
+from eagleray.kv_transfer.transport import BlockStore
+from eagleray.kv_transfer.transports.loopback import LoopbackTransport
+from eagleray.kv_transfer.transports.select import make_transports
+from eagleray.text.fake import byte_tokenizer
+from eagleray.text.output import OutputText
+from eagleray.workers.build import WorkerExecutor
+
+TOKENIZER = byte_tokenizer()
+
+
+@contextmanager
+def running_engine(
+    checkpoints: Checkpoints,
+    speculation: Mapping[str, Any] | None,
+    records: Records,
+    with_policy: Callable[[DraftPolicy], DraftPolicy] = lambda policy: policy,
+    **changes: Any,
+) -> Iterator[Engine]:
+    settings = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 1024}
+    pools = {"prefill": {"replicas": 0}, "decode": {"engine": settings | changes}}
+    config = parse_config({"speculation": speculation, **pools})
+    executor = build_executor(
+        ModelConfigSection(path=str(checkpoints.target)),
+        config.decode.engine,
+        num_threads=1,
+        speculation=config.speculation,
+    )
+    policy = with_policy(build_draft_policy(config.speculation, executor.has_draft_network))
+    yield Engine(records.follow(executor), config.decode.engine, SystemClock(), new_text, policy)
+    executor.close()
+
+
+class SeldomDrafts:
+    """Implements ``DraftPolicy``: guesses in two steps of eleven; between them a draft model's KV waits."""
+
+    listens = False
+
+    def __init__(self, always: DraftPolicy) -> None:
+        self.slots_needed, self.note_acceptance = always.slots_needed, always.note_acceptance
+        self.note_times, self.may_defer = always.note_times, always.may_defer
+        self._always = always
+        self._num_steps = 0
+
+    def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
+        self._num_steps += 1
+        return self._always.choose(num_decoding, max_rows) if self._num_steps % 11 < 2 else None
+
+
+def new_text(spec: RequestSpec) -> OutputText:
+    return OutputText(TOKENIZER, spec.sampling, spec.token_ids)
+
+
+def tokens_of(engine: Engine, requests: Iterable[RequestSpec]) -> Tokens:
+    tokens: Tokens = {}
+    for spec in requests:
+        engine.add(spec)
+    while engine.has_work:
+        for output in engine.step().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    engine.check_integrity()
+    return tokens
+
+
+def serve_offline(
+    checkpoints: Checkpoints,
+    speculation: Mapping[str, Any],
+    expect: Callable[[Engine], bool] = lambda engine: engine.scheduler.num_preemptions == 0,
+    rounds: int = 1,
+    num_new_tokens: int = NUM_NEW_TOKENS,
+    **changes: Any,
+) -> Served:
+    """The last of ``rounds``, in which the requests come again to an engine that has cached their blocks."""
+    records = Records()
+    with running_engine(checkpoints, speculation, records, **changes) as engine:
+        for _ in range(rounds):
+            records.clear()
+            tokens = tokens_of(engine, specs(num_new_tokens))
+        assert expect(engine)
+    return Served(tokens, records)
+
+
+ENGINE = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 64}
+CLUSTER: Mapping[str, Any] = {
+    "prefill": {"replicas": 1, "engine": ENGINE | {"max_num_batched_tokens": 16}},
+    "decode": {"replicas": 1, "engine": ENGINE},
+    "router": {"local_prefill_tokens": 4, "stall_deadline_s": 30.0, "submit_deadline_s": 30.0},
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a cluster shows of how it served."""
+
+    moved_bytes: int
+    lost_transfers: int
+    cached_tokens: int
+    attempts: Sequence[int]
+
+
+def serve_cluster(
+    checkpoints: Checkpoints,
+    speculation: Mapping[str, Any],
+    expect: Callable[[Trace], bool],
+    *,
+    rounds: int = 1,
+    num_new_tokens: int = NUM_NEW_TOKENS,
+    every_nth_block_breaks: int = 0,
+    kill: Role | None = None,
+    **changes: Any,
+) -> Served:
+    """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer."""
+    config = parse_config({**CLUSTER, "speculation": speculation, **changes})
+    records, new_policy = Records(), partial(draft_policy_of, config)
+
+    async def serve() -> Tokens:
+        with closing_executors(checkpoints, config, records) as new_executor:
+            transports = partial(breaking, every_nth_block_breaks) if every_nth_block_breaks else make_transports
+            async with LocalCluster(config, new_executor, new_text, transports, new_policy) as cluster:
+                for _ in range(rounds):
+                    records.clear()
+                    has_begun = {role: asyncio.Event() for role in Role}
+                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in specs(num_new_tokens)]
+                    if kill is not None:
+                        await asyncio.wait_for(has_begun[kill].wait(), 30)
+                        await cluster.stop_worker(next(id_ for id_ in cluster.workers if id_.startswith(kill.value)))
+                    answers = await asyncio.gather(*tasks)
+                await wait_until(cluster, expect, [attempts for _, attempts in answers])
+        return {spec.request_id: tokens for spec, (tokens, _) in zip(specs(), answers, strict=True)}
+
+    return Served(asyncio.run(serve()), records)
+
+
+def draft_policy_of(config: Config, executor: WorkerExecutor) -> DraftPolicy:
+    return build_draft_policy(config.speculation, executor.has_draft_network)
+
+
+@contextmanager
+def closing_executors(
+    checkpoints: Checkpoints,
+    config: Config,
+    records: Records,
+    speculation: Mapping[Role, Mapping[str, Any] | None] | None = None,  # of roles that do not keep to the config
+) -> Iterator[Callable[[Role, PoolConfig], LocalExecutor]]:
+    executors: list[LocalExecutor] = []
+
+    def new_executor(role: Role, pool: PoolConfig) -> LocalExecutor:
+        model, guesses = ModelConfigSection(path=str(checkpoints.target)), config.speculation
+        if role in (speculation or {}):
+            guesses = parse_config({"speculation": (speculation or {})[role]}).speculation
+        executor = build_executor(model, pool.engine, num_threads=1, shared_kv=True, speculation=guesses)
+        executors.append(records.follow(executor))
+        return executor
+
+    yield new_executor
+    for executor in executors:
+        executor.close()
+
+
+def breaking(every_nth: int, names: Sequence[str], stores: Mapping[str, BlockStore]) -> list[LoopbackTransport]:
+    count = 0
+
+    def fault(slot: int, views: Sequence[memoryview]) -> None:
+        nonlocal count
+        count += 1
+        if count % every_nth == 0:
+            raise TransferError("the connection broke")
+
+    return [LoopbackTransport(stores, fault)]
+
+
+async def follow(
+    cluster: LocalCluster, spec: RequestSpec, has_begun: Mapping[Role, asyncio.Event]
+) -> tuple[list[int], int]:
+    """(tokens, attempts)"""
+    generation = cluster.coordinator.generate(spec)
+    tokens: list[int] = []
+    async for output in generation:
+        tokens += output.token_ids
+        has_begun[Role.PREFILL if output.position == 0 else Role.DECODE].set()
+    assert generation.account is not None
+    return tokens, generation.account.attempts
+
+
+async def wait_until(cluster: LocalCluster, expect: Callable[[Trace], bool], attempts: Sequence[int]) -> None:
+    """Until all blocks are free and snapshots tell what is expected."""
+    pool, deadline_s = cluster.coordinator.pool, cluster.clock.now_s() + 10
+    while True:
+        seen = [client.snapshot for client in pool.workers().values()]
+        trace = Trace(
+            sum(snapshot.transfer_bytes_total for snapshot in seen),
+            sum(snapshot.transfer_failures_total for snapshot in seen),
+            sum(snapshot.cached_tokens_total for snapshot in seen),
+            attempts,
+        )
+        if expect(trace) and all(snapshot.blocks_free == snapshot.blocks_total for snapshot in seen):
+            return
+        assert cluster.clock.now_s() < deadline_s, trace
+        await pool.wait_for_change(0.2)
+
+
+split = partial(serve_cluster, expect=lambda trace: trace.moved_bytes > 0 == trace.lost_transfers)
+preempted = partial(
+    serve_offline, num_blocks=25, watermark=0.0, expect=lambda engine: engine.scheduler.num_preemptions > 2
+)
+SLOW_PREFILL = {"prefill": {"replicas": 1, "engine": ENGINE | {"max_num_batched_tokens": 2}}}
+TWO_DECODERS = {"decode": {"replicas": 2, "engine": ENGINE}, "router": {**CLUSTER["router"], "policy": "round_robin"}}
+WAYS: Mapping[str, Callable[..., Served]] = {
+    "aggregated": serve_offline,
+    "one by one": partial(serve_offline, max_num_seqs=1),
+    "chunks": partial(serve_offline, max_num_batched_tokens=13),
+    "prefix hit": partial(serve_offline, rounds=2),
+    "preempted by recompute": partial(preempted, enable_prefix_caching=False),
+    "preempted by recompute, with a cache": preempted,
+    "preempted by swap": partial(preempted, num_host_blocks=128),
+    "guessed for now and then": partial(serve_offline, with_policy=SeldomDrafts),
+    "guessed for now and then, prefix hit": partial(serve_offline, with_policy=SeldomDrafts, rounds=3),
+    "guessed for now and then, preempted by recompute": partial(preempted, with_policy=SeldomDrafts),
+    "guessed for now and then, preempted by swap": partial(preempted, with_policy=SeldomDrafts, num_host_blocks=128),
+    "split over shared memory": partial(split, transfer={"transports": ["shared_memory"]}),
+    "split over tcp": partial(split, transfer={"transports": ["tcp"]}),
+    "split over loopback": partial(split, transfer={"transports": ["loopback"]}),
+    "split, prefix hit": partial(split, rounds=2, expect=lambda trace: trace.cached_tokens > 0),
+    "transfers break": partial(serve_cluster, every_nth_block_breaks=3, expect=lambda trace: trace.lost_transfers > 0),
+    "prefill worker dies": partial(
+        serve_cluster, kill=Role.PREFILL, expect=lambda trace: trace.lost_transfers > 0, **SLOW_PREFILL
+    ),
+    "decode worker dies": partial(
+        serve_cluster, kill=Role.DECODE, expect=lambda trace: max(trace.attempts) > 1, **TWO_DECODERS
+    ),
+}
