@@ -93,10 +93,11 @@ class Records:
     decode_steps: list[int] = field(default_factory=list)  # tokens that each brought a request; but see ``note``
     num_first_steps: int = 0  # without guesses, as a hand-over leaves them
     num_moved: int = 0  # guesses two deep or deeper that came true and lay elsewhere than their KV belongs
+    num_swapped: int = 0  # blocks that went to host memory
 
     def clear(self) -> None:
         self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear()
-        self.num_first_steps = self.num_moved = 0
+        self.num_first_steps = self.num_moved = self.num_swapped = 0
 
     def follow(self, executor: LocalExecutor) -> LocalExecutor:
         submit = executor.submit
@@ -104,6 +105,7 @@ class Records:
         return executor
 
     def note(self, plan: StepPlan, result: StepResult) -> None:
+        self.num_swapped += len(plan.swap_out)
         for run in plan.runs:
             request_id = run.spec.request_id
             index, num_sampled = request_id.partition(".")[0], len(result.sampled.get(request_id, ()))

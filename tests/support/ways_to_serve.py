@@ -15,6 +15,7 @@ from eagleray.cluster.local import LocalCluster
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import Config, ModelConfigSection, PoolConfig, parse_config
 from eagleray.core.errors import TransferError
+from eagleray.core.messages import TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.core.snapshot import Role
 from eagleray.engine.engine import Engine
@@ -75,20 +76,40 @@ def new_text(spec: RequestSpec) -> OutputText:
 
 
 def tokens_of(engine: Engine, requests: Iterable[RequestSpec]) -> Tokens:
-    tokens: Tokens = {}
+    return _joined(outputs_of(engine, requests))
+
+
+def outputs_of(engine: Engine, requests: Iterable[RequestSpec]) -> list[TokenOutput]:
     for spec in requests:
         engine.add(spec)
+    outputs: list[TokenOutput] = []
     while engine.has_work:
-        for output in engine.step().outputs:
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        outputs += engine.step().outputs
     engine.check_integrity()
+    return outputs
+
+
+def _joined(outputs: Iterable[TokenOutput]) -> Tokens:
+    tokens: Tokens = {}
+    for output in outputs:
+        tokens.setdefault(output.request_id, []).extend(output.token_ids)
     return tokens
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an engine shows of how it served."""
+
+    preemptions: int
+    evicted_blocks: int  # that cannot be found any more
+    swapped_blocks: int  # these two of the last round
+    cached_tokens: int
 
 
 def serve_offline(
     checkpoints: Checkpoints,
     speculation: Mapping[str, Any],
-    expect: Callable[[Engine], bool] = lambda engine: engine.scheduler.num_preemptions == 0,
+    expect: Callable[[Shown], bool] = lambda shown: shown.preemptions == 0,
     rounds: int = 1,
     num_new_tokens: int = NUM_NEW_TOKENS,
     **changes: Any,
@@ -98,9 +119,15 @@ def serve_offline(
     with running_engine(checkpoints, speculation, records, **changes) as engine:
         for _ in range(rounds):
             records.clear()
-            tokens = tokens_of(engine, specs(num_new_tokens))
-        assert expect(engine)
-    return Served(tokens, records)
+            outputs = outputs_of(engine, specs(num_new_tokens))
+        shown = Shown(
+            engine.scheduler.num_preemptions,
+            len(engine.drain_cache_changes()[1]),
+            records.num_swapped,
+            sum(output.num_cached_tokens or 0 for output in outputs),
+        )
+    assert expect(shown), shown
+    return Served(_joined(outputs), records)
 
 
 ENGINE = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 64}
@@ -223,8 +250,11 @@ async def wait_until(cluster: LocalCluster, expect: Callable[[Trace], bool], att
 
 
 split = partial(serve_cluster, expect=lambda trace: trace.moved_bytes > 0 == trace.lost_transfers)
-preempted = partial(
-    serve_offline, num_blocks=25, watermark=0.0, expect=lambda engine: engine.scheduler.num_preemptions > 2
+hit = partial(serve_offline, expect=lambda shown: shown.preemptions == 0 < shown.cached_tokens)
+preempted = partial(serve_offline, num_blocks=25, watermark=0.0, expect=lambda shown: shown.preemptions > 2)
+evicted = partial(preempted, expect=lambda shown: shown.preemptions > 2 and shown.evicted_blocks > 0)
+swapped = partial(
+    preempted, num_host_blocks=128, expect=lambda shown: shown.preemptions > 2 and shown.swapped_blocks > 0
 )
 SLOW_PREFILL = {"prefill": {"replicas": 1, "engine": ENGINE | {"max_num_batched_tokens": 2}}}
 TWO_DECODERS = {"decode": {"replicas": 2, "engine": ENGINE}, "router": {**CLUSTER["router"], "policy": "round_robin"}}
@@ -232,14 +262,14 @@ WAYS: Mapping[str, Callable[..., Served]] = {
     "aggregated": serve_offline,
     "one by one": partial(serve_offline, max_num_seqs=1),
     "chunks": partial(serve_offline, max_num_batched_tokens=13),
-    "prefix hit": partial(serve_offline, rounds=2),
+    "prefix hit": partial(hit, rounds=2),
     "preempted by recompute": partial(preempted, enable_prefix_caching=False),
-    "preempted by recompute, with a cache": preempted,
-    "preempted by swap": partial(preempted, num_host_blocks=128),
+    "preempted by recompute, with a cache": evicted,
+    "preempted by swap": swapped,
     "guessed for now and then": partial(serve_offline, with_policy=SeldomDrafts),
-    "guessed for now and then, prefix hit": partial(serve_offline, with_policy=SeldomDrafts, rounds=3),
-    "guessed for now and then, preempted by recompute": partial(preempted, with_policy=SeldomDrafts),
-    "guessed for now and then, preempted by swap": partial(preempted, with_policy=SeldomDrafts, num_host_blocks=128),
+    "guessed for now and then, prefix hit": partial(hit, with_policy=SeldomDrafts, rounds=3),
+    "guessed for now and then, preempted by recompute": partial(evicted, with_policy=SeldomDrafts),
+    "guessed for now and then, preempted by swap": partial(swapped, with_policy=SeldomDrafts),
     "split over shared memory": partial(split, transfer={"transports": ["shared_memory"]}),
     "split over tcp": partial(split, transfer={"transports": ["tcp"]}),
     "split over loopback": partial(split, transfer={"transports": ["loopback"]}),

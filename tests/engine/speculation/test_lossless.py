@@ -80,7 +80,12 @@ def specs() -> list[RequestSpec]:
     ]
 
 
-def answer(target: Path, speculation: dict[str, Any] | None, **engine_settings: Any) -> dict[str, Any]:
+def answer(
+    target: Path,
+    speculation: dict[str, Any] | None,
+    expect: Callable[[Engine], bool] = lambda engine: engine.scheduler.num_preemptions == 0,
+    **engine_settings: Any,
+) -> dict[str, Any]:
     """Tokens and log-probabilities of all requests, computed together."""
     config = EngineConfig(**{"block_size_tokens": 4, "num_blocks": 120, "max_num_batched_tokens": 64} | engine_settings)
     guesses = SpeculationConfig(**speculation) if speculation is not None else None
@@ -101,6 +106,7 @@ def answer(target: Path, speculation: dict[str, Any] | None, **engine_settings: 
     engine.check_integrity()
     executor.close()
     assert engine.kv.pool.num_free == engine.kv.pool.num_blocks
+    assert expect(engine)
     return dict(answers)
 
 
@@ -126,12 +132,15 @@ def test_tokens_are_those_without_guesses(
     assert answer(target, speculation) == plain
 
 
+PREEMPTED = {"num_blocks": 34, "expect": lambda engine: engine.scheduler.num_preemptions > 0}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"max_num_batched_tokens": 5},
-        {"num_blocks": 34, "enable_prefix_caching": False},
-        {"num_blocks": 34, "num_host_blocks": 60},
+        {"enable_prefix_caching": False, **PREEMPTED},
+        {"num_host_blocks": 60, **PREEMPTED},
         {"kernels": "torch"},
     ],
     ids=["small chunks", "recompute", "swap", "torch"],
