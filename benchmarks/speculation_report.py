@@ -91,14 +91,18 @@ def sections(figures: Sequence[Figure]) -> list[Section]:
     idle = [figure for figure in figures if figure.contender.endswith(IDLE)]
     speeds = ("batch", "tokens per step", "by position", "tokens/s", "none", "speed-up (95 %)", "rounds", "others")
     bounds = (
-        "bound", "with it", "t_decode, ms", "t_verify, ms", "t_draft, ms", "outside, ms", "none's, ms", "prefill",
-        "differing answers",
+        "bound", "with it", "t_decode, ms", "t_verify, ms", "t_draft, ms", "outside, ms", "none's, ms", "prefill"
     )  # fmt: skip
+    differing = "differing answers"
     return [
         Section(
-            ("always guessing", *speeds, *bounds), [(*_speed_cells(figure), *_bound_cells(figure)) for figure in always]
+            ("always guessing", *speeds, *bounds, differing),
+            [(*_speed_cells(figure), *_bound_cells(figure), str(figure.num_differing_answers)) for figure in always],
         ),
-        Section(("controller", *speeds), [_speed_cells(figure) for figure in adaptive]),
+        Section(
+            ("controller", *speeds, differing),
+            [(*_speed_cells(figure), str(figure.num_differing_answers)) for figure in adaptive],
+        ),
         *([Section(("kept, never guessing", *speeds), [_speed_cells(figure) for figure in idle])] if idle else []),
     ]
 
@@ -125,7 +129,6 @@ def _bound_cells(figure: Figure) -> tuple[str, ...]:
         *("-" if bound is None else f"{bound:.2f}" for bound in (figure.bound, figure.bound_with_outside)),
         *map(_milliseconds, times_s),
         f"{figure.prefill_share:.0%}",
-        str(figure.num_differing_answers),
     )
 
 

@@ -167,9 +167,11 @@ def test_answers_that_differ_are_counted() -> None:
     assert (guessed().num_differing_answers, figure([plain], [other], 2).num_differing_answers) == (0, 2)
 
 
-def test_controllers_have_a_table_of_their_own_without_a_bound() -> None:
-    adaptive = figure([taken("none", 2.0, PLAIN)], [taken("x, adaptive", 1.0, GUESSING)], None)
+def test_controllers_have_a_table_of_their_own_without_a_bound_but_with_the_answers_that_differ() -> None:
+    adaptive = figure([taken("none", 2.0, PLAIN)], [taken("x, adaptive", 1.0, GUESSING, answer=(1, 2, 9, 9))], None)
     always, controllers = sections([guessed(), adaptive])
+    assert always.header[-1] == controllers.header[-1] == "differing answers"
+    assert (always.rows[0][-1], controllers.rows[0][-1]) == ("0", "2")
     assert [row[0] for row in always.rows] == [row[0] for row in controllers.rows] == ["x"]
     assert "bound" in always.header and "bound" not in controllers.header
     assert len(always.rows[0]) == len(always.header) and len(controllers.rows[0]) == len(controllers.header)
