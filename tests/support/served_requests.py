@@ -15,7 +15,7 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.execution.executor import LocalExecutor, LocalStep
 from eagleray.engine.scheduling.plan import StepPlan, StepResult
-from eagleray.engine.speculation.tree import DraftTree
+from eagleray.engine.speculation.tree import DraftShape, DraftTree
 from eagleray.engine.speculation.verify import accepted_nodes
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.registry import load_model_config
@@ -34,7 +34,11 @@ SAMPLING: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.7, "seed": 5},
     {"temperature": 0.0, "frequency_penalty": 0.6},
     {"temperature": 1.0, "seed": 6, "top_p": 0.9, "presence_penalty": 0.3},
-)
+    {
+        "temperature": 0.9, "seed": 7, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.2,
+        "logit_bias": {3: 2.0, 11: -100.0},
+    },
+)  # fmt: skip
 
 
 # ---- a target, and drafts for it
@@ -94,9 +98,10 @@ class Records:
     num_first_steps: int = 0  # without guesses, as a hand-over leaves them
     num_moved: int = 0  # guesses two deep or deeper that came true and lay elsewhere than their KV belongs
     num_swapped: int = 0  # blocks that went to host memory
+    shapes: set[DraftShape | None] = field(default_factory=set)  # that were asked for while requests only decoded
 
     def clear(self) -> None:
-        self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear()
+        self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear(), self.shapes.clear()
         self.num_first_steps = self.num_moved = self.num_swapped = 0
 
     def follow(self, executor: LocalExecutor) -> LocalExecutor:
@@ -106,6 +111,8 @@ class Records:
 
     def note(self, plan: StepPlan, result: StepResult) -> None:
         self.num_swapped += len(plan.swap_out)
+        if plan.runs and plan.is_decode_only:
+            self.shapes.add(plan.shape)
         for run in plan.runs:
             request_id = run.spec.request_id
             index, num_sampled = request_id.partition(".")[0], len(result.sampled.get(request_id, ()))
@@ -120,6 +127,10 @@ class Records:
                 self.num_first_steps += 1
             elif num_got_here > 0 and num_left > MAX_DEPTH:  # the last guesses are cut to what is left
                 self.decode_steps.append(num_sampled)
+
+    def num_accepted(self, index: str) -> int:
+        """Guesses for one request that came true."""
+        return sum(accepted for (of, _), steps in self.accepted.items() if of == index for _, accepted in steps)
 
     @property
     def mean_accepted(self) -> float:

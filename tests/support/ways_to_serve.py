@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from eagleray.core.snapshot import Role
 from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
 from eagleray.engine.speculation.build import build_draft_policy
-from eagleray.engine.speculation.controller import DraftPolicy
+from eagleray.engine.speculation.controller import DraftPolicy, StepTimes
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.kv_transfer.transport import BlockStore
 from eagleray.kv_transfer.transports.loopback import LoopbackTransport
@@ -31,6 +31,11 @@ from eagleray.text.output import OutputText
 from eagleray.workers.build import WorkerExecutor
 
 TOKENIZER = byte_tokenizer()
+WithPolicy = Callable[[DraftPolicy], DraftPolicy]
+
+
+def as_it_is(policy: DraftPolicy) -> DraftPolicy:
+    return policy
 
 
 @contextmanager
@@ -38,7 +43,7 @@ def running_engine(
     checkpoints: Checkpoints,
     speculation: Mapping[str, Any] | None,
     records: Records,
-    with_policy: Callable[[DraftPolicy], DraftPolicy] = lambda policy: policy,
+    with_policy: WithPolicy = as_it_is,
     **changes: Any,
 ) -> Iterator[Engine]:
     settings = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 1024}
@@ -69,6 +74,19 @@ class SeldomDrafts:
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         self._num_steps += 1
         return self._always.choose(num_decoding, max_rows) if self._num_steps % 11 < 2 else None
+
+
+class EvenTimes:
+    """Implements ``DraftPolicy``: a controller that is told that all steps take as long. So on any machine it begins
+    without guesses, and guesses more once it has seen what that costs."""
+
+    def __init__(self, controller: DraftPolicy) -> None:
+        self.slots_needed, self.note_acceptance = controller.slots_needed, controller.note_acceptance
+        self.choose, self.may_defer = controller.choose, controller.may_defer
+        self._controller = controller
+
+    def note_times(self, times: StepTimes) -> None:
+        self._controller.note_times(replace(times, verify_s=1e-3, draft_s=1e-4, outside_s=0.0))
 
 
 def new_text(spec: RequestSpec) -> OutputText:
@@ -155,13 +173,20 @@ def serve_cluster(
     *,
     rounds: int = 1,
     num_new_tokens: int = NUM_NEW_TOKENS,
+    requests: Sequence[RequestSpec] = (),
     every_nth_block_breaks: int = 0,
     kill: Role | None = None,
+    with_policy: WithPolicy = as_it_is,
     **changes: Any,
 ) -> Served:
-    """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer."""
+    """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer. Without ``requests``
+    the usual ones are asked."""
+    requests = requests or specs(num_new_tokens)
     config = parse_config({**CLUSTER, "speculation": speculation, **changes})
-    records, new_policy = Records(), partial(draft_policy_of, config)
+    records = Records()
+
+    def new_policy(executor: WorkerExecutor) -> DraftPolicy:
+        return with_policy(build_draft_policy(config.speculation, executor.has_draft_network))
 
     async def serve() -> Tokens:
         with closing_executors(checkpoints, config, records) as new_executor:
@@ -170,19 +195,15 @@ def serve_cluster(
                 for _ in range(rounds):
                     records.clear()
                     has_begun = {role: asyncio.Event() for role in Role}
-                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in specs(num_new_tokens)]
+                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in requests]
                     if kill is not None:
                         await asyncio.wait_for(has_begun[kill].wait(), 30)
                         await cluster.stop_worker(next(id_ for id_ in cluster.workers if id_.startswith(kill.value)))
                     answers = await asyncio.gather(*tasks)
                 await wait_until(cluster, expect, [attempts for _, attempts in answers])
-        return {spec.request_id: tokens for spec, (tokens, _) in zip(specs(), answers, strict=True)}
+        return {spec.request_id: tokens for spec, (tokens, _) in zip(requests, answers, strict=True)}
 
     return Served(asyncio.run(serve()), records)
-
-
-def draft_policy_of(config: Config, executor: WorkerExecutor) -> DraftPolicy:
-    return build_draft_policy(config.speculation, executor.has_draft_network)
 
 
 @contextmanager
@@ -251,7 +272,7 @@ async def wait_until(cluster: LocalCluster, expect: Callable[[Trace], bool], att
 
 split = partial(serve_cluster, expect=lambda trace: trace.moved_bytes > 0 == trace.lost_transfers)
 hit = partial(serve_offline, expect=lambda shown: shown.preemptions == 0 < shown.cached_tokens)
-preempted = partial(serve_offline, num_blocks=25, watermark=0.0, expect=lambda shown: shown.preemptions > 2)
+preempted = partial(serve_offline, num_blocks=24, watermark=0.0, expect=lambda shown: shown.preemptions > 2)
 evicted = partial(preempted, expect=lambda shown: shown.preemptions > 2 and shown.evicted_blocks > 0)
 swapped = partial(
     preempted, num_host_blocks=128, expect=lambda shown: shown.preemptions > 2 and shown.swapped_blocks > 0

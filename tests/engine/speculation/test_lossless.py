@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from eagleray.engine.engine import Engine
 from eagleray.engine.execution.executor import build_executor
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.speculation.build import build_draft_policy
+from eagleray.engine.speculation.controller import AdaptiveDrafts
+from eagleray.engine.speculation.tree import DraftShape
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.random_weights import save_random_checkpoint
 from eagleray.models.registry import load_model_config
@@ -116,13 +119,15 @@ def plain(target: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"num_speculative_tokens": 1}, TREE, FIXED], ids=["chain", "one", "tree", "fixed"]
+    "shape",
+    [{}, {"num_speculative_tokens": 1}, TREE, FIXED, {"adaptive": True}, {"adaptive": True, **TREE}],
+    ids=["chain", "one", "tree", "fixed", "controller", "controller, tree"],
 )
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "draft_model", "early_exit", "ngram"])
 def test_tokens_are_those_without_guesses(
     target: Path, drafts: dict[str, Path], plain: dict[str, Any], method: str, shape: dict[str, Any]
 ) -> None:
-    if method == "ngram" and shape in (TREE, FIXED):
+    if method == "ngram" and shape.keys() & {"tree_branching", "tree_paths"}:
         pytest.skip("text look-up guesses chains")
     speculation = {"method": method, "adaptive": False} | shape
     if method in drafts:
@@ -130,6 +135,25 @@ def test_tokens_are_those_without_guesses(
     if method == "early_exit":
         speculation["early_exit_layers"] = 3
     assert answer(target, speculation) == plain
+
+
+@pytest.mark.parametrize("shape", [{}, TREE], ids=["chain", "tree"])
+def test_a_controller_begins_to_guess_and_gives_it_up_where_nothing_comes_true(
+    target: Path, drafts: dict[str, Path], plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
+) -> None:
+    """A check on the test above: within a request there are steps with guesses and steps without."""
+    chosen: list[DraftShape | None] = []
+    choose = AdaptiveDrafts.choose
+
+    def watched_choose(policy: AdaptiveDrafts, num_decoding: int, max_rows: int) -> DraftShape | None:
+        chosen.append(choose(policy, num_decoding, max_rows))
+        return chosen[-1]
+
+    monkeypatch.setattr(AdaptiveDrafts, "choose", watched_choose)
+    speculation = {"method": "eagle3", "model": str(drafts["eagle3"]), "adaptive": True} | shape
+    assert answer(target, speculation) == plain
+    changes = [is_guessing for is_guessing, _ in groupby(shape is not None for shape in chosen)]
+    assert changes[:3] == [False, True, False]
 
 
 PREEMPTED = {"num_blocks": 34, "expect": lambda engine: engine.scheduler.num_preemptions > 0}
