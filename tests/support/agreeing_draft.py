@@ -32,11 +32,13 @@ _WEIGHTS: Final = "model.safetensors"
 _MEDUSA_WEIGHTS: Final = "medusa_lm_head.safetensors"
 
 
-def save_agreeable_target(folder: Path, config: Mapping[str, Any], seed: int) -> None:
-    """A checkpoint of ``config``, a Llama's with an output layer of its own."""
+def save_agreeable_target(folder: Path, config: Mapping[str, Any], seed: int, say_of_context: float = 0.3) -> None:
+    """A checkpoint of ``config``, a Llama's with an output layer of its own. At twice the usual ``say_of_context``
+    greedy answers, too, change with what came before the last token."""
     folder.mkdir(parents=True, exist_ok=True)
     save_random_checkpoint(folder, config, seed)
-    tensors = _scaled(folder / _WEIGHTS, {_EMBEDDING: 4.0, "o_proj": 0.3, "down_proj": 0.3})
+    of_layers = dict.fromkeys(("o_proj", "down_proj"), say_of_context)
+    tensors = _scaled(folder / _WEIGHTS, {_EMBEDDING: 4.0, **of_layers})
     tensors[LM_HEAD] = _output_rows(tensors, num_tokens_ahead=1)
     _save(tensors, folder / _WEIGHTS)
 
