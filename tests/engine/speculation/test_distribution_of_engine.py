@@ -1,5 +1,6 @@
-"""An engine that guesses draws from the target's own distribution: chi-square tests of 8,000 answers, with seeds that
-requests bring and with those that a router draws for them. That many find what is grossly wrong."""
+"""An engine that guesses draws from the target's own distribution, whatever becomes of guesses: chi-square tests of up
+to 8,000 answers, with seeds that requests bring and with those that a router draws for them. That many find what is
+grossly wrong."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import replace as replace_field
+from served_requests import Checkpoints
 from token_tables import NUM_NEW_TOKENS, PROMPT, SIGNIFICANCE, VOCAB_SIZE, p_values
+from ways_to_serve import CLUSTER, ENGINE, serve_cluster
 
 from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.clock import ManualClock
@@ -54,7 +58,17 @@ Seeded = Callable[[RequestSpec], RequestSpec]  # what an engine gets, of what wa
 
 
 def own_seed(spec: RequestSpec) -> RequestSpec:
-    return replace(spec, sampling=replace(spec.sampling, seed=int(spec.request_id)))
+    return replace_field(spec, sampling=replace_field(spec.sampling, seed=int(spec.request_id)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What an engine drew."""
+
+    answers: list[list[int]]
+    scores: list[TokenLogprobs]  # of their first tokens
+    acceptance: Acceptance
+    num_preemptions: int
 
 
 def serve(
@@ -63,16 +77,15 @@ def serve(
     prompts: Sequence[tuple[int, ...]],
     sampling: dict[str, Any],
     seeded: Seeded = own_seed,
-) -> tuple[list[list[int]], list[TokenLogprobs], Acceptance]:
-    """(Answers, log-probabilities of their first tokens, what came of the guesses.)"""
-    config = EngineConfig(block_size_tokens=8, num_blocks=1024, max_num_seqs=256, enable_prefix_caching=False)
+    **settings: int,
+) -> Drawn:
+    usual = {"block_size_tokens": 8, "num_blocks": 1024, "max_num_seqs": 256, "enable_prefix_caching": False}
+    config = EngineConfig(**usual | settings)
     executor = build_executor(ModelConfigSection(path=str(model)), config, num_threads=1, speculation=speculation)
     policy, tokenizer = build_draft_policy(speculation, executor.has_draft_network), byte_tokenizer()
     engine = Engine(executor, config, ManualClock(), lambda spec: OutputText(tokenizer, spec.sampling, ()), policy)
     for index, prompt in enumerate(prompts):
-        params = SamplingParams(ignore_eos=True, **sampling)
-        spec = RequestSpec(request_id=str(index), token_ids=prompt, num_prompt_tokens=len(prompt), sampling=params)
-        engine.add(seeded(spec))
+        engine.add(seeded(new_spec(index, prompt, sampling)))
     answers: list[list[int]] = [[] for _ in prompts]
     first: dict[int, TokenLogprobs] = {}
     steps: list[Acceptance | None] = []
@@ -84,7 +97,13 @@ def serve(
             if output.position == 0 and output.logprobs:
                 first[int(output.request_id)] = output.logprobs[0]
     executor.close()
-    return answers, [first[index] for index in sorted(first)], total_acceptance(steps) or Acceptance()
+    acceptance = total_acceptance(steps) or Acceptance()
+    return Drawn(answers, [first[index] for index in sorted(first)], acceptance, engine.scheduler.num_preemptions)
+
+
+def new_spec(index: int, prompt: tuple[int, ...], sampling: dict[str, Any]) -> RequestSpec:
+    params = SamplingParams(ignore_eos=True, **sampling)
+    return RequestSpec(request_id=str(index), token_ids=prompt, num_prompt_tokens=len(prompt), sampling=params)
 
 
 def engines_probabilities(model: Path) -> dict[tuple[int, ...], float]:
@@ -92,7 +111,8 @@ def engines_probabilities(model: Path) -> dict[tuple[int, ...], float]:
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(NUM_NEW_TOKENS):
         prompts = [(*PROMPT, *beginning) for beginning in found]
-        _, scores, _ = serve(model, None, prompts, {"max_tokens": 1, "temperature": 0.0, "logprobs": VOCAB_SIZE})
+        sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": VOCAB_SIZE}
+        scores = serve(model, None, prompts, sampling).scores
         found = {
             (*beginning, token): probability * math.exp(logprob)
             for (beginning, probability), of_next in zip(found.items(), scores, strict=True)
@@ -107,12 +127,19 @@ REJECTION = {"verification": "rejection"}
 
 
 def p_values_of_engine(
-    model: Path, speculation: dict[str, Any], seeded: Seeded = own_seed, count: int = NUM_OF_ENGINE
+    model: Path,
+    speculation: dict[str, Any],
+    seeded: Seeded = own_seed,
+    count: int = NUM_OF_ENGINE,
+    num_tokens: int = NUM_NEW_TOKENS + 2,  # for the last ones less is guessed
+    expect: Callable[[Drawn], bool] = lambda drawn: drawn.num_preemptions == 0,
+    **settings: int,
 ) -> dict[str, float]:
     config = SpeculationConfig(num_speculative_tokens=2, adaptive=False, **speculation)
-    drawn, _, acceptance = serve(model, config, [PROMPT] * count, {"max_tokens": NUM_NEW_TOKENS + 2}, seeded)
-    assert 0.2 < acceptance.rate_per_position[0] < 0.9  # guesses are taken, and refused
-    answers = Counter(tuple(answer[:NUM_NEW_TOKENS]) for answer in drawn)  # for the last tokens less is guessed
+    drawn = serve(model, config, [PROMPT] * count, {"max_tokens": num_tokens}, seeded, **settings)
+    assert 0.2 < drawn.acceptance.rate_per_position[0] < 0.9  # guesses are taken, and refused
+    assert expect(drawn)
+    answers = Counter(tuple(answer[:NUM_NEW_TOKENS]) for answer in drawn.answers)
     return p_values(answers, engines_probabilities(model))
 
 
@@ -151,7 +178,44 @@ def test_an_engine_that_walks_wrongly_is_found_out(tiny_model: Path, monkeypatch
 
 def test_an_engine_whose_requests_have_few_seeds_is_found_out(tiny_model: Path) -> None:
     def one_of_few(spec: RequestSpec) -> RequestSpec:
-        return replace(spec, sampling=replace(spec.sampling, seed=int(spec.request_id) % 50))
+        return replace_field(spec, sampling=replace_field(spec.sampling, seed=int(spec.request_id) % 50))
 
     found = p_values_of_engine(tiny_model, EARLY_EXIT, one_of_few, count=NUM_OF_ENGINE // 4)
     assert min(found.values()) < SIGNIFICANCE, found
+
+
+# Whoever goes on gets blocks of those who have just begun, and in between there is room for guesses.
+TIGHT = {"block_size_tokens": 1, "num_blocks": 150, "max_num_seqs": 32, "watermark": 0.0}
+
+
+def has_guessed_and_preempted(drawn: Drawn) -> bool:
+    return min(drawn.num_preemptions, drawn.acceptance.num_draft_tokens) > NUM_OF_ENGINE // 20
+
+
+@pytest.mark.parametrize("num_host_blocks", [0, 500], ids=["recompute", "swap"])
+def test_answers_by_rejection_keep_the_targets_own_distribution_where_guesses_are_lost_to_preemption(
+    tiny_model: Path, num_host_blocks: int
+) -> None:
+    settings = TIGHT | {"count": NUM_OF_ENGINE // 4, "num_tokens": 8, "num_host_blocks": num_host_blocks}
+    found = p_values_of_engine(tiny_model, EARLY_EXIT | REJECTION, expect=has_guessed_and_preempted, **settings)
+    assert min(found.values()) > SIGNIFICANCE, found
+
+
+@pytest.mark.slow
+def test_answers_by_rejection_have_the_targets_own_distribution_when_they_are_handed_over(tiny_model: Path) -> None:
+    """From a prefill worker, after the first token, to a decode worker. So many at once that a transfer may be late."""
+    count = NUM_OF_ENGINE // 4
+    pool = {"engine": ENGINE | {"num_blocks": 8 * count}}
+    served = serve_cluster(
+        Checkpoints(tiny_model, {}),
+        EARLY_EXIT | REJECTION | {"num_speculative_tokens": 2, "adaptive": False},
+        lambda trace: trace.moved_bytes > 0,
+        requests=[own_seed(new_spec(index, PROMPT, {"max_tokens": NUM_NEW_TOKENS + 2})) for index in range(count)],
+        prefill=pool,
+        decode=pool,
+        router=CLUSTER["router"] | {"local_prefill_tokens": 0},
+    )
+    assert served.records.num_first_steps > 0.9 * count and 0.2 < served.records.mean_accepted < 1.8
+    answers = Counter(tuple(tokens[:NUM_NEW_TOKENS]) for tokens in served.tokens.values())
+    found = p_values(answers, engines_probabilities(tiny_model))
+    assert min(found.values()) > SIGNIFICANCE, found

@@ -41,13 +41,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["eagle", "eagle3", "medusa", "early_exit", "ngram"])
+@pytest.fixture(params=["eagle", "eagle3", "medusa", "draft_model", "early_exit", "ngram"])
 def method(request: pytest.FixtureRequest, target: Path, tmp_path: Path) -> dict[str, Any]:
     if request.param == "ngram":
         return {"method": "ngram"}
     if request.param == "early_exit":
         return {"method": "early_exit", "early_exit_layers": 3}
-    save_random_draft(tmp_path / "draft", request.param, load_model_config(target), seed=2)
+    if request.param == "draft_model":
+        (tmp_path / "draft").mkdir()
+        save_random_checkpoint(tmp_path / "draft", TARGET | {"num_hidden_layers": 1}, seed=1)
+    else:
+        save_random_draft(tmp_path / "draft", request.param, load_model_config(target), seed=2)
     return {"method": request.param, "model": str(tmp_path / "draft")}
 
 
