@@ -40,6 +40,8 @@ ANSWER_DEADLINE_S: Final = 240.0
 NUM_REQUESTS: Final = 16  # at once: fills the steps of the workers
 _PHASE: Final = re.compile(r"^ *[\d.]+ s  ([\w ]+): ([\d.]+) s$")
 _WORKER: Final = re.compile(r"^ *[\d.]+ s  (prefill|decode) \w+: (process .*)$")
+_PLANNED: Final = re.compile(r"^ *[\d.]+ s  memory: ([\d.]+)([KMGT]iB)")
+_UNITS: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _READY: Final = re.compile(r"^ *([\d.]+) s  ready: (\S+) at (\S+)$")
 _ROLLUP_KEYS: Final = ("Rss", "Pss", "Private_Clean", "Private_Dirty")
 
@@ -78,6 +80,7 @@ class Start:
     idle: list[ProcessMemory]
     used: list[ProcessMemory]  # after it has answered
     others_share: float  # of the cores, what other processes used until then
+    planned_bytes: float = 0.0  # that the service has said it needs at most; 0: it has not
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,7 +146,7 @@ def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
         idle = list(memory_below(process.pid))
         _ask(address, model)
         used = list(memory_below(process.pid))
-        return Start(phases_of(lines), ready_s, idle, used, attempt.end())
+        return Start(phases_of(lines), ready_s, idle, used, attempt.end(), planned_bytes_of(lines))
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=STOP_DEADLINE_S)
@@ -187,6 +190,12 @@ def phases_of(lines: Sequence[str]) -> dict[str, float]:
         elif found := _PHASE.match(line):
             phases[found[1]] = float(found[2])
     return phases
+
+
+def planned_bytes_of(lines: Sequence[str]) -> float:
+    """Of all processes together; 0 when none is printed."""
+    found = next(filter(None, map(_PLANNED.match, lines)), None)
+    return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 
 def memory_below(pid: int) -> Iterator[ProcessMemory]:
@@ -256,7 +265,11 @@ def render(origin: Provenance, starts: Sequence[Start]) -> str:
         "files of torch", "files of Ray", "other files",
     )  # fmt: skip
     tables = [Section(("phase, median of starts", f"s ({len(starts)} starts)"), rows)]
-    for when, memories in (("when ready", starts[-1].idle), ("after answers", starts[-1].used)):
+    both = (("when ready", starts[-1].idle), ("after answers", starts[-1].used))
+    sums = [_mebibytes(sum(memory.proportional_bytes for memory in memories)) for _, memories in both]
+    header_of_plan = ("all processes, MiB", "planned", *(f"proportional {when}" for when, _ in both))
+    tables.append(Section(header_of_plan, [("together", _mebibytes(starts[-1].planned_bytes), *sums)]))
+    for when, memories in both:
         tables.append(Section((f"{header[0]}, MiB {when}", *header[1:]), [_row(memory) for memory in memories]))
     return f"{title}\n\n{to_markdown(tables)}"
 
@@ -271,7 +284,11 @@ def _row(memory: ProcessMemory) -> tuple[str, ...]:
         memory.resident_bytes, memory.proportional_bytes, memory.unique_bytes, memory.weights_bytes, memory.kv_bytes,
         memory.beyond_bytes, *known, memory.beyond_bytes - sum(known),
     )  # fmt: skip
-    return (memory.name, *(f"{size / 2**20:.0f}" for size in sizes))
+    return (memory.name, *map(_mebibytes, sizes))
+
+
+def _mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.0f}"
 
 
 if __name__ == "__main__":

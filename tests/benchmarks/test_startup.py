@@ -23,6 +23,11 @@ def test_phases_are_read_from_what_serve_prints_and_of_workers_the_longest() -> 
     }  # fmt: skip
 
 
+def test_what_the_service_plans_to_take_is_read_from_what_serve_prints() -> None:
+    assert startup.planned_bytes_of(PRINTED.splitlines()) == 3.7 * 2**30
+    assert startup.planned_bytes_of(["nothing of it"]) == 0
+
+
 def test_memory_of_a_process_is_read_from_the_kernel() -> None:
     own = next(startup.memory_below(os.getpid()))
     assert own.resident_bytes >= own.proportional_bytes >= own.unique_bytes > 2**20
