@@ -61,15 +61,14 @@ def measure(options: argparse.Namespace) -> Run:
         engine = BenchmarkEngine(config, counter=counter)
         in_huge_pages = share_in_huge_pages(os.getpid(), ".packed")
         calls = {batch: _count_calls(engine, batch) for batch in options.batches}
-    machine = in_child(measure_machine, engine.dtype, options.threads)
-    figures = _figures(engine, machine, options)
+    figures, machines = _figures(engine, options)
     engine.close()
     return Run(
         origin=provenance(),
         model=options.shape or options.model,
         dtype=engine.dtype,
         options={name: str(value) for name, value in vars(options).items()},
-        machine=machine,
+        machines=machines,
         figures=figures,
         splits=_splits(config, calls),
         profiles=_profiles(config, options),
@@ -99,24 +98,24 @@ def _count_calls(engine: BenchmarkEngine, batch: int) -> float:
     return engine.decode(batch, _COUNTED_STEPS).num_calls / _COUNTED_STEPS
 
 
-def _figures(engine: BenchmarkEngine, machine: Machine, options: argparse.Namespace) -> list[Figure]:
-    """Repeats go round and round, so that a slow moment of the machine hits all figures alike."""
+def _figures(engine: BenchmarkEngine, options: argparse.Namespace) -> tuple[list[Figure], list[Machine]]:
+    """Repeats go round and round, so that a slow moment of the machine hits all figures alike; before each round the
+    machine itself is measured."""
     prefill: list[Timing] = []
     decode: dict[int, list[Timing]] = {batch: [] for batch in options.batches}
+    machines: list[Machine] = []
     for _ in range(options.repeats):
+        machines.append(machine := in_child(measure_machine, engine.dtype, options.threads))
         duration_s, others_share = undisturbed(lambda: engine.prefill(options.prefill_tokens))
-        prefill.append(Timing(options.prefill_tokens / duration_s, others_share))
+        floor = _prefill_floor(engine, machine, options)
+        prefill.append(Timing(options.prefill_tokens / duration_s, others_share, floor))
         for batch, timings in decode.items():
             decoding, others_share = undisturbed(lambda batch=batch: engine.decode(batch, options.decode_tokens))
-            timings.append(Timing(_tokens_per_s(decoding), others_share))
-    name = f"prefill {options.prefill_tokens}"
-    return [
-        figure_of(name, prefill, _prefill_floor(engine, machine, options)),
-        *(
-            figure_of(f"decode {batch}", timings, _decode_floor(engine, machine, options, batch))
-            for batch, timings in decode.items()
-        ),
-    ]
+            floor = _decode_floor(engine, machine, options, batch)
+            timings.append(Timing(_tokens_per_s(decoding), others_share, floor))
+    figures = [figure_of(f"prefill {options.prefill_tokens}", prefill)]
+    figures += [figure_of(f"decode {batch}", timings) for batch, timings in decode.items()]
+    return figures, machines
 
 
 def _tokens_per_s(decoding: Decoding) -> float:

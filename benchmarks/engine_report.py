@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from engine_runs import Operation
@@ -20,6 +20,7 @@ class Timing:
 
     tokens_per_s: float
     others_share: float  # of the cores, what other processes used meanwhile
+    floor_tokens_per_s: float  # what the machine allowed just before: hosts give more and less within minutes
 
     @property
     def is_disturbed(self) -> bool:
@@ -31,8 +32,9 @@ class Figure:
     """A speed, and the highest that the machine allows."""
 
     name: str
-    tokens_per_s: float  # median of the repeats that nobody disturbed; of all where there is none
+    tokens_per_s: float  # medians, of the repeats that nobody disturbed; of all where there is none
     floor_tokens_per_s: float
+    share: float  # of its own floor, each repeat
     timings: Sequence[Timing]
     is_disturbed: bool  # every repeat was
 
@@ -41,10 +43,13 @@ class Figure:
         return sum(not timing.is_disturbed for timing in self.timings)
 
 
-def figure_of(name: str, timings: Sequence[Timing], floor_tokens_per_s: float) -> Figure:
+def figure_of(name: str, timings: Sequence[Timing]) -> Figure:
     undisturbed = [timing for timing in timings if not timing.is_disturbed]
-    median = statistics.median(timing.tokens_per_s for timing in undisturbed or timings)
-    return Figure(name, median, floor_tokens_per_s, timings, is_disturbed=not undisturbed)
+    counted = undisturbed or timings
+    tokens_per_s = statistics.median(timing.tokens_per_s for timing in counted)
+    floor = statistics.median(timing.floor_tokens_per_s for timing in counted)
+    share = statistics.median(timing.tokens_per_s / timing.floor_tokens_per_s for timing in counted)
+    return Figure(name, tokens_per_s, floor, share, timings, is_disturbed=not undisturbed)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Run:
     model: str
     dtype: str
     options: dict[str, Any]
-    machine: Machine
+    machines: Sequence[Machine]  # before each round of repeats
     figures: Sequence[Figure]
     splits: Sequence[StepSplit]
     profiles: Sequence[Profile]
@@ -110,15 +115,15 @@ class Run:
     weights_in_huge_pages: float | None = None  # share of the packed ones; None where there are none
 
     def title(self) -> str:
-        origin, machine = self.origin, self.machine
+        origin, read, multiplied, others = self.origin, *zip(*map(astuple, self.machines), strict=True)
         return (
             f"{self.model}, {self.dtype}, quantization {self.options['quantization']}, threads "
             f"{self.options['threads']}, {origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; "
-            f"read {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplied {machine.flop_per_s / 1e12:.2f} TFLOP/s"
-            f"{mark(machine.others_share)}; {self.computes_with}; {percent(self.weights_in_huge_pages)} of the packed "
-            "weights in huge pages. Shares of the floor count from this report, comparisons with other "
-            "engines from compare.py's. Operations are those of steps that are not replayed, under clocks in Python: "
-            "their sum is more than the kernels of a replayed step take."
+            f"read {min(read) / 1e9:.1f} to {max(read) / 1e9:.1f} GB/s, multiplied {min(multiplied) / 1e12:.2f} to "
+            f"{max(multiplied) / 1e12:.2f} TFLOP/s{mark(max(others))}; {self.computes_with}; "
+            f"{percent(self.weights_in_huge_pages)} of the packed weights in huge pages. Shares of the floor count "
+            "from this report, comparisons with other engines from compare.py's. Operations are of steps that are not "
+            "replayed, under clocks in Python: in the mean they take more together than the kernels of a replayed step."
         )
 
 
@@ -183,7 +188,7 @@ def _figure_row(figure: Figure) -> tuple[str, ...]:
         name,
         f"{figure.tokens_per_s:,.1f}",
         f"{figure.floor_tokens_per_s:,.0f}",
-        f"{figure.tokens_per_s / figure.floor_tokens_per_s:.1%}",
+        f"{figure.share:.1%}",
         str(len(figure.timings)),
         str(figure.num_undisturbed),
         f"{max(used):.1%}",

@@ -73,7 +73,7 @@ class EngineConfig(_Frozen):
     )
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
-    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step: the chunk of chunked prefill")
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens of one step, of prompts half while some decode")
     max_num_waiting: int = Field(1024, ge=1, description="requests that may queue on one worker; more are refused")
     scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = Field(
         "fcfs", description="who is admitted first and preempted last"

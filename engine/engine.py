@@ -124,6 +124,7 @@ class Engine:
         self._guesses = not isinstance(self._draft_policy, NoDrafts)
         self._guessed: DraftShape | None = None  # by the last step
         self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
+        self._num_untold = 0  # steps that the policy need not be told of, where nothing is guessed or verified
         self._last_end_s: float | None = None  # of the step before, if there has been work ever since
         # A request that fits alone can always finish: whatever else there is gives way to it.
         self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
@@ -237,8 +238,9 @@ class Engine:
     def _note_guesses(self, step: _EndedStep, is_decode_only: bool) -> None:
         """Tell who decides how much to guess what came of it, and what it took."""
         guessed, self._guessed = self._guessed, step.plan.shape
-        if guessed is None and step.plan.shape is None and not self._draft_policy.listens:
-            return  # as in most steps where guessing does not pay
+        if guessed is None and step.plan.shape is None and self._num_untold > 0:
+            self._num_untold -= 1  # as in most steps where guessing does not pay
+            return
         if guessed is not None and self._drafted:
             # Not those that had no guesses, or were cut short, for want of room or because they have just come here:
             # that does not tell how often guesses come true. Where none was found, none did.
@@ -260,14 +262,12 @@ class Engine:
             }
         runs = step.plan.runs
         if is_decode_only and runs:
-            has_deferred = self._draft_policy.may_defer
-            num_caught_up = sum([run.num_deferred for run in runs if not run.defers]) if has_deferred else 0
-            self._draft_policy.note_times(
-                StepTimes(
-                    len(runs), sum([run.num_rows for run in runs]), step.result.verify_s, step.result.draft_s,
-                    step.plan.shape, guessed, num_caught_up, step.outside_s,
-                )
-            )  # fmt: skip
+            done, num_rows, may_defer = step.result, sum([run.num_rows for run in runs]), self._draft_policy.may_defer
+            num_caught_up = sum([run.num_deferred for run in runs if not run.defers]) if may_defer else 0
+            shapes = (step.plan.shape, guessed)
+            self._num_untold = self._draft_policy.note_times(
+                StepTimes(len(runs), num_rows, done.verify_s, done.draft_s, *shapes, num_caught_up, step.outside_s)
+            )
 
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""

@@ -20,7 +20,7 @@ from eagleray.core.request import Request, RequestState
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
 from eagleray.engine.scheduling.policy import ORDERS
-from eagleray.engine.scheduling.shares import even_shares
+from eagleray.engine.scheduling.shares import StepBudget, even_shares, half
 from eagleray.engine.speculation.controller import DraftPolicy, NoDrafts
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 
@@ -135,11 +135,12 @@ class Scheduler:
         shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
-        runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape)
+        budget = StepBudget(self._config.max_num_batched_tokens, has_decoding=bool(lacking_one))
+        runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape, budget)
         swap_in: list[BlockCopy] = []
         if not preempted:
             swap_in = self._bring_back()
-            self._admit(runs, shape)
+            self._admit(runs, shape, budget)
         return StepPlan(tuple(runs), tuple(swap_out), tuple(swap_in), shape)
 
     def runs_that_count(self, plan: StepPlan) -> list[tuple[ScheduledRun, Request]]:
@@ -187,14 +188,14 @@ class Scheduler:
             return []  # as in most steps
         left = max(0, self._config.max_num_batched_tokens - num_decoding)
         begun = [(request, request.num_uncomputed_tokens) for request in lacking_many]
-        enough = (_half(left) if num_decoding else left) - sum(num_tokens for _, num_tokens in begun)
+        enough = (half(left) if num_decoding else left) - sum(num_tokens for _, num_tokens in begun)
         return begun + self._to_admit(enough)
 
     def _rows_for_guesses(self, num_decoding: int, prompts: list[tuple[Request, int]]) -> int:
         """What known tokens leave of the budget: first one of each request that lacks no more, then prompts. Those may
         take half of the rest at most, as guesses may: neither keeps the other waiting for ever."""
         left = max(0, self._config.max_num_batched_tokens - num_decoding)
-        return left - min(sum(num_tokens for _, num_tokens in prompts), _half(left))
+        return left - min(sum(num_tokens for _, num_tokens in prompts), half(left))
 
     def _num_that_begin(self, prompts: list[tuple[Request, int]]) -> int:
         """Requests that will decode after this step, if none does yet: their first guesses are made in it."""
@@ -238,19 +239,18 @@ class Scheduler:
         return request.most_tokens(self._max_model_tokens) - request.num_tokens
 
     def _schedule_running(
-        self, requests: list[Request], shape: DraftShape | None
+        self, requests: list[Request], shape: DraftShape | None, budget: StepBudget
     ) -> tuple[list[ScheduledRun], list[BlockCopy], bool]:
         """(runs, copies to host memory, whether anybody had to give way)."""
         runs: list[ScheduledRun] = []
         swap_out: list[BlockCopy] = []
         preempted = False
-        budget = self._config.max_num_batched_tokens
         for request in requests:
-            if budget == 0 or len(runs) == self._config.max_num_seqs:
+            num_tokens = budget.share(request.num_uncomputed_tokens)
+            if num_tokens == 0 or len(runs) == self._config.max_num_seqs:
                 break
             if request.state in _HAS_GIVEN_WAY:
                 continue  # to an earlier one in this very step
-            num_tokens = min(request.num_uncomputed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_tokens):
                 preempted = True
                 victim = max(self._may_give_way(runs), key=self._order)
@@ -260,7 +260,7 @@ class Scheduler:
             else:
                 run = self._run(request, num_tokens, shape)
                 runs.append(run)
-                budget -= run.num_rows
+                budget.take(run)
         return runs, swap_out, preempted
 
     def _run(self, request: Request, num_tokens: int, shape: DraftShape | None) -> ScheduledRun:
@@ -340,13 +340,12 @@ class Scheduler:
             insort(self._running, request, key=self._order)
         return copies
 
-    def _admit(self, runs: list[ScheduledRun], shape: DraftShape | None) -> None:
+    def _admit(self, runs: list[ScheduledRun], shape: DraftShape | None, budget: StepBudget) -> None:
         """Admit waiting requests in order, while budget, seats and memory for *all* their known tokens last. All their
         blocks are taken at once, so that two half-computed prompts never starve each other."""
         if not self._waiting:
             return  # as in most steps
-        budget = self._config.max_num_batched_tokens - sum(run.num_rows for run in runs)
-        while self._waiting and not self._swapped and budget > 0 and len(self._running) < self._config.max_num_seqs:
+        while self._waiting and not self._swapped and budget.is_left and len(self._running) < self._config.max_num_seqs:
             request = self._waiting[0]
             matched = self._kv.match_prefix(request)
             if self._kv.room_for(request, request.num_tokens + 1, matched) < self._blocks_to_keep_free():
@@ -356,8 +355,8 @@ class Scheduler:
             self._kv.grow(request, request.num_tokens)
             request.move(RequestState.PREFILLING)
             insort(self._running, request, key=self._order)
-            runs.append(self._run(request, min(request.num_uncomputed_tokens, budget), shape))
-            budget -= runs[-1].num_rows
+            runs.append(self._run(request, budget.share(request.num_uncomputed_tokens), shape))
+            budget.take(runs[-1])
 
     def _blocks_to_keep_free(self) -> int:
         """So that running requests can grow for a while; none when there is nobody to grow."""
@@ -373,7 +372,3 @@ class Scheduler:
         self._kv.adopt_prefix(request, matched)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed_tokens, request.spec.num_prompt_tokens)
-
-
-def _half(num_tokens: int) -> int:
-    return -(-num_tokens // 2)

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -75,13 +75,9 @@ class DraftPolicy(Protocol):
         """
         ...
 
-    @property
-    def listens(self) -> bool:
-        """Whether it wants the times of steps in which nothing was guessed or verified: telling takes time itself."""
-        ...
-
-    def note_times(self, times: StepTimes) -> None:
-        """How long a step took that only decoded."""
+    def note_times(self, times: StepTimes) -> int:
+        """How long a step took that only decoded. Returns how many need not be told of after it, as long as nothing is
+        guessed or verified: telling takes time itself."""
         ...
 
 
@@ -89,7 +85,6 @@ class NoDrafts:
     """Implements ``DraftPolicy`` without speculation."""
 
     may_defer = False
-    listens = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         return None
@@ -100,8 +95,8 @@ class NoDrafts:
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         pass
 
-    def note_times(self, times: StepTimes) -> None:
-        pass
+    def note_times(self, times: StepTimes) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,6 @@ class FixedDrafts:
     shape: DraftShape
     has_network: bool = True  # that guesses with KV of its own: for the last known token and for the nodes it expands
     may_defer: bool = False
-    listens: ClassVar = False
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         if num_decoding == 0 or not self.has_network:
@@ -128,8 +122,8 @@ class FixedDrafts:
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         pass
 
-    def note_times(self, times: StepTimes) -> None:
-        pass
+    def note_times(self, times: StepTimes) -> int:
+        return 0
 
 
 class AdaptiveDrafts:
@@ -181,17 +175,13 @@ class AdaptiveDrafts:
     def slots_needed(self, shape: DraftShape) -> int:
         return 1 + shape.num_expanded if self._has_network else 0
 
-    @property
-    def listens(self) -> bool:
-        return not self._is_settled or self._steps_left < _HEARD_OF_THEM
-
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         acceptance = self._options[shape].acceptance
         acceptance.note([count - 1 for count in num_tokens], shape.depth)
         # Of the same requests whose tokens count: another's guesses were cut, or it came too late to be guessed for.
         acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 
-    def note_times(self, times: StepTimes) -> None:
+    def note_times(self, times: StepTimes) -> int:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
         was_verified_for_trial, was_drafted_for_trial, _ = self._trials
         is_first, is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
@@ -215,6 +205,7 @@ class AdaptiveDrafts:
                 self._level_s.note(size, times.draft_s / times.drafted.depth, step)
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
+        return self._steps_left - _HEARD_OF_THEM if self._is_settled else 0
 
     def _count(self, kind: Hashable, like: Hashable) -> tuple[bool, bool]:
         """(Whether it is one of the first of its kind; whether it is measured.)

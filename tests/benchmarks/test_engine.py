@@ -95,19 +95,19 @@ def test_what_a_step_costs_is_told_apart_from_what_each_of_its_sequences_costs()
         StepSplit(32, 0.1, 0.00134, 2800, 0.0),
         StepSplit(2, 0.03, 0.00104, 400, 0.1),
     ]
-    shown = to_markdown(sections(Run(provenance(), "tiny", "bfloat16", {}, Machine(1e9, 1e12), [], splits, [])))
+    shown = to_markdown(sections(Run(provenance(), "tiny", "bfloat16", {}, [Machine(1e9, 1e12)], [], splits, [])))
     assert "| outside, us, batch 2 to 32 (disturbed) | 1,020 | 10 |" in shown
     assert "| calls, batch 2 to 32 | 240 | 80 |" in shown
 
 
 def test_a_figure_is_the_median_of_what_nobody_disturbed_and_marked_where_there_is_none() -> None:
-    timings = [Timing(10.0, 0.01), Timing(1.0, 0.5), Timing(20.0, 0.06)]
-    figure = figure_of("decode 1", timings, floor_tokens_per_s=30.0)
+    timings = [Timing(10.0, 0.01, 20.0), Timing(1.0, 0.5, 30.0), Timing(20.0, 0.06, 40.0)]
+    figure = figure_of("decode 1", timings)
     assert (figure.tokens_per_s, figure.num_undisturbed, figure.is_disturbed) == (15.0, 2, False)
-    disturbed = figure_of("decode 8", [Timing(1.0, 0.5), Timing(3.0, 0.07)], floor_tokens_per_s=4.0)
+    disturbed = figure_of("decode 8", [Timing(1.0, 0.5, 4.0), Timing(3.0, 0.07, 4.0)])
     assert (disturbed.tokens_per_s, disturbed.is_disturbed) == (2.0, True)
     profile = Profile("a step of decode 8", 0.2, 10, {"linear": Operation(0.1, 2e11, 3e9)}, others_share=0.2)
-    run = Run(provenance(), "tiny", "bfloat16", {}, Machine(1e9, 1e12), [figure, disturbed], [], [profile])
+    run = Run(provenance(), "tiny", "bfloat16", {}, [Machine(1e9, 1e12)], [figure, disturbed], [], [profile])
     shown = to_markdown(sections(run))
     assert "| decode 1 | 15.0 | 30 | 50.0% | 3 | 2 | 6.0% |" in shown
     assert "beside kernels" not in shown, "there are no two batches to tell a step from a sequence"

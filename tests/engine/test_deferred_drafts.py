@@ -19,7 +19,6 @@ class Sometimes:
     """Implements ``DraftPolicy``: guesses when it is told to."""
 
     may_defer = True
-    listens = False
 
     def __init__(self) -> None:
         self.guesses = False

@@ -301,7 +301,7 @@ def test_decoding_requests_are_not_kept_waiting_by_a_long_prompt() -> None:
     for _ in range(5):
         outcome = engine.step()
         assert "decoding" in {output.request_id for output in outcome.outputs}
-        assert outcome.num_computed_tokens == 8
+        assert outcome.num_computed_tokens == 1 + 4  # of the long prompt as much as half of a step
 
 
 def test_reservations_leave_room_for_those_that_wait_already() -> None:

@@ -88,7 +88,6 @@ class Asked:
     """Implements ``DraftPolicy``: never guesses, and keeps what it is asked."""
 
     may_defer = False
-    listens = False
 
     def __init__(self) -> None:
         never = NoDrafts()

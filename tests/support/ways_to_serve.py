@@ -63,8 +63,6 @@ def running_engine(
 class SeldomDrafts:
     """Implements ``DraftPolicy``: guesses in two steps of eleven; between them a draft model's KV waits."""
 
-    listens = False
-
     def __init__(self, always: DraftPolicy) -> None:
         self.slots_needed, self.note_acceptance = always.slots_needed, always.note_acceptance
         self.note_times, self.may_defer = always.note_times, always.may_defer

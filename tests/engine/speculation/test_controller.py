@@ -24,6 +24,7 @@ class Engine:
     def __init__(self, policy: AdaptiveDrafts) -> None:
         self.policy = policy
         self.untold: list[Callable[[], None]] = []
+        self.num_untold = 0
 
     def choose(self, num_decoding: int, max_rows: int) -> DraftShape | None:
         shape = self.policy.choose(num_decoding, max_rows)
@@ -39,8 +40,10 @@ class Engine:
         self.untold.append(partial(self._tell_times, times))
 
     def _tell_times(self, times: StepTimes) -> None:
-        if times.drafted or times.verified or self.policy.listens:
-            self.policy.note_times(times)
+        if self.num_untold > 0 and not (times.drafted or times.verified):
+            self.num_untold -= 1
+        else:
+            self.num_untold = self.policy.note_times(times)
 
 
 def adaptive(shapes: Sequence[DraftShape], has_network: bool = True) -> Engine:
