@@ -125,8 +125,10 @@ def ask_vllm(
         told = json.loads(done.stdout)
     except OSError as error:
         raise PeerError(f"--vllm-python {options.vllm_python}: {error.strerror}") from None
-    except subprocess.SubprocessError as error:
-        last_words = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        raise PeerError(f"vLLM did not answer within {_PEER_TIMEOUT_S:g} s") from None
+    except subprocess.CalledProcessError as error:
+        last_words = error.stderr.strip().rpartition("\n")[2]
         raise PeerError(f"vLLM did not answer: {last_words or error}") from None
     return Answered(f"vllm {told['version']}", speculation is not None, told["answers"], _acceptance(told["guesses"]))
 

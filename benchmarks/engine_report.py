@@ -20,7 +20,7 @@ class Timing:
 
     tokens_per_s: float
     others_share: float  # of the cores, what other processes used meanwhile
-    floor_tokens_per_s: float  # what the machine allowed just before: hosts give more and less within minutes
+    floor_tokens_per_s: float  # what the machine allowed before its round: hosts give more and less within minutes
 
     @property
     def is_disturbed(self) -> bool:
@@ -149,9 +149,9 @@ def sections(run: Run) -> list[Section]:
                 "kernels, ms",
                 "outside, ms",
                 "share",
-                "of it the loop",
-                "hand-over to the thread",
-                "executor",
+                "the loop, ms",
+                "hand-over to the thread, ms",
+                "executor, ms",
                 "calls",
                 "others",
             ),

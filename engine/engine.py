@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from eagleray.core.acceptance import Acceptance, total_acceptance
+from eagleray.core.acceptance import Acceptance
 from eagleray.core.block_hash import CachedBlock, HashNamespace
 from eagleray.core.clock import Clock
 from eagleray.core.config import EngineConfig
@@ -26,8 +26,8 @@ from eagleray.engine.outputs import NewTokens, RequestOutputs, TextStreamFactory
 from eagleray.engine.scheduling.kv_manager import KVManager
 from eagleray.engine.scheduling.plan import Executor, ScheduledRun, StepHandle, StepPlan, StepResult
 from eagleray.engine.scheduling.scheduler import Scheduler
-from eagleray.engine.speculation.controller import DraftPolicy, NoDrafts, StepTimes
-from eagleray.engine.speculation.tree import DraftShape
+from eagleray.engine.speculation.accounts import GuessAccounts, acceptances_of
+from eagleray.engine.speculation.controller import DraftPolicy, NoDrafts
 
 
 class EngineExecutor(Executor, Protocol):
@@ -122,9 +122,7 @@ class Engine:
         )
         self._draft_policy = draft_policy or NoDrafts()
         self._guesses = not isinstance(self._draft_policy, NoDrafts)
-        self._guessed: DraftShape | None = None  # by the last step
-        self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
-        self._num_untold = 0  # steps that the policy need not be told of, where nothing is guessed or verified
+        self._accounts = GuessAccounts(self._draft_policy)
         self._last_end_s: float | None = None  # of the step before, if there has been work ever since
         # A request that fits alone can always finish: whatever else there is gives way to it.
         self.max_model_tokens = min(executor.max_model_tokens, executor.num_blocks * block_size)
@@ -235,40 +233,6 @@ class Engine:
             return 0.0
         return max(0.0, self._last_end_s - last_end_s - result.verify_s - result.draft_s)
 
-    def _note_guesses(self, step: _EndedStep, is_decode_only: bool) -> None:
-        """Tell who decides how much to guess what came of it, and what it took."""
-        guessed, self._guessed = self._guessed, step.plan.shape
-        if guessed is None and step.plan.shape is None and self._num_untold > 0:
-            self._num_untold -= 1  # as in most steps where guessing does not pay
-            return
-        if guessed is not None and self._drafted:
-            # Not those that had no guesses, or were cut short, for want of room or because they have just come here:
-            # that does not tell how often guesses come true. Where none was found, none did.
-            counts = [
-                (len(run.run.draft or ()), len(run.new.sampled))
-                for run in step.runs
-                if run.new is not None and self._drafted.get(run.request.request_id) == len(run.run.draft or ())
-            ]
-            if counts:
-                num_guesses, gained = zip(*counts, strict=True)
-                self._draft_policy.note_acceptance(guessed, sum(num_guesses), gained)
-        self._drafted = {}
-        if self._guessed is not None:
-            drafts = step.result.drafts
-            self._drafted = {
-                run.run.spec.request_id: len(drafts.get(run.run.spec.request_id, ()))
-                for run in step.runs
-                if run.run.may_draft
-            }
-        runs = step.plan.runs
-        if is_decode_only and runs:
-            done, num_rows, may_defer = step.result, sum([run.num_rows for run in runs]), self._draft_policy.may_defer
-            num_caught_up = sum([run.num_deferred for run in runs if not run.defers]) if may_defer else 0
-            shapes = (step.plan.shape, guessed)
-            self._num_untold = self._draft_policy.note_times(
-                StepTimes(len(runs), num_rows, done.verify_s, done.draft_s, *shapes, num_caught_up, step.outside_s)
-            )
-
     def _append(self, run: ScheduledRun, request: Request, result: StepResult) -> _ComputedRun:
         """Take what a run sampled into its request."""
         request_id = request.request_id
@@ -294,12 +258,13 @@ class Engine:
         outcome = StepOutcome(num_computed_tokens=step.plan.num_tokens, decode_only=step.plan.is_decode_only)
         acceptances: Sequence[Acceptance | None] = [None] * len(step.runs)
         if self._guesses:
-            acceptances, outcome.acceptance = _acceptances([computed.run for computed in step.runs], step.result)
+            acceptances, outcome.acceptance = acceptances_of([computed.run for computed in step.runs], step.result)
         for computed, acceptance in zip(step.runs, acceptances, strict=True):
             if self._outputs.get(computed.request.request_id) is computed.outputs:  # else it was aborted meanwhile
                 self._report_run(computed, acceptance, step.result, outcome)
         if self._guesses:
-            self._note_guesses(step, outcome.decode_only)
+            counted = [(each.run, len(each.new.sampled) if each.new is not None else 0) for each in step.runs]
+            self._accounts.note(step.plan, step.result, counted, step.outside_s)
         return outcome
 
     def _report_run(
@@ -369,32 +334,3 @@ class Engine:
     def _follow(self, request: Request) -> None:
         outputs = RequestOutputs(request, self._new_text_stream(request.spec), self._clock, self.max_model_tokens)
         self._outputs[request.request_id] = self._unscheduled[request.request_id] = outputs
-
-
-def _acceptances(
-    runs: Sequence[ScheduledRun], result: StepResult
-) -> tuple[Sequence[Acceptance | None], Acceptance | None]:
-    """What came of guesses as they were verified, whatever requests took of them: (of each run, None unless it decoded;
-    of the step, whose time they share)."""
-    verify_s, draft_s = result.verify_s, result.draft_s
-    without = Acceptance(num_steps=1, verify_s=verify_s, draft_s=draft_s)  # of whoever has no guesses
-    if len(runs) == 1 and runs[0].draft is None:  # what a small model's steps are, who have no time for more
-        part = without if runs[0].samples and runs[0].num_tokens == 1 else None
-        return (part,), part
-    parts: list[Acceptance | None] = []
-    guessed: list[Acceptance] = []
-    num_without = 0
-    for run in runs:
-        if not run.samples or run.num_tokens > 1:
-            parts.append(None)
-        elif run.draft is None:
-            parts.append(without)
-            num_without += 1
-        else:
-            num_accepted = len(result.sampled[run.spec.request_id]) - 1
-            guessed.append(Acceptance.of_step(len(run.draft), max(run.draft.depths), num_accepted, verify_s, draft_s))
-            parts.append(guessed[-1])
-    if not guessed:
-        return parts, msgspec.structs.replace(without, num_steps=num_without) if num_without else None
-    total = total_acceptance([Acceptance(num_steps=num_without), *guessed])
-    return parts, None if total is None else msgspec.structs.replace(total, verify_s=verify_s, draft_s=draft_s)

@@ -135,7 +135,9 @@ class Scheduler:
         shape = self._draft_policy.choose(num_decoding, num_decoding + rows_for_guesses)
         self._share_out(lacking_one, rows_for_guesses)
         self._may_defer = self._draft_policy.may_defer and not self._has_deferred_enough()
-        budget = StepBudget(self._config.max_num_batched_tokens, has_decoding=bool(lacking_one))
+        # Who is to be handed over after its prompt waits for no tokens here.
+        has_decoding = any(request.output_limit is None for request in lacking_one)
+        budget = StepBudget(self._config.max_num_batched_tokens, has_decoding)
         runs, swap_out, preempted = self._schedule_running(lacking_one + lacking_many, shape, budget)
         swap_in: list[BlockCopy] = []
         if not preempted:

@@ -22,9 +22,9 @@ def half(num_tokens: int) -> int:
 
 
 class StepBudget:
-    """Rows that a step has left. While some decode, prompts get half of them at most: a step that computes a whole
-    chunk takes many times as long as one that decodes, and all who have begun wait for it. Requests that came together
-    so end further apart, and prompts that come after them wait for fewer others."""
+    """Rows that a step has left. While some decode, prompts get half of them at most: then requests that came together
+    end further apart, and prompts that come after them wait for fewer others
+    (docs/decisions/0025-half-of-a-step-for-prompts.md)."""
 
     def __init__(self, num_rows: int, has_decoding: bool) -> None:
         self._left = num_rows
@@ -32,14 +32,14 @@ class StepBudget:
 
     @property
     def is_left(self) -> bool:
-        """For whoever lacks many tokens."""
+        """For whoever is to begin."""
         return self._left > 0 and self._left_for_prompts > 0
 
     def share(self, num_missing: int) -> int:
-        """Tokens to compute of those that a request lacks."""
+        """Tokens to compute of those that a request lacks; who lacks one alone waits for it, and is no prompt."""
         return min(1, self._left) if num_missing == 1 else min(num_missing, self._left, self._left_for_prompts)
 
     def take(self, run: ScheduledRun) -> None:
         self._left -= run.num_rows
-        if run.num_tokens > 1:
+        if run.num_tokens > 1 or not run.samples:  # also the one token of a prompt for which there was room
             self._left_for_prompts -= run.num_tokens

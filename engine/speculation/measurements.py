@@ -102,10 +102,12 @@ class Costs:
                 continue
             self._seconds[size] = new = quantile([value for value, _ in measured], _LOW)
             self._num_told[size] = len(measured)
+            newest_step = measured[-1][1]
             for smaller in self._sizes[: bisect_left(self._sizes, size)]:
                 if self._seconds.get(smaller, 0.0) > _OUT_OF_ORDER * new:  # faster since then: fewer take no longer
                     self._seconds[smaller] = _OUT_OF_ORDER * new
-                    self._measured[smaller].clear()
+                    later = [each for each in self._measured[smaller] if each[1] > newest_step]
+                    self._measured[smaller] = deque(later, maxlen=_MEASUREMENTS)
                     self._num_told[smaller] = len(measured)
         self._unread.clear()
 
@@ -115,6 +117,8 @@ class Costs:
 
     def is_disturbed(self, size: int) -> bool:
         """Whether measurements of one size say very different things."""
+        if self._unread:
+            self._read()
         values = [value for value, _ in self._measured.get(size_class(size), ())]
         return len(values) > 4 and quantile(values, 1 - _LOW) > 2 * quantile(values, _LOW)
 

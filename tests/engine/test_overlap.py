@@ -124,8 +124,9 @@ def test_what_guesses_brought_and_took_is_told_while_the_next_step_computes(exec
         def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
             told.append(("acceptance", executor.num_begun))
 
-        def note_times(self, times: StepTimes) -> None:
+        def note_times(self, times: StepTimes) -> int:
             told.append(("times", executor.num_begun))
+            return 0
 
     policy = Policy([DraftShape(1)], has_network=True)
     new_text = lambda spec: OutputText(TOKENIZER, spec.sampling, PROMPT)  # noqa: E731

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 from served_requests import BLOCK_SIZE_TOKENS, NUM_NEW_TOKENS, Checkpoints, Records, Served, Tokens, specs
 
 from eagleray.cluster.local import LocalCluster
@@ -83,8 +84,12 @@ class EvenTimes:
         self.choose, self.may_defer = controller.choose, controller.may_defer
         self._controller = controller
 
-    def note_times(self, times: StepTimes) -> None:
-        self._controller.note_times(replace(times, verify_s=1e-3, draft_s=1e-4, outside_s=0.0))
+    def note_times(self, times: StepTimes) -> int:
+        return self._controller.note_times(even(times))
+
+
+def even(times: StepTimes) -> StepTimes:
+    return msgspec.structs.replace(times, verify_s=1e-3, draft_s=1e-4, outside_s=0.0)
 
 
 def new_text(spec: RequestSpec) -> OutputText:

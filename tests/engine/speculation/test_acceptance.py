@@ -101,8 +101,9 @@ class Following:
         self.num_guesses.append(num_guesses)
         self.gained.append(list(num_tokens))
 
-    def note_times(self, times: StepTimes) -> None:
+    def note_times(self, times: StepTimes) -> int:
         self.times.append(times)
+        return 0
 
 
 def engine_with(
