@@ -24,7 +24,7 @@ from eagleray.engine.speculation.tree import DraftShape
 
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
-_MOST_PATIENCE: Final = 4  # so many times as long until the next trial of what has lost several in a row
+_MOST_PATIENCE: Final = 8  # so many times as long until the next trial of what has lost several in a row
 _STEPS_OF_TRIAL: Final = 2  # the first one may have to bring a network up to date before it can guess
 _ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
