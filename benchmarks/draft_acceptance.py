@@ -164,19 +164,24 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("chats", type=Path, help="JSON lines with messages")
-    parser.add_argument("--model", default="demo", help="folder of the model, or demo")
-    parser.add_argument("--draft", default="demo", help="folder of the head, or demo")
+    add_shared_arguments(parser, num_chats=256)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
     rules = ("target_token", "rejection")
     parser.add_argument("--verification", choices=rules, default=rules[0], help="rule; see operations.md")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7], metavar="T")
-    parser.add_argument("--num-chats", type=int, default=256, metavar="N", help="of the file, from its beginning")
+    return parser
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, num_chats: int) -> None:
+    """Of all programs that count what comes of a head's guesses."""
+    parser.add_argument("chats", type=Path, help="JSON lines with messages")
+    parser.add_argument("--model", default="demo", help="folder of the model, or demo")
+    parser.add_argument("--draft", default="demo", help="folder of the head, or demo")
+    parser.add_argument("--num-chats", type=int, default=num_chats, metavar="N", help="of the file, from its beginning")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each answer")
     parser.add_argument("--num-threads", type=int, default=1, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was counted")
     parser.add_argument("--markdown", action="store_true", help="print Markdown, for pasting into results/")
-    return parser
 
 
 if __name__ == "__main__":

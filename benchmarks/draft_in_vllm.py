@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 from contenders import vllm_environment
-from draft_acceptance import counted_steps, read_questions
+from draft_acceptance import add_shared_arguments, counted_steps, read_questions
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
 from rich.console import Console
@@ -223,17 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("chats", type=Path, help="JSON lines with messages")
+    add_shared_arguments(parser, num_chats=64)
     parser.add_argument("--vllm-python", type=Path, required=True, metavar="PYTHON", help="of an environment with vLLM")
-    parser.add_argument("--model", default="demo", help="folder of the model, or demo")
-    parser.add_argument("--draft", default="demo", help="folder of the head, or demo")
     parser.add_argument("--num-guesses", type=int, default=3, metavar="N", help="of a chain")
     parser.add_argument("--dtype", default="float32", help="of the model, in both engines")
-    parser.add_argument("--num-chats", type=int, default=64, metavar="N", help="of the file, from its beginning")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each answer")
-    parser.add_argument("--num-threads", type=int, default=1, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was counted")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown, for pasting into results/")
     return parser
 
 

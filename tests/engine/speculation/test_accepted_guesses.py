@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from agreeing_draft import STRIDE, save_agreeable_target, save_agreeing_draft
+from watching import watched
 
 from eagleray import LLM, SamplingParams
 from eagleray.core.acceptance import Acceptance, total_acceptance
@@ -69,21 +69,6 @@ def plain(folder: Path) -> LLM:
 @pytest.fixture(scope="module", params=METHODS)
 def guessing(folder: Path, request: pytest.FixtureRequest) -> LLM:
     return new_llm(folder, METHODS[request.param])
-
-
-@contextmanager
-def watched(llm: LLM) -> Iterator[list[StepOutcome]]:
-    """What its steps bring."""
-    outcomes: list[StepOutcome] = []
-    take_step = llm.engine.step
-
-    def watched_step() -> StepOutcome:
-        outcomes.append(take_step())
-        return outcomes[-1]
-
-    llm.engine.step = watched_step  # type: ignore[method-assign]
-    yield outcomes
-    llm.engine.step = take_step  # type: ignore[method-assign]
 
 
 def answer(llm: LLM, sampling: SamplingParams) -> CompletionOutput:

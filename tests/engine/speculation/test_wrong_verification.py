@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from agreeing_draft import save_agreeable_target, save_agreeing_draft
+from watching import watched
 
 from eagleray import LLM, SamplingParams
 from eagleray.core.acceptance import Acceptance, total_acceptance
@@ -60,20 +61,12 @@ def new_llm(folder: Path, method: dict[str, Any] | None) -> LLM:
 
 def answers_of(llm: LLM) -> tuple[dict[str, list[list[int]]], Acceptance]:
     """(Tokens by way to sample, what came of the guesses)."""
-    steps: list[Acceptance | None] = []
-    take_step = llm.engine.step
-
-    def watched_step() -> Any:
-        outcome = take_step()
-        steps.append(outcome.acceptance)
-        return outcome
-
-    llm.engine.step = watched_step  # type: ignore[method-assign]
     samplings = [SamplingParams(max_tokens=40, ignore_eos=True, **fields) for fields in SAMPLING.values()]
-    outputs = llm.generate(PROMPTS * len(samplings), [sampling for sampling in samplings for _ in PROMPTS])
-    llm.engine.step = take_step  # type: ignore[method-assign]
+    with watched(llm) as outcomes:
+        outputs = llm.generate(PROMPTS * len(samplings), [sampling for sampling in samplings for _ in PROMPTS])
     tokens = iter([output.outputs[0].token_ids for output in outputs])
-    return {name: [next(tokens) for _ in PROMPTS] for name in SAMPLING}, total_acceptance(steps) or Acceptance()
+    acceptance = total_acceptance(outcome.acceptance for outcome in outcomes) or Acceptance()
+    return {name: [next(tokens) for _ in PROMPTS] for name in SAMPLING}, acceptance
 
 
 @pytest.fixture(scope="module")
