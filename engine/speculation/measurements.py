@@ -12,12 +12,15 @@ from typing import Final
 _SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
 _MEASUREMENTS: Final = 25  # of one kind that count
 _LOW: Final = 0.15  # of them lie below what counts: other programs disturb many steps, and none to the better
-_OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
+_OLD_STEPS: Final = 150  # what is older counts no more, where three measurements are younger
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
+_OF_LATE: Final = 12  # steps that tell how fast the machine is
+_SLOWER: Final = 1.1  # by less it is noise
+_MOST_SLOWNESS: Final = 3.0
 _MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
 
@@ -70,6 +73,22 @@ class FirstTimes:
     def is_paid_for(self, count: int, paid_s: float) -> bool:
         """Whether trials may cause so many more, where all of theirs together may take ``paid_s``."""
         return count == 0 or not self._beyond_s or (self._num_in_trials + count) * fmean(self._beyond_s) <= paid_s
+
+
+class Pace:
+    """How many times as long as before all steps take: what slows a machine down for a while slows down every kind of
+    step, and only those of one kind are there to show it. Thought to be the same until steps differ clearly from it."""
+
+    def __init__(self) -> None:
+        self._latest = deque([1.0] * _OF_LATE, maxlen=_OF_LATE)
+        self.slowness = 1.0
+
+    def note(self, ratio: float) -> None:
+        """A step took so many times as long as those of its kind."""
+        self._latest.append(ratio)
+        new = min(max(1 / _MOST_SLOWNESS, quantile(self._latest, _LOW)), _MOST_SLOWNESS)
+        if not self.slowness / _SLOWER < new < self.slowness * _SLOWER:
+            self.slowness = new
 
 
 class Costs:
