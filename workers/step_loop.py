@@ -16,12 +16,14 @@ Command = Callable[[Engine], None]
 # After something was done the thread looks up once more, to tell what has become of it. Then it sleeps until it is
 # called: on a quiet machine a thread that was asleep needs most of a millisecond for a look.
 LAST_LOOK_S: Final = 0.1
+LONG_IDLE_S: Final = 5.0
 
 
 class StepLoop:
     """Runs the engine's loop while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
     thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more.
-    ``on_tick`` returns False while there is something left to tell later."""
+    ``on_tick`` returns False while there is something left to tell later. ``on_long_idle()`` is called once after the
+    start and after work when nothing has come for a while."""
 
     def __init__(
         self,
@@ -30,16 +32,19 @@ class StepLoop:
         on_step: Callable[[StepOutcome, float], None],
         on_tick: Callable[[], bool],
         on_failure: Callable[[BaseException], None],
+        on_long_idle: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._on_step, self._on_tick, self._on_failure = on_step, on_tick, on_failure
+        self._on_long_idle = on_long_idle
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._step_start_s = clock.now_s()
         self._turn_start_s: float | None = None  # None: the thread waits for something to do
         self._is_idle = True  # nothing is being computed
         self._has_settled = True  # and nothing is left to tell
+        self._has_worked = True  # since it was idle for long
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
 
     @property
@@ -88,6 +93,7 @@ class StepLoop:
         finally:
             outcome = self._engine.report()
             if outcome is not None:
+                self._has_worked = True
                 self._on_step(outcome, step_s)
         self._has_settled = self._on_tick() and was_idle and not has_commands
 
@@ -106,6 +112,13 @@ class StepLoop:
     def _next_command(self) -> Command:
         self._turn_start_s = None
         try:
-            return self._commands.get(timeout=None if self._has_settled else LAST_LOOK_S)
+            if not self._has_settled:
+                return self._commands.get(timeout=LAST_LOOK_S)
+            if self._has_worked:
+                with contextlib.suppress(queue.Empty):
+                    return self._commands.get(timeout=LONG_IDLE_S)
+                self._has_worked = False
+                self._on_long_idle()
+            return self._commands.get()
         finally:
             self._turn_start_s = self._clock.now_s()

@@ -31,6 +31,7 @@ from eagleray.core.messages import (
 from eagleray.core.request import RequestState
 from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.engine.engine import Engine, StepOutcome
+from eagleray.engine.execution.host_memory import give_back_freed_memory
 from eagleray.workers.cache_announcer import CacheAnnouncer
 from eagleray.workers.channel import HEARTBEAT_INTERVAL_S, Channel
 from eagleray.workers.hand_over import HandOver, Schedule
@@ -77,7 +78,9 @@ class Worker:
         self._last_snapshot_s = -SNAPSHOT_INTERVAL_S
         self._num_snapshots = 0
         self.failure: BaseException | None = None
-        self._loop = StepLoop(engine, clock, self._stepped, self._ticked, self._failed)
+        self._loop = StepLoop(
+            engine, clock, self._stepped, self._ticked, self._failed, on_long_idle=give_back_freed_memory
+        )
         self._hand_over = new_hand_over(self._loop.call)
         self._channel = Channel(self, host)
         announcer = CacheAnnouncer(self._channel.broadcast)

@@ -120,3 +120,16 @@ def test_a_worker_does_not_import_transformers_nor_the_http_front() -> None:
         "sys.exit(bool({'transformers', 'eagleray.api.app'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_worker_does_not_import_what_torch_has_for_compilers_until_something_asks_for_it() -> None:
+    script = """
+import sys
+from eagleray.cluster.deferred_import import defer_import
+defer_import("torch._meta_registrations")
+import eagleray.cluster.worker_process, torch
+assert "torch._refs" not in sys.modules
+assert torch._meta_registrations.register_meta
+assert "torch._refs" in sys.modules and sys.modules["torch._meta_registrations"].__file__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

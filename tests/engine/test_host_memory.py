@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,21 @@ def test_the_first_version_of_control_groups_counts_too(proc: Path, tmp_path: Pa
 
 def test_nothing_is_known_where_nothing_tells(tmp_path: Path) -> None:
     assert available_host_bytes(tmp_path, tmp_path) is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_was_freed_and_kept_is_given_back_when_it_is_asked_for() -> None:
+    script = """
+from eagleray.engine.execution.host_memory import give_back_freed_memory, keep_freed_memory
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+keep_freed_memory()
+buffers = [bytearray(2**20) for _ in range(64)]
+peak = resident_mib()
+del buffers
+kept = resident_mib()
+give_back_freed_memory()
+assert peak - kept < 8, (peak, kept)
+assert kept - resident_mib() > 48, (kept, resident_mib())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -64,13 +64,16 @@ class Bench:
         self.executor = GatedExecutor()
         self.num_ticks = 0
         self.num_untold = 0  # ticks that do not tell all
+        self.num_idles = 0
         engine = Engine(
             self.executor, EngineConfig(), SystemClock(), lambda spec: OutputText(TOKENIZER, spec.sampling, ())
         )
         self.told: list[object] = []  # positions of tokens, and failures, in order
         self.failed = threading.Event()
         self.changed = threading.Condition()
-        self.loop = StepLoop(engine, clock or SystemClock(), self._on_step, self._on_tick, self._on_failure)
+        self.loop = StepLoop(
+            engine, clock or SystemClock(), self._on_step, self._on_tick, self._on_failure, self._on_long_idle
+        )
 
     def _on_step(self, outcome: StepOutcome, step_s: float) -> None:
         assert step_s >= 0
@@ -83,6 +86,11 @@ class Bench:
             self.num_ticks += 1
             self.changed.notify_all()
             return self.num_ticks > self.num_untold
+
+    def _on_long_idle(self) -> None:
+        with self.changed:
+            self.num_idles += 1
+            self.changed.notify_all()
 
     def _on_failure(self, error: BaseException) -> None:
         self.told.append(error)
@@ -179,4 +187,20 @@ def test_the_thread_looks_up_until_everything_is_told_and_then_sleeps(monkeypatc
     ticks_when_called: queue.SimpleQueue[int] = queue.SimpleQueue()
     bench.loop.call(lambda engine: ticks_when_called.put(bench.num_ticks))
     assert ticks_when_called.get(timeout=DEADLINE_S) == 6
+    bench.loop.stop(DEADLINE_S)
+
+
+def test_that_it_is_idle_is_told_once_after_the_start_and_once_after_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "LAST_LOOK_S", 0.0)
+    monkeypatch.setattr(step_loop, "LONG_IDLE_S", 0.0)
+    bench = Bench()
+    bench.executor.gate.set()
+    bench.loop.start()
+    bench.until(lambda: bench.num_idles == 1)
+    num_ticks = bench.num_ticks
+    bench.loop.call(lambda engine: None)
+    bench.until(lambda: bench.num_ticks >= num_ticks + 2)  # after the command, and once more
+    bench.loop.call(add)
+    bench.until(lambda: bench.num_idles == 2)
+    assert bench.told == [0, 1, 2, 3]
     bench.loop.stop(DEADLINE_S)
