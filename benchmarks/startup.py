@@ -34,6 +34,8 @@ from provenance import Provenance, provenance
 from report import Section, to_markdown
 from safetensors.torch import save_file
 
+from eagleray.workers.step_loop import LONG_IDLE_S
+
 READY_DEADLINE_S: Final = 300.0
 STOP_DEADLINE_S: Final = 60.0
 ANSWER_DEADLINE_S: Final = 240.0
@@ -79,6 +81,7 @@ class Start:
     ready_s: float  # from the command to the line that says so
     idle: list[ProcessMemory]
     used: list[ProcessMemory]  # after it has answered
+    rested: list[ProcessMemory]  # and when it has been idle for some time after that
     others_share: float  # of the cores, what other processes used until then
     planned_bytes: float = 0.0  # that the service has said it needs at most; 0: it has not
 
@@ -130,7 +133,7 @@ def undisturbed_start(serve: Sequence[str]) -> Start:
 
 
 def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
-    """Start, look, ask, look again, stop. The attempt ends before: what processes used is not known of all of them when
+    """Start, look, ask, look again, wait, look once more, stop. The attempt ends before: what processes used is not known of all of them when
     they are gone."""
     start_s = time.monotonic()
     process = subprocess.Popen(
@@ -146,7 +149,9 @@ def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
         idle = list(memory_below(process.pid))
         _ask(address, model)
         used = list(memory_below(process.pid))
-        return Start(phases_of(lines), ready_s, idle, used, attempt.end(), planned_bytes_of(lines))
+        time.sleep(LONG_IDLE_S + 2.0)
+        rested = list(memory_below(process.pid))
+        return Start(phases_of(lines), ready_s, idle, used, rested, attempt.end(), planned_bytes_of(lines))
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=STOP_DEADLINE_S)
@@ -265,11 +270,12 @@ def render(origin: Provenance, starts: Sequence[Start]) -> str:
         "files of torch", "files of Ray", "other files",
     )  # fmt: skip
     tables = [Section(("phase, median of starts", f"s ({len(starts)} starts)"), rows)]
-    both = (("when ready", starts[-1].idle), ("after answers", starts[-1].used))
-    sums = [_mebibytes(sum(memory.proportional_bytes for memory in memories)) for _, memories in both]
-    header_of_plan = ("all processes, MiB", "planned", *(f"proportional {when}" for when, _ in both))
-    tables.append(Section(header_of_plan, [("together", _mebibytes(starts[-1].planned_bytes), *sums)]))
-    for when, memories in both:
+    last = starts[-1]
+    all_times = (("when ready", last.idle), ("after answers", last.used), ("idle again", last.rested))
+    sums = [_mebibytes(sum(memory.proportional_bytes for memory in memories)) for _, memories in all_times]
+    header_of_plan = ("all processes, MiB", "planned", *(f"proportional {when}" for when, _ in all_times))
+    tables.append(Section(header_of_plan, [("together", _mebibytes(last.planned_bytes), *sums)]))
+    for when, memories in all_times:
         tables.append(Section((f"{header[0]}, MiB {when}", *header[1:]), [_row(memory) for memory in memories]))
     return f"{title}\n\n{to_markdown(tables)}"
 

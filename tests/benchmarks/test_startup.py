@@ -37,6 +37,6 @@ def test_memory_of_a_process_is_read_from_the_kernel() -> None:
 
 
 def test_what_others_used_during_the_starts_is_in_the_title() -> None:
-    starts = [startup.Start({}, 1.0, [], [], share) for share in (0.01, 0.3, 0.02)]
+    starts = [startup.Start({}, 1.0, [], [], [], share) for share in (0.01, 0.3, 0.02)]
     title = startup.render(provenance(), starts).splitlines()[0]
     assert title.endswith("others used at most 30.0% of the cores (disturbed)")
