@@ -133,8 +133,8 @@ def undisturbed_start(serve: Sequence[str]) -> Start:
 
 
 def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
-    """Start, look, ask, look again, wait, look once more, stop. The attempt ends before: what processes used is not known of all of them when
-    they are gone."""
+    """Start, look, ask, look again, wait, look once more, stop. The attempt ends before: what processes used is not
+    known of all of them when they are gone."""
     start_s = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", *serve],
