@@ -18,6 +18,8 @@ class GuessAccounts:
     def __init__(self, policy: DraftPolicy) -> None:
         self._policy = policy
         self._guessed: DraftShape | None = None  # by the last step
+        self._verified: DraftShape | None = None  # by the last one: what the one before it had guessed
+        self._was_decode_only = False
         self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
         self._num_untold = 0  # plain steps that the policy need not be told of
         self._untold_size = 0  # of so many requests each
@@ -29,6 +31,8 @@ class GuessAccounts:
         what the step took besides computing and guessing."""
         guessed, self._guessed = self._guessed, plan.shape
         is_decode_only = bool(plan.runs) and plan.is_decode_only
+        is_like_the_last = self._was_decode_only and guessed == self._verified
+        self._verified, self._was_decode_only = guessed, is_decode_only
         is_plain = is_decode_only and guessed is None and plan.shape is None
         if is_plain and self._num_untold > 0 and len(plan.runs) == self._untold_size:
             self._num_untold -= 1  # as in most steps where guessing does not pay
@@ -44,7 +48,7 @@ class GuessAccounts:
             }
         if is_decode_only:
             self._untold_size = len(plan.runs)
-            self._num_untold = self._policy.note_times(self._times(plan, result, guessed, outside_s))
+            self._num_untold = self._policy.note_times(self._times(plan, result, guessed, outside_s, is_like_the_last))
 
     def _note_acceptance(self, guessed: DraftShape, counted: Sequence[tuple[ScheduledRun, int]]) -> None:
         """Not of those that had no guesses, or were cut short, for want of room or because they have just come here:
@@ -58,13 +62,29 @@ class GuessAccounts:
             num_guesses, gained = zip(*counts, strict=True)
             self._policy.note_acceptance(guessed, sum(num_guesses), gained)
 
-    def _times(self, plan: StepPlan, result: StepResult, guessed: DraftShape | None, outside_s: float) -> StepTimes:
+    def _times(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        guessed: DraftShape | None,
+        outside_s: float,
+        is_like_the_last: bool,
+    ) -> StepTimes:
         num_caught_up = 0
         if self._policy.may_defer:
             num_caught_up = sum([run.num_deferred for run in plan.runs if not run.defers])
         num_rows = sum([run.num_rows for run in plan.runs])
-        times = (result.verify_s, result.draft_s)
-        return StepTimes(len(plan.runs), num_rows, *times, plan.shape, guessed, num_caught_up, outside_s)
+        return StepTimes(
+            len(plan.runs),
+            num_rows,
+            result.verify_s,
+            result.draft_s,
+            plan.shape,
+            guessed,
+            num_caught_up,
+            outside_s,
+            is_like_the_last,
+        )
 
 
 def acceptances_of(

@@ -25,7 +25,7 @@ from eagleray.engine.speculation.tree import DraftShape
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 8  # so many times as long until the next trial of what has lost several in a row
-_STEPS_BEFORE: Final = 2  # a trial's first is measured: what was guessed before is verified, and caches are cold
+_STEPS_BEFORE: Final = 2  # the first of a trial that is measured: they verify what was guessed before, and are unlike
 _ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
@@ -49,6 +49,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     verified: DraftShape | None = None  # what the one before did
     num_caught_up: int = 0  # tokens of earlier steps that the network took in beside the newest ones
     outside_s: float = 0.0  # beside both: scheduling, taking tokens in, waiting for cores; more where more is verified
+    is_like_the_last: bool = True  # the step before only decoded as well, and verified what the same shape had guessed
 
 
 class DraftPolicy(Protocol):
@@ -140,10 +141,9 @@ class AdaptiveDrafts:
         self._verify_s = Costs()  # by rows; with all that a step takes but guessing
         self._level_s = Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
-        self._pace = Pace()  # all costs are as if the machine were always as fast
+        self._pace = Pace()
         self._enough = 1  # measurements to be believed
         self._first_times = FirstTimes()
-        self._last_verified: DraftShape | None = None
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
         self._num_steps = self._num_decoding = self._max_rows = 0  # with those of the latest step
@@ -185,34 +185,39 @@ class AdaptiveDrafts:
 
     def note_times(self, times: StepTimes) -> int:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
-        is_like_the_last, self._last_verified = times.verified == self._last_verified, times.verified
-        if is_like_the_last and self._verify_s.is_well_known(times.num_rows):
-            self._pace.note(verify_s / self._verify_s.at(times.num_rows, verify_s))
-        slowness = self._pace.slowness
-        verify_s, draft_s = verify_s / slowness, times.draft_s / slowness
         was_verified_for_trial, was_drafted_for_trial, _ = self._trials
         is_first, is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
         if is_first and self._verify_s.has_any:
             beyond_s = verify_s - self._verify_s.at(times.num_rows, verify_s)
             self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_verified_for_trial)
-        if is_usual and is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
+        if is_usual and times.is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
+            self._note_pace(times.num_rows, verify_s)
             self._verify_s.note(times.num_rows, verify_s, step)
             self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
         if times.drafted is None:
             if times.num_caught_up:
-                self._catch_up_s.note(1, draft_s / times.num_caught_up, step)
+                self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
         elif not times.num_caught_up:
             option = self._options[times.drafted]
             is_first, is_usual = self._count((size, times.drafted), (size_class(size), times.drafted))
             if is_first:
-                beyond_s = draft_s - self._draft_s(option, times.drafted, size)
+                beyond_s = times.draft_s - self._draft_s(option, times.drafted, size)
                 self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_drafted_for_trial)
             if is_usual:
-                option.draft_s.note(size, draft_s, step)
-                self._level_s.note(size, draft_s / times.drafted.depth, step)
+                option.draft_s.note(size, times.draft_s, step)
+                self._level_s.note(size, times.draft_s / times.drafted.depth, step)
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
         return self._steps_left - _HEARD_OF_THEM if self._is_settled else 0
+
+    def _note_pace(self, num_rows: int, verify_s: float) -> None:
+        newest_step = self._verify_s.newest_step(num_rows)
+        if newest_step is None:
+            return
+        change = self._pace.note(num_rows, verify_s / self._verify_s.at(num_rows, verify_s), newest_step)
+        if change is not None:
+            for costs in (self._verify_s, self._level_s, self._catch_up_s, *(each.draft_s for each in self._choices)):
+                costs.rescale(*change)
 
     def _count(self, kind: Hashable, like: Hashable) -> tuple[bool, bool]:
         """(Whether it is one of the first of its kind; whether it is measured.)

@@ -12,15 +12,15 @@ from typing import Final
 _SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
 _MEASUREMENTS: Final = 25  # of one kind that count
 _LOW: Final = 0.15  # of them lie below what counts: other programs disturb many steps, and none to the better
-_OLD_STEPS: Final = 150  # what is older counts no more, where three measurements are younger
+_OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
-_OF_LATE: Final = 12  # steps that tell how fast the machine is
-_SLOWER: Final = 1.1  # by less it is noise
-_MOST_SLOWNESS: Final = 3.0
+_STEPS_OF_CHANGE: Final = 12  # of one size, that tell how fast the machine is now
+_CHANGE: Final = 1.15  # by less it is noise
+_ALIKE: Final = 1.5  # so much longer half of the steps may take: else other programs disturb some and not others
 _MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
 
@@ -76,19 +76,27 @@ class FirstTimes:
 
 
 class Pace:
-    """How many times as long as before all steps take: what slows a machine down for a while slows down every kind of
-    step, and only those of one kind are there to show it. Thought to be the same until steps differ clearly from it."""
+    """Notices that the machine has become slower or faster. That shows in the kind of step that is in use, and says
+    nothing about which kind is best: the others would take so many times as long as well."""
 
     def __init__(self) -> None:
-        self._latest = deque([1.0] * _OF_LATE, maxlen=_OF_LATE)
-        self.slowness = 1.0
+        self._latest: dict[int, deque[tuple[float, int]]] = {}  # by size class: how many times as long, known from when
 
-    def note(self, ratio: float) -> None:
-        """A step took so many times as long as those of its kind."""
-        self._latest.append(ratio)
-        new = min(max(1 / _MOST_SLOWNESS, quantile(self._latest, _LOW)), _MOST_SLOWNESS)
-        if not self.slowness / _SLOWER < new < self.slowness * _SLOWER:
-            self.slowness = new
+    def note(self, size: int, ratio: float, known_until: int) -> tuple[float, int] | None:
+        """A step took ``ratio`` times as long as steps of its size, which were measured up to step ``known_until``.
+        Where that has become another machine's: (how many times as long all steps take, than up to which step)."""
+        latest = self._latest.setdefault(size_class(size), deque(maxlen=_STEPS_OF_CHANGE))
+        latest.append((ratio, known_until))
+        if len(latest) < _STEPS_OF_CHANGE:
+            return None
+        ratios = [value for value, _ in latest]
+        change = quantile(ratios, _LOW)
+        is_noise = 1 / _CHANGE < change < _CHANGE
+        if is_noise or quantile(ratios, 0.5) > _ALIKE * change:
+            return None
+        before_it = latest[0][1]
+        self._latest.clear()
+        return change, before_it
 
 
 class Costs:
@@ -129,6 +137,19 @@ class Costs:
                     self._measured[smaller] = deque(later, maxlen=_MEASUREMENTS)
                     self._num_told[smaller] = len(measured)
         self._unread.clear()
+
+    def rescale(self, factor: float, until_step: int) -> None:
+        """All that was measured up to that step took ``factor`` times as long."""
+        for size, measured in self._measured.items():
+            self._measured[size] = deque(
+                [(value * factor if step <= until_step else value, step) for value, step in measured], _MEASUREMENTS
+            )
+        self._unread.update(dict.fromkeys(self._measured))
+
+    def newest_step(self, size: int) -> int | None:
+        """In which one was measured last; None: there are too few measurements to compare with."""
+        measured = self._measured.get(size_class(size), ())
+        return measured[-1][1] if len(measured) >= _STEPS_OF_CHANGE else None
 
     @property
     def has_any(self) -> bool:

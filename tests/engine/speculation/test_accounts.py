@@ -22,10 +22,11 @@ class Content:
         self.choose, self.slots_needed = always.choose, always.slots_needed
         self.note_acceptance = always.note_acceptance
         self.told: list[StepTimes] = []
+        self.num_content = 3  # steps
 
     def note_times(self, times: StepTimes) -> int:
         self.told.append(times)
-        return 3
+        return self.num_content
 
 
 class Steps:
@@ -35,6 +36,7 @@ class Steps:
         self.policy = Content()
         self.accounts = GuessAccounts(self.policy)
         self.number = 0
+        self.likes: list[bool | None] = []  # the one before
 
     def end(self, num_requests: int, shape: DraftShape | None = None, is_decode_only: bool = True) -> bool:
         """Whether the policy was told of one more."""
@@ -68,3 +70,22 @@ def test_it_is_told_of_every_step_that_guesses_or_verifies() -> None:
 def test_after_a_step_that_computed_prompts_it_is_told_again() -> None:
     steps = Steps()
     assert [steps.end(2), steps.end(2), steps.end(2, is_decode_only=False), steps.end(2)] == [True, False, False, True]
+
+
+def test_a_step_is_like_the_one_before_if_that_verified_the_same_and_computed_no_prompt() -> None:
+    steps = Steps()
+    steps.policy.num_content = 0
+    for shape, is_decode_only in (
+        (None, True),
+        (GUESSES, True),
+        (GUESSES, True),  # the first that verifies
+        (None, True),
+        (None, True),  # the first that does not
+        (None, True),
+        (None, False),
+        (GUESSES, True),
+    ):
+        steps.policy.told.clear()
+        steps.end(2, shape, is_decode_only)
+        steps.likes.append(steps.policy.told[-1].is_like_the_last if steps.policy.told else None)
+    assert steps.likes == [False, True, False, True, False, True, None, False]
