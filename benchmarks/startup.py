@@ -133,8 +133,8 @@ def undisturbed_start(serve: Sequence[str]) -> Start:
 
 
 def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
-    """Start, look, ask, look again, wait, look once more, stop. The attempt ends before: what processes used is not
-    known of all of them when they are gone."""
+    """Start, look, ask, look again, wait, look once more, stop. The attempt ends when it has answered: what processes
+    used is not known of all of them when they are gone, and who only waits cannot be disturbed."""
     start_s = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "eagleray.cli", "serve", "--port", "0", *serve],
@@ -149,9 +149,10 @@ def measure_start(serve: Sequence[str], attempt: Attempt) -> Start:
         idle = list(memory_below(process.pid))
         _ask(address, model)
         used = list(memory_below(process.pid))
+        others_share = attempt.end()
         time.sleep(LONG_IDLE_S + 2.0)
         rested = list(memory_below(process.pid))
-        return Start(phases_of(lines), ready_s, idle, used, rested, attempt.end(), planned_bytes_of(lines))
+        return Start(phases_of(lines), ready_s, idle, used, rested, others_share, planned_bytes_of(lines))
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=STOP_DEADLINE_S)

@@ -12,15 +12,22 @@ class _DeferredModule(ModuleType):
     """Stands for a module until anything is asked of it."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(
-            "__"
-        ):  # as of every module that is there; whoever looks through them all needs nothing of it
+        # Such names are asked of all modules that there are, by who needs nothing of this one.
+        if name.startswith("__"):
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
+            sys.modules.pop(self.__name__, None)
         return getattr(importlib.import_module(self.__name__), name)
 
 
 def defer_import(name: str) -> None:
-    """``import name`` does nothing from now on, unless it has been done; to use anything of the module imports it."""
+    """``import name`` does nothing from now on, unless it has been done; to use anything of the module imports it. Not
+    for modules that others import only for what that does."""
     sys.modules.setdefault(name, _DeferredModule(name))
+
+
+def defer_what_only_compilers_need() -> None:
+    """Before torch is imported, in a process that compiles nothing with it. torch describes there, in Python, what its
+    operators give for tensors without memory. It imports that whoever asks, and with all that it needs it takes 18 MiB
+    and 0.2 s (torch 2.13). Fake tensors, and operators for "meta" that only Python describes, find nothing then."""
+    defer_import("torch._meta_registrations")

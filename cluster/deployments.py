@@ -17,7 +17,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from eagleray.cluster.deferred_import import defer_import
+from eagleray.cluster.deferred_import import defer_what_only_compilers_need
 from eagleray.cluster.progress import PROCESS_PHASE, ProgressReporter
 from eagleray.cluster.ray_adapter import log_beside_serve
 from eagleray.core.clock import Clock, SystemClock
@@ -95,9 +95,7 @@ class WorkerReplica:
         await asyncio.wait([self._look])
 
     def _build(self, worker_id: str, clock: Clock, progress: ProgressReporter, phases: StartPhases) -> WorkerProcess:
-        # What operators give for tensors without memory, in Python. Only compilers ask, and there are none here. torch
-        # imports it whoever asks, and with all that it needs it takes 18 MiB and 0.2 s (torch 2.13).
-        defer_import("torch._meta_registrations")
+        defer_what_only_compilers_need()
         from eagleray.cluster.worker_process import WorkerPlace, build_worker_process  # torch: seconds
 
         phases.end("import")

@@ -20,10 +20,10 @@ LONG_IDLE_S: Final = 5.0
 
 
 class StepLoop:
-    """Runs the engine's loop while there is work. ``on_step(outcome, step_s)`` and ``on_tick()`` are called on its
-    thread; ``on_failure(error)`` when a step or a command raised, after which nothing is computed any more.
-    ``on_tick`` returns False while there is something left to tell later. ``on_long_idle()`` is called once after the
-    start and after work when nothing has come for a while."""
+    """Runs the engine's loop while there is work. On its thread are called ``on_step(outcome, step_s)``; ``on_tick()``,
+    which returns False while there is something left to tell later; ``on_long_idle()``, once after the start and after
+    work, when nothing has come for a while; and ``on_failure(error)`` when one of these, a step or a command raised,
+    after which nothing is computed any more."""
 
     def __init__(
         self,

@@ -125,8 +125,8 @@ def test_a_worker_does_not_import_transformers_nor_the_http_front() -> None:
 def test_a_worker_does_not_import_what_torch_has_for_compilers_until_something_asks_for_it() -> None:
     script = """
 import sys
-from eagleray.cluster.deferred_import import defer_import
-defer_import("torch._meta_registrations")
+from eagleray.cluster.deferred_import import defer_what_only_compilers_need
+defer_what_only_compilers_need()
 import eagleray.cluster.worker_process, torch
 assert "torch._refs" not in sys.modules
 assert torch._meta_registrations.register_meta

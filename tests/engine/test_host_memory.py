@@ -67,9 +67,10 @@ def test_nothing_is_known_where_nothing_tells(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
 def test_what_was_freed_and_kept_is_given_back_when_it_is_asked_for() -> None:
     script = """
+import resource
 from eagleray.engine.execution.host_memory import give_back_freed_memory, keep_freed_memory
 def resident_mib():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 keep_freed_memory()
 buffers = [bytearray(2**20) for _ in range(64)]
 peak = resident_mib()

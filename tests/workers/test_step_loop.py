@@ -200,6 +200,7 @@ def test_that_it_is_idle_is_told_once_after_the_start_and_once_after_work(monkey
     num_ticks = bench.num_ticks
     bench.loop.call(lambda engine: None)
     bench.until(lambda: bench.num_ticks >= num_ticks + 2)  # after the command, and once more
+    assert bench.num_idles == 1
     bench.loop.call(add)
     bench.until(lambda: bench.num_idles == 2)
     assert bench.told == [0, 1, 2, 3]
