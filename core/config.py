@@ -72,7 +72,7 @@ class EngineConfig(_Frozen):
         None, ge=1, description="KV pool of one worker, when num_blocks is not given; default: its share of the memory"
     )
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
-    max_num_seqs: int = Field(64, ge=1, description="requests in one step")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one step; where some decode, below its tokens")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens of one step, of prompts half while some decode")
     max_num_waiting: int = Field(1024, ge=1, description="requests that may queue on one worker; more are refused")
     scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = Field(
@@ -97,12 +97,8 @@ class SpeculationConfig(_Frozen):
     )
     revision: str = Field("", description="as model.revision, of the draft")
     num_speculative_tokens: int = Field(3, ge=1, le=16, description="how many tokens ahead to guess")
-    tree_branching: int = Field(
-        1, ge=1, le=16, description="guesses that are followed up at each step ahead; 1: a chain"
-    )
-    tree_nodes: int = Field(
-        0, ge=0, le=63, description="guesses that are verified, the most probable ones; 0: as many as there are"
-    )
+    tree_branching: int = Field(1, ge=1, le=16, description="guesses followed up at each step ahead; 1: a chain")
+    tree_nodes: int = Field(0, ge=0, le=63, description="guesses that are verified, the most probable ones; 0: all")
     tree_paths: tuple[tuple[int, ...], ...] = Field(
         (), description="a fixed tree instead: each guess by the ranks that lead to it, such as [0, 2]"
     )
@@ -155,9 +151,7 @@ class PoolConfig(_Frozen):
         description="threads that compute in one worker, in native kernels and in torch; none: as many as the machine "
         "has cores for it, which are all of them where workers take turns",
     )
-    drain_deadline_s: float = Field(
-        60.0, gt=0, description="a worker that is stopped finishes its requests for so long"
-    )
+    drain_deadline_s: float = Field(60.0, gt=0, description="a stopped worker finishes its requests for so long")
     engine: EngineConfig = EngineConfig()
 
 
@@ -256,6 +250,12 @@ class Config(_Frozen):
     def _pools_fit_together(self) -> Config:
         if self.decode.replicas < 1:
             raise ValueError("decode.replicas must be at least 1: every request ends on a decode worker")
+        seats, rows = self.decode.engine.max_num_seqs, self.decode.engine.max_num_batched_tokens
+        if seats >= rows:  # who decodes comes first in a step
+            raise ValueError(
+                f"decode.engine.max_num_seqs={seats} that decode leave prompts none of the tokens of a step, "
+                f"decode.engine.max_num_batched_tokens={rows}; lower the first below the second, or raise the second"
+            )
         ours, theirs = self.prefill.engine.block_size_tokens, self.decode.engine.block_size_tokens
         if self.prefill.replicas and ours != theirs:
             raise ValueError(

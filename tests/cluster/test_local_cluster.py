@@ -22,7 +22,7 @@ ALONE = FakeExecutor(max_model_tokens=512)
 
 
 def new_config(**changes: object) -> Config:
-    engine = {"max_num_batched_tokens": 32, "num_blocks": 96, "block_size_tokens": 16}
+    engine = {"max_num_seqs": 31, "max_num_batched_tokens": 32, "num_blocks": 96, "block_size_tokens": 16}
     pool = {"replicas": 2, "engine": engine}
     values = {
         "prefill": pool,

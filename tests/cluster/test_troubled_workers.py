@@ -66,7 +66,7 @@ class Pair:
 
     def __init__(self, fault: Fault = no_fault) -> None:
         self.executors: dict[Role, list[TroubledExecutor]] = {Role.PREFILL: [], Role.DECODE: []}
-        engine = {"max_num_batched_tokens": 32, "num_blocks": 64}
+        engine = {"max_num_seqs": 31, "max_num_batched_tokens": 32, "num_blocks": 64}
         config = parse_config(
             {
                 "prefill": {"replicas": 1, "engine": engine},

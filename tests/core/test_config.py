@@ -39,6 +39,8 @@ WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"transfer": {"transports": []}}, "transfer.transports", "at least 1"),
     ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports.0", "shared_memory"),
     ({"decode": {"engine": {"watermark": 1.0}}}, "decode.engine.watermark", "less than 1"),
+    ({"decode": {"engine": {"max_num_seqs": 512}}}, "config", r"max_num_seqs=512 .* lower the first below the second"),
+    ({"decode": {"engine": {"max_num_batched_tokens": 64}}}, "config", r"max_num_seqs=64 .*batched_tokens=64;"),
     ({1: 2}, "1", "string"),
 ]
 
@@ -81,6 +83,11 @@ def test_workers_share_the_cores_of_a_machine_that_has_few_unless_told_otherwise
     values, num_cores, expected = CORES[case]
     config = with_cores(parse_config(values), num_cores)
     assert (config.cores, config.prefill.num_threads, config.decode.num_threads) == expected
+
+
+def test_as_many_requests_as_tokens_in_a_step_are_fine_where_none_decodes() -> None:
+    few_tokens = {"max_num_batched_tokens": 64}
+    assert parse_config({"prefill": {"engine": few_tokens}, "decode": {"engine": few_tokens | {"max_num_seqs": 63}}})
 
 
 def test_pools_of_two_block_sizes_are_refused_naming_both() -> None:

@@ -121,7 +121,7 @@ def test_prompt_logprobs_are_whole_when_the_prompt_was_preempted_between_chunks(
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, prompt_logprobs=0)
     prompts = ["e" * 20, "l" * 110]  # the first one's third block takes the place of the second in mid-prompt
     roomy = new_llm().generate(prompts, params)
-    llm = new_llm(num_blocks=9, block_size_tokens=16, max_num_batched_tokens=9, watermark=0.0)
+    llm = new_llm(num_blocks=9, block_size_tokens=16, max_num_seqs=8, max_num_batched_tokens=9, watermark=0.0)
     tight = llm.generate(prompts, params)
     assert llm.engine.scheduler.num_preemptions
     for ours, theirs in zip(tight, roomy, strict=True):

@@ -184,7 +184,7 @@ def found_prefixes(llm: LLM, outputs: Answers) -> None:
 
 CLUSTER: Mapping[str, Any] = {
     "prefill": {"replicas": 2, "engine": {"num_blocks": 512, "max_num_batched_tokens": 64}},
-    "decode": {"replicas": 2, "engine": {"num_blocks": 512, "max_num_batched_tokens": 64}},
+    "decode": {"replicas": 2, "engine": {"num_blocks": 512, "max_num_seqs": 63, "max_num_batched_tokens": 64}},
     "router": {"local_prefill_tokens": 8, "stall_deadline_s": 30.0, "submit_deadline_s": 30.0},
 }
 # Every worker has its share of the prompts, and prefill takes a while.
@@ -342,12 +342,12 @@ broken = partial(serve_cluster, expect=lambda traces: traces.lost_transfers > 0)
 WAYS: Mapping[str, Serve] = {
     "batched": partial(serve_offline, max_num_batched_tokens=4096),
     "shortest-prompt-first": partial(serve_offline, scheduling_policy="shortest_prompt_first", max_num_seqs=7),
-    "chunks-of-16": partial(serve_offline, max_num_batched_tokens=16),
-    "chunks-of-64": partial(serve_offline, max_num_batched_tokens=64),
-    "blocks-of-5": partial(serve_offline, block_size_tokens=5, max_num_batched_tokens=64),
+    "chunks-of-16": partial(serve_offline, max_num_seqs=15, max_num_batched_tokens=16),
+    "chunks-of-64": partial(serve_offline, max_num_seqs=63, max_num_batched_tokens=64),
+    "blocks-of-5": partial(serve_offline, block_size_tokens=5, max_num_seqs=63, max_num_batched_tokens=64),
     "prefix-miss": partial(cached, max_num_batched_tokens=16384, rounds=1, expect=found_nothing),
     "prefix-hit": cached,
-    "prefix-hit-in-chunks": partial(cached, max_num_batched_tokens=16),
+    "prefix-hit-in-chunks": partial(cached, max_num_seqs=15, max_num_batched_tokens=16),
     "preempted-by-recompute": preempted,
     "preempted-by-recompute-with-prefix-cache": partial(preempted, enable_prefix_caching=True),
     "preempted-by-swap": partial(preempted, num_host_blocks=256),

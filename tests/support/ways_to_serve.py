@@ -151,7 +151,7 @@ def serve_offline(
     return Served(_joined(outputs), records)
 
 
-ENGINE = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_batched_tokens": 64}
+ENGINE = {"block_size_tokens": BLOCK_SIZE_TOKENS, "num_blocks": 256, "max_num_seqs": 63, "max_num_batched_tokens": 64}
 CLUSTER: Mapping[str, Any] = {
     "prefill": {"replicas": 1, "engine": ENGINE | {"max_num_batched_tokens": 16}},
     "decode": {"replicas": 1, "engine": ENGINE},
@@ -285,7 +285,7 @@ TWO_DECODERS = {"decode": {"replicas": 2, "engine": ENGINE}, "router": {**CLUSTE
 WAYS: Mapping[str, Callable[..., Served]] = {
     "aggregated": serve_offline,
     "one by one": partial(serve_offline, max_num_seqs=1),
-    "chunks": partial(serve_offline, max_num_batched_tokens=13),
+    "chunks": partial(serve_offline, max_num_seqs=12, max_num_batched_tokens=13),
     "prefix hit": partial(hit, rounds=2),
     "preempted by recompute": partial(preempted, enable_prefix_caching=False),
     "preempted by recompute, with a cache": evicted,
