@@ -9,7 +9,7 @@ from typing import Final
 from eagleray.core.config import SpeculationConfig
 from eagleray.core.kv_layout import DTYPE_BYTES, FeatureGroup, LayerGroup
 from eagleray.engine.execution.weight_memory import LinearBytes, weight_bytes
-from eagleray.engine.speculation.shape import draft_shape, require_method
+from eagleray.engine.speculation.shape import draft_shape, require_fewer_layers, require_method
 from eagleray.models.draft_heads.draft_config import EagleConfig, draft_groups
 from eagleray.models.draft_heads.read import read_draft
 from eagleray.models.draft_heads.stored_shapes import StoredTensor
@@ -30,11 +30,12 @@ class DraftNeeds:
 
     @classmethod
     def of(cls, config: SpeculationConfig | None, model: ModelConfig, dtype: str, linears: LinearBytes) -> DraftNeeds:
-        """For a target ``model`` that computes in ``dtype``. Raises ``ConfigError`` for a draft that does not go with
-        it."""
+        """For a target ``model`` that computes in ``dtype``. Raises ``ConfigError`` for a draft, or layers that guess,
+        that it does not go with."""
         if config is None:
             return cls()
         max_nodes = draft_shape(config).max_nodes
+        require_fewer_layers(config, model.num_layers)
         if config.model is None:
             return cls(max_nodes=max_nodes)
         draft = read_draft(config.folder, model)

@@ -16,7 +16,7 @@ from eagleray.engine.speculation.growth import GrowDrafts, draw_chains, grow_tre
 from eagleray.engine.speculation.network import ChainGuesser, DraftNetwork, NetworkProposer
 from eagleray.engine.speculation.proposer import MedusaProposer, NgramProposer, Proposer
 from eagleray.engine.speculation.rejection import choose_by_rejection
-from eagleray.engine.speculation.shape import draft_shape, require_method
+from eagleray.engine.speculation.shape import draft_shape, require_fewer_layers, require_method
 from eagleray.engine.speculation.tree import DraftShape
 from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
@@ -76,11 +76,9 @@ def _medusa(heads: MedusaHeads, config: SpeculationConfig) -> Proposer:
 
 
 def _early_exit(config: SpeculationConfig, target: Target) -> Proposer:
-    num_layers, total = config.early_exit_layers or 0, target.decoder.config.num_layers
-    if num_layers >= total:
-        raise ConfigError("speculation.early_exit_layers", num_layers, f"the model has {total} layers; set fewer")
+    require_fewer_layers(config, target.decoder.config.num_layers)
     group = target.decoder.layer_group(target.dtype).name
-    network = DecoderNetwork(target.decoder, group, num_layers)
+    network = DecoderNetwork(target.decoder, group, config.early_exit_layers)
     chains = _chains(network, config, target)
     return NetworkProposer(network, (), _growth(config), chains, shares_target_kv=True)
 

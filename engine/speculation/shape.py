@@ -22,3 +22,10 @@ def require_method(config: SpeculationConfig, held: str) -> None:
     if held != config.method:
         way_out = f"{config.folder} holds a draft for method {held}; set that, or another folder"
         raise ConfigError("speculation.method", config.method, way_out)
+
+
+def require_fewer_layers(config: SpeculationConfig, num_layers: int) -> None:
+    """Raises ``ConfigError`` unless those layers of a model that guess for it are some of its ``num_layers``."""
+    if config.early_exit_layers is not None and config.early_exit_layers >= num_layers:
+        way_out = f"the model has {num_layers} layers; set fewer"
+        raise ConfigError("speculation.early_exit_layers", config.early_exit_layers, way_out)

@@ -14,6 +14,7 @@ from eagleray.cli.local_service import print_snippets, require_free_port, wait_u
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import DEMO_DRAFT_PATH, Config, HTTPConfig, PoolConfig, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
+from eagleray.models.registry import load_model_config
 
 
 @pytest.fixture
@@ -35,6 +36,18 @@ def test_an_occupied_port_is_refused_before_anything_starts(
         f"eagleray serve: http.port={taken_port}: is in use; choose another with --port, or --port 0 for any free one\n"
     )
     assert "loading Ray" not in shown.out
+
+
+def test_layers_that_guess_but_that_the_model_does_not_have_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guessing = ("--set", "speculation.method=early_exit", "--set", "speculation.early_exit_layers=99")
+    assert main(["serve", "--port", "0", *guessing]) == 2
+    shown = capsys.readouterr()
+    num_layers = load_model_config(Config().model.folder).num_layers
+    refusal = f"speculation.early_exit_layers=99: the model has {num_layers} layers; set fewer"
+    assert shown.err == f"eagleray serve: {refusal}\n"
+    assert shown.out == ""
 
 
 def test_a_port_whose_owner_shares_it_is_occupied_all_the_same() -> None:

@@ -157,6 +157,16 @@ def test_the_method_must_be_the_drafts_before_anything_is_loaded(target: Path, d
         plan_memory(service(target, wrong), load_model_config(target), None)
 
 
+def test_fewer_layers_than_the_model_has_can_guess_for_it_and_no_more(target: Path) -> None:
+    def plan(num_layers: int) -> None:
+        guessing = SpeculationConfig(method="early_exit", early_exit_layers=num_layers)
+        plan_memory(service(target, guessing), load_model_config(target), None)
+
+    plan(6)
+    with pytest.raises(ConfigError, match=r"speculation\.early_exit_layers=7: the model has 7 layers; set fewer"):
+        plan(7)
+
+
 def test_planning_with_a_draft_does_not_import_torch() -> None:
     script = "import sys, eagleray.engine.execution.draft_memory; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
