@@ -8,12 +8,14 @@ from typing import Final
 from eagleray.cli.finding import Finding, Level
 from eagleray.cli.local_service import require_free_port
 from eagleray.cli.terminal import format_bytes
-from eagleray.core.config import Config, Environment
+from eagleray.core.config import Config, Environment, SpeculationConfig
 from eagleray.core.errors import ConfigError
 from eagleray.engine.checkpoint import check_checkpoint
+from eagleray.engine.execution.draft_memory import DraftNeeds
 from eagleray.engine.execution.host_abilities import read_host_abilities
 from eagleray.engine.execution.host_memory import available_host_bytes
 from eagleray.engine.execution.memory_plan import plan_memory
+from eagleray.engine.execution.weight_memory import LinearBytes
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.weight_files import weight_files
 from eagleray.router.prefix_index.scripts import why_too_old
@@ -40,7 +42,23 @@ def _check_model(config: Config) -> list[Finding]:
     text = (
         f"{config.model.name}: {model.model_type}, {model.num_layers} layers, {format_bytes(weight_bytes)} of weights"
     )
-    return [Finding(Level.OK, "model", text), _check_room(config, model)]
+    found = [Finding(Level.OK, "model", text)]
+    if config.speculation is not None:
+        found.append(_check_draft(config, config.speculation, model))
+    if all(finding.level is Level.OK for finding in found):  # otherwise it is not known what needs room
+        found.append(_check_room(config, model))
+    return found
+
+
+def _check_draft(config: Config, speculation: SpeculationConfig, model: ModelConfig) -> Finding:
+    dtype = model.resolve_dtype(config.model.dtype, "cpu")
+    try:
+        DraftNeeds.of(speculation, model, dtype, LinearBytes(quantization=config.model.quantization))
+    except ConfigError as error:
+        way_out = "correct it there or with --set, for example --set speculation.model=FOLDER"
+        return Finding(Level.MISSING, "draft", str(error), way_out)
+    where = f" in {speculation.folder}" if speculation.model is not None else ""
+    return Finding(Level.OK, "draft", f"{speculation.method}{where} goes with the model")
 
 
 def _check_room(config: Config, model: ModelConfig) -> Finding:

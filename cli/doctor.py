@@ -11,6 +11,7 @@ from typing import Final
 
 from eagleray.cli.check_software import check_software
 from eagleray.cli.finding import Finding, Level
+from eagleray.cli.set_option import add_set_argument
 
 EXIT_MISSING: Final = 1
 _COLOURS: Final = {Level.OK: "32", Level.WARN: "33", Level.MISSING: "31"}
@@ -19,6 +20,7 @@ _COLOURS: Final = {Level.OK: "32", Level.WARN: "33", Level.MISSING: "31"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="check for this configuration")
     parser.add_argument("--model", dest="model.path", metavar="PATH", help="folder in Hugging Face format, or 'demo'")
+    add_set_argument(parser)
     parser.add_argument("--json", action="store_true", help="all findings as one JSON object")
 
 

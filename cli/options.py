@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
+from eagleray.cli.set_option import add_set_argument
 from eagleray.core.config import Config, load_config
 from eagleray.core.errors import ConfigError
 
@@ -38,13 +39,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--host", dest="http.host", metavar="HOST", help="address to listen on")
     add_port_argument(group)
-    group.add_argument(
-        "--set",
-        dest="assignments",
-        action="append",
-        metavar="KEY=VALUE",
-        help="any key of the configuration, for example router.policy=least_loaded; may be repeated",
-    )
+    add_set_argument(group)
 
 
 def add_port_argument(parser: argparse._ActionsContainer) -> None:

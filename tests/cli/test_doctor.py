@@ -17,7 +17,7 @@ from eagleray.cli.check_service import check_service
 from eagleray.cli.check_software import Requirement, satisfies
 from eagleray.cli.check_transports import check_transports
 from eagleray.cli.finding import Finding, Level
-from eagleray.core.config import Config, Environment, TransferConfig, parse_config
+from eagleray.core.config import DEMO_DRAFT_PATH, Config, Environment, TransferConfig, parse_config
 from eagleray.router.prefix_index.server import find_server_binary, start_local_server
 
 
@@ -150,6 +150,26 @@ def test_pools_that_do_not_fit_into_memory_are_told_before_they_fail() -> None:
     room = by_name(check_service(parse_config(values), Environment()))["room"]
     assert room.level is Level.MISSING
     assert "the least that would do is 2048.1TiB" in room.text
+
+
+def test_a_draft_that_is_missing_is_named_and_memory_is_not_blamed(tmp_path: Path) -> None:
+    speculation = {"method": "eagle3", "model": str(tmp_path)}
+    findings = by_name(
+        check_service(parse_config({"speculation": speculation, "index": {"backend": "memory"}}), Environment())
+    )
+    assert findings["model"].level is Level.OK
+    assert findings["draft"].level is Level.MISSING
+    assert findings["draft"].text.startswith(f"speculation.model={str(tmp_path)!r}: has no config.json")
+    assert "room" not in findings
+
+
+def test_a_draft_that_goes_with_the_model_is_told_of_and_its_room_counted() -> None:
+    speculation = {"method": "eagle3", "model": "demo"}
+    findings = by_name(
+        check_service(parse_config({"speculation": speculation, "index": {"backend": "memory"}}), Environment())
+    )
+    assert findings["draft"] == Finding(Level.OK, "draft", f"eagle3 in {DEMO_DRAFT_PATH} goes with the model")
+    assert "room" in findings
 
 
 def test_an_index_that_does_not_answer_is_a_warning_without_its_password() -> None:

@@ -37,6 +37,13 @@ def test_set_takes_values_as_yaml_does() -> None:
     assert config.model.revision == "1"
 
 
+def test_doctor_can_be_asked_about_any_key_that_serve_takes() -> None:
+    words = ("--set", "speculation.method=ngram", "--set", "decode.replicas=3")
+    asked = parse("doctor", *words)
+    assert asked == parse("serve", *words)
+    assert (asked.speculation and asked.speculation.method, asked.decode.replicas) == ("ngram", 3)
+
+
 def test_every_short_option_reaches_its_key() -> None:
     words = "serve --model /m --dtype bfloat16 --prefill 1 --decode 3 --host ::1 --port 9"
     config = parse(*words.split())
