@@ -32,9 +32,11 @@ class StopSignals:
     """SIGINT and SIGTERM: the first raises ``KeyboardInterrupt``, one during the stop ends the process at once.
 
     Ray's processes and the index's server ask the kernel to be ended with their parent, so even then nothing is left.
+    ``on_stop`` is called once, at the first signal or when the stop begins: undoing a start takes seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self._on_stop = on_stop
         self._is_stopping = False
 
     def install(self) -> None:
@@ -43,12 +45,15 @@ class StopSignals:
             signal.signal(number, self._on_signal)
 
     def begin_stop(self) -> None:
-        self._is_stopping = True
+        if not self._is_stopping:
+            self._is_stopping = True
+            with contextlib.suppress(OSError, RuntimeError):  # nobody reads it, or a signal came amid another print
+                self._on_stop()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_stopping:
             os._exit(128 + number)
-        self._is_stopping = True
+        self.begin_stop()
         raise KeyboardInterrupt
 
 
@@ -63,7 +68,7 @@ def local_service(
     """
     plan_memory(config, check_checkpoint(config.model.folder), available_host_bytes(), host=read_host_abilities())
     require_free_port(config.http)
-    signals = StopSignals()
+    signals = StopSignals(lambda: on_progress("stopping (Ctrl-C ends it at once)"))
     signals.install()
     prepare_ray_environment()
     phases = StartPhases(clock, lambda phase, duration_s: on_progress(f"{phase}: {duration_s:.2f} s"))
@@ -83,7 +88,6 @@ def local_service(
         yield service.address
     finally:
         signals.begin_stop()
-        on_progress("stopping (Ctrl-C ends it at once)")
         with _log(log_level):
             service.stop()
         on_progress("stopped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,13 @@ import pytest
 
 from eagleray.cli.__main__ import build_parser, main
 from eagleray.cli.demo import SPECULATION, _config
-from eagleray.cli.local_service import print_snippets, require_free_port, wait_until_ready, why_not_free
+from eagleray.cli.local_service import (
+    StopSignals,
+    print_snippets,
+    require_free_port,
+    wait_until_ready,
+    why_not_free,
+)
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import DEMO_DRAFT_PATH, Config, HTTPConfig, PoolConfig, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
@@ -21,6 +28,15 @@ from eagleray.models.registry import load_model_config
 def taken_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Of signals, put back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def demo_config(*words: str) -> Config:
@@ -73,6 +89,29 @@ def test_a_service_is_waited_for_with_its_own_key(
         update={"prefill": no_workers, "decode": no_workers, "http": HTTPConfig(api_key=api_key)}
     )
     wait_until_ready((locked_server if api_key else server).url, config, SystemClock())
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_told_of_at_once_and_only_once(number: signal.Signals) -> None:
+    told: list[str] = []
+    signals = StopSignals(lambda: told.append("stopping"))
+    signals.install()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert told == ["stopping"]
+    signals.begin_stop()  # what was started is undone
+    assert told == ["stopping"]
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_stop_that_nobody_can_be_told_of_is_a_stop_all_the_same() -> None:
+    def nobody_reads() -> None:
+        raise BrokenPipeError
+
+    StopSignals(nobody_reads).install()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_the_snippets_say_how_to_send_the_key_and_do_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
