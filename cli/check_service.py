@@ -55,7 +55,7 @@ def _check_draft(config: Config, speculation: SpeculationConfig, model: ModelCon
     try:
         DraftNeeds.of(speculation, model, dtype, LinearBytes(quantization=config.model.quantization))
     except ConfigError as error:
-        way_out = "correct it there or with --set, for example --set speculation.model=FOLDER"
+        way_out = "correct that key in the configuration or with --set, such as --set speculation.model=FOLDER"
         return Finding(Level.MISSING, "draft", str(error), way_out)
     where = f" in {speculation.folder}" if speculation.model is not None else ""
     return Finding(Level.OK, "draft", f"{speculation.method}{where} goes with the model")
