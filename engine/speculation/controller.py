@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, Pace, size_class
+from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, size_class
 from eagleray.engine.speculation.tree import DraftShape
 
 _TRYING_SHARE: Final = 0.01  # of the time
@@ -141,7 +141,6 @@ class AdaptiveDrafts:
         self._verify_s = Costs()  # by rows; with all that a step takes but guessing
         self._level_s = Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
-        self._pace = Pace()
         self._enough = 1  # measurements to be believed
         self._first_times = FirstTimes()
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
@@ -191,7 +190,6 @@ class AdaptiveDrafts:
             beyond_s = verify_s - self._verify_s.at(times.num_rows, verify_s)
             self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_verified_for_trial)
         if is_usual and times.is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
-            self._note_pace(times.num_rows, verify_s)
             self._verify_s.note(times.num_rows, verify_s, step)
             self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
         if times.drafted is None:
@@ -209,15 +207,6 @@ class AdaptiveDrafts:
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
         return self._steps_left - _HEARD_OF_THEM if self._is_settled else 0
-
-    def _note_pace(self, num_rows: int, verify_s: float) -> None:
-        newest_step = self._verify_s.newest_step(num_rows)
-        if newest_step is None:
-            return
-        change = self._pace.note(num_rows, verify_s / self._verify_s.at(num_rows, verify_s), newest_step)
-        if change is not None:
-            for costs in (self._verify_s, self._level_s, self._catch_up_s, *(each.draft_s for each in self._choices)):
-                costs.rescale(*change)
 
     def _count(self, kind: Hashable, like: Hashable) -> tuple[bool, bool]:
         """(Whether it is one of the first of its kind; whether it is measured.)

@@ -18,9 +18,6 @@ _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
-_STEPS_OF_CHANGE: Final = 12  # of one size, that show that the machine has become slower or faster
-_CHANGE: Final = 1.15  # by less it is noise
-_ALIKE: Final = 1.5  # so much longer half of the steps may take: else other programs disturb some and not others
 _MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
 
@@ -75,30 +72,6 @@ class FirstTimes:
         return count == 0 or not self._beyond_s or (self._num_in_trials + count) * fmean(self._beyond_s) <= paid_s
 
 
-class Pace:
-    """Notices that the machine has become slower or faster. That shows in the kind of step that is in use, and says
-    nothing about which kind is best: the others would take so many times as long as well."""
-
-    def __init__(self) -> None:
-        self._latest: dict[int, deque[tuple[float, int]]] = {}  # by size class: how many times as long, known from when
-
-    def note(self, size: int, ratio: float, known_until: int) -> tuple[float, int] | None:
-        """A step took ``ratio`` times as long as steps of its size, which were measured up to step ``known_until``.
-        Where that has become another machine's: (how many times as long all steps take, than up to which step)."""
-        latest = self._latest.setdefault(size_class(size), deque(maxlen=_STEPS_OF_CHANGE))
-        latest.append((ratio, known_until))
-        if len(latest) < _STEPS_OF_CHANGE:
-            return None
-        ratios = [value for value, _ in latest]
-        change = quantile(ratios, _LOW)
-        is_noise = 1 / _CHANGE < change < _CHANGE
-        if is_noise or quantile(ratios, 0.5) > _ALIKE * change:
-            return None
-        before_it = latest[0][1]
-        self._latest.clear()
-        return change, before_it
-
-
 class Costs:
     """Seconds by size: a low quantile of the latest measurements."""
 
@@ -137,19 +110,6 @@ class Costs:
                     self._measured[smaller] = deque(later, maxlen=_MEASUREMENTS)
                     self._num_told[smaller] = len(measured)
         self._unread.clear()
-
-    def rescale(self, factor: float, until_step: int) -> None:
-        """All that was measured up to that step took ``factor`` times as long."""
-        for size, measured in self._measured.items():
-            self._measured[size] = deque(
-                [(value * factor if step <= until_step else value, step) for value, step in measured], _MEASUREMENTS
-            )
-        self._unread.update(dict.fromkeys(self._measured))
-
-    def newest_step(self, size: int) -> int | None:
-        """In which one was measured last; None: there are too few measurements to compare with."""
-        measured = self._measured.get(size_class(size), ())
-        return measured[-1][1] if len(measured) >= _STEPS_OF_CHANGE else None
 
     @property
     def has_any(self) -> bool:

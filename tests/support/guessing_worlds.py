@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import ClassVar
 
 import msgspec
@@ -217,44 +215,6 @@ class Tied(Measured):
     DECODE_S: ClassVar = {4: {4: 1.52e-3, 8: 2.57e-3, 12: 3.63e-3, 16: 4.68e-3}}
     DRAFT_TOKEN_S: ClassVar = {4: 0.24e-3}
     COME_TRUE = (0.80, 0.825, 0.88)
-
-
-class Episodes(Measured):
-    """The same model on two cores of an EPYC with AVX2, where guesses for three or four requests never pay. At times,
-    for as long as some fifty steps take, everything takes up to 2.5 times as long; and always a tenth longer in a step
-    whose kind is not that of the one before."""
-
-    DECODE_S: ClassVar = {
-        3: {3: 1.6e-3, 6: 3.1e-3, 9: 3.8e-3, 12: 4.6e-3},
-        4: {4: 1.83e-3, 8: 3.9e-3, 12: 4.6e-3, 16: 5.6e-3},
-    }
-    DRAFT_TOKEN_S: ClassVar = {3: 0.31e-3, 4: 0.33e-3}
-    COME_TRUE = (0.82, 0.87, 0.9)
-
-    def __init__(self, seed: int, steps_of_size: int | None = None) -> None:
-        """``steps_of_size``: after about so many one request ends, or another begins."""
-        super().__init__(4, 0.08, seed)
-        self.chance = random.Random(seed)
-        self.ends_s = list(accumulate(self.chance.expovariate(1 / 0.1) for _ in range(400)))
-        self.slowness = [self.chance.uniform(1.3, 2.5) if self.chance.random() < 0.15 else 1.0 for _ in self.ends_s]
-        self.factor = 1.0
-        self.steps_of_size = steps_of_size
-        self.before: tuple[int, DraftShape | None] = (4, None)
-
-    def step(self, policy: Engine) -> DraftShape | None:
-        if self.steps_of_size and self.chance.random() < 1 / self.steps_of_size:
-            self.num_requests = 7 - self.num_requests
-            self.draft_token_s = self.DRAFT_TOKEN_S[self.num_requests]
-            self.found = [True] * self.num_requests
-        kind = (self.num_requests, self.pending)
-        self.factor = self.slowness[bisect(self.ends_s, self.spent_s)] * (1.1 if kind != self.before else 1)
-        self.before, start_s = kind, self.spent_s
-        shape = super().step(policy)
-        self.spent_s = start_s + self.factor * (self.spent_s - start_s)
-        return shape
-
-    def _measured(self, kind: Hashable, seconds: float) -> float:
-        return super()._measured(kind, seconds) * self.factor
 
 
 def told(policy: Engine, seconds: float, drafted: DraftShape | None, verified: DraftShape | None) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from statistics import fmean
 
 import pytest
 
-from eagleray.engine.speculation.measurements import Costs, FirstTimes, Pace, quantile
+from eagleray.engine.speculation.measurements import Costs, FirstTimes, quantile
 
 
 @pytest.mark.parametrize("count", [6, 10, 25])
@@ -70,31 +69,3 @@ def test_first_times_that_take_no_longer_than_others_cost_nothing(beyond_s: floa
     first_times = FirstTimes()
     first_times.note(beyond_s, step_s=0.002, is_trial=True)
     assert first_times.is_paid_for(100, paid_s=0.0)
-
-
-def noticed(ratios: Iterable[float], known_until: int = 7) -> tuple[float, int] | None:
-    pace = Pace()
-    return next(filter(None, (pace.note(4, ratio, known_until) for ratio in ratios)), None)
-
-
-@pytest.mark.parametrize("factor", [2.0, 0.5])
-def test_a_machine_that_has_become_slower_or_faster_is_noticed(factor: float) -> None:
-    chance = random.Random(0)
-    change = noticed(factor * chance.uniform(0.95, 1.05) for _ in range(12))
-    assert change == (pytest.approx(factor, rel=0.05), 7)
-    assert noticed([factor] * 11) is None  # not yet
-
-
-def test_steps_that_scatter_or_of_which_others_disturb_many_are_no_slower_machine() -> None:
-    chance = random.Random(0)
-    assert noticed(chance.uniform(0.9, 1.3) for _ in range(1000)) is None
-    assert noticed(chance.choice((1.0, chance.uniform(1, 30))) for _ in range(1000)) is None
-
-
-def test_what_was_measured_before_the_machine_changed_counts_as_if_it_had_been_measured_after_it() -> None:
-    costs = Costs()
-    costs.note(4, 1.0, step=5)
-    costs.note(16, 3.0, step=7)
-    costs.note(8, 3.5, step=8)
-    costs.rescale(2.0, until_step=7)
-    assert [costs.at(size, otherwise=0.0) for size in (4, 8, 16)] == [2.0, 3.5, 6.0]
