@@ -72,7 +72,7 @@ class EngineConfig(_Frozen):
         None, ge=1, description="KV pool of one worker, when num_blocks is not given; default: its share of the memory"
     )
     num_host_blocks: int = Field(0, ge=0, description="blocks of host memory for preemption by swap; 0: recompute")
-    max_num_seqs: int = Field(64, ge=1, description="requests in one step; where some decode, below its tokens")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one step; where some decode, no more than its tokens")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens of one step, of prompts half while some decode")
     max_num_waiting: int = Field(1024, ge=1, description="requests that may queue on one worker; more are refused")
     scheduling_policy: Literal["fcfs", "priority", "shortest_prompt_first"] = Field(
@@ -248,20 +248,17 @@ class Config(_Frozen):
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> Config:
+        """Raises ``ConfigError`` itself: else what is shown as wrong would be everything, with all passwords."""
         if self.decode.replicas < 1:
-            raise ValueError("decode.replicas must be at least 1: every request ends on a decode worker")
+            raise ConfigError("decode.replicas", self.decode.replicas, "at least 1: requests end on a decode worker")
         seats, rows = self.decode.engine.max_num_seqs, self.decode.engine.max_num_batched_tokens
-        if seats >= rows:  # who decodes comes first in a step
-            raise ValueError(
-                f"decode.engine.max_num_seqs={seats} that decode leave prompts none of the tokens of a step, "
-                f"decode.engine.max_num_batched_tokens={rows}; lower the first below the second, or raise the second"
-            )
+        if seats > rows:  # who decodes comes first in a step
+            way_out = f"as many do not fit a step of decode.engine.max_num_batched_tokens={rows}"
+            raise ConfigError("decode.engine.max_num_seqs", seats, f"{way_out}; lower the first or raise the second")
         ours, theirs = self.prefill.engine.block_size_tokens, self.decode.engine.block_size_tokens
         if self.prefill.replicas and ours != theirs:
-            raise ValueError(
-                f"prefill.engine.block_size_tokens={ours} and decode.engine.block_size_tokens={theirs} differ: "
-                "blocks travel as they are; set both to one value"
-            )
+            way_out = f"decode.engine.block_size_tokens={theirs} differs, and blocks travel as they are; set both alike"
+            raise ConfigError("prefill.engine.block_size_tokens", ours, way_out)
         return self
 
 

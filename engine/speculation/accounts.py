@@ -19,7 +19,6 @@ class GuessAccounts:
         self._policy = policy
         self._guessed: DraftShape | None = None  # by the last step
         self._verified: DraftShape | None = None  # by the last one: what the one before it had guessed
-        self._was_decode_only = False
         self._drafted: dict[str, int] = {}  # guesses that it made, for each request for which it tried
         self._num_untold = 0  # plain steps that the policy need not be told of
         self._untold_size = 0  # of so many requests each
@@ -31,8 +30,7 @@ class GuessAccounts:
         what the step took besides computing and guessing."""
         guessed, self._guessed = self._guessed, plan.shape
         is_decode_only = bool(plan.runs) and plan.is_decode_only
-        is_like_the_last = self._was_decode_only and guessed == self._verified
-        self._verified, self._was_decode_only = guessed, is_decode_only
+        is_like_the_last, self._verified = guessed == self._verified, guessed
         is_plain = is_decode_only and guessed is None and plan.shape is None
         if is_plain and self._num_untold > 0 and len(plan.runs) == self._untold_size:
             self._num_untold -= 1  # as in most steps where guessing does not pay

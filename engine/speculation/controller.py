@@ -25,7 +25,7 @@ from eagleray.engine.speculation.tree import DraftShape
 _TRYING_SHARE: Final = 0.01  # of the time
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 8  # so many times as long until the next trial of what has lost several in a row
-_STEPS_BEFORE: Final = 2  # the first of a trial that is measured: they verify what was guessed before, and are unlike
+_STEPS_BEFORE: Final = 2  # a trial's first verifies what was guessed before it, its second is unlike that one
 _ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
 _STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
@@ -49,7 +49,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     verified: DraftShape | None = None  # what the one before did
     num_caught_up: int = 0  # tokens of earlier steps that the network took in beside the newest ones
     outside_s: float = 0.0  # beside both: scheduling, taking tokens in, waiting for cores; more where more is verified
-    is_like_the_last: bool = True  # the step before only decoded as well, and verified what the same shape had guessed
+    is_like_the_last: bool = True  # the step before verified what the same shape had guessed
 
 
 class DraftPolicy(Protocol):

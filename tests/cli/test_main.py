@@ -58,7 +58,7 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
         (["serve", "--set", "http.prot=1"], "http.prot=1: unknown key"),
         (["serve", "--set", "http.port"], "--set='http.port': write it as key.path=value"),
         (["serve", "--set", "http.port=["], "--set http.port='[': is not valid YAML"),
-        (["serve", "--decode", "0"], "decode.replicas must be at least 1"),
+        (["serve", "--decode", "0"], "decode.replicas=0: at least 1"),
         (["serve", "/nowhere.yaml"], "config='/nowhere.yaml': cannot be read"),
         (["serve", "--model", "/nowhere"], "model.path='/nowhere': there is no such folder"),
         (["serve", "--memory", "1GiB"], "memory.budget_bytes='1GiB': the least that would do is "),

@@ -39,8 +39,8 @@ WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"transfer": {"transports": []}}, "transfer.transports", "at least 1"),
     ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports.0", "shared_memory"),
     ({"decode": {"engine": {"watermark": 1.0}}}, "decode.engine.watermark", "less than 1"),
-    ({"decode": {"engine": {"max_num_seqs": 512}}}, "config", r"max_num_seqs=512 .* lower the first below the second"),
-    ({"decode": {"engine": {"max_num_batched_tokens": 64}}}, "config", r"max_num_seqs=64 .*batched_tokens=64;"),
+    ({"decode": {"engine": {"max_num_seqs": 513}}}, "decode.engine.max_num_seqs", r"=513: .* lower the first"),
+    ({"decode": {"engine": {"max_num_batched_tokens": 63}}}, "decode.engine.max_num_seqs", "=64: .*_tokens=63;"),
     ({1: 2}, "1", "string"),
 ]
 
@@ -55,7 +55,7 @@ def test_a_wrong_value_is_refused_naming_its_key_and_the_way_out(
 
 
 def test_an_empty_decode_pool_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"decode\.replicas must be at least 1"):
+    with pytest.raises(ConfigError, match=r"decode\.replicas=0: at least 1"):
         parse_config({"decode": {"replicas": 0}})
 
 
@@ -85,14 +85,30 @@ def test_workers_share_the_cores_of_a_machine_that_has_few_unless_told_otherwise
     assert (config.cores, config.prefill.num_threads, config.decode.num_threads) == expected
 
 
-def test_as_many_requests_as_tokens_in_a_step_are_fine_where_none_decodes() -> None:
-    few_tokens = {"max_num_batched_tokens": 64}
-    assert parse_config({"prefill": {"engine": few_tokens}, "decode": {"engine": few_tokens | {"max_num_seqs": 63}}})
+def test_more_requests_than_tokens_in_a_step_are_fine_where_none_decodes() -> None:
+    few_tokens = {"max_num_batched_tokens": 32}
+    assert parse_config({"prefill": {"engine": few_tokens}, "decode": {"engine": few_tokens | {"max_num_seqs": 32}}})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"replicas": 0}, "decode.replicas"),
+        ({"engine": {"max_num_seqs": 513}}, "decode.engine.max_num_seqs"),
+        ({"engine": {"block_size_tokens": 8}}, "prefill.engine.block_size_tokens"),
+    ],
+)
+def test_what_is_wrong_between_sections_is_said_without_the_secrets_of_others(
+    wrong: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"http": {"api_key": "a-secret-key"}, "decode": wrong})
+    assert refusal.value.field == field and "a-secret-key" not in str(refusal.value)
 
 
 def test_pools_of_two_block_sizes_are_refused_naming_both() -> None:
     sizes = {"prefill": {"engine": {"block_size_tokens": 8}}, "decode": {"engine": {"block_size_tokens": 32}}}
-    with pytest.raises(ConfigError, match=r"prefill\.engine\.block_size_tokens=8 and .*=32 differ"):
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.block_size_tokens=8: .*=32 differs"):
         parse_config(sizes)
 
 
