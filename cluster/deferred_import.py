@@ -21,8 +21,8 @@ class _DeferredModule(ModuleType):
 
 
 def defer_import(name: str) -> None:
-    """``import name`` does nothing from now on, unless it has been done; to use anything of the module imports it. Not
-    for modules that others import only for what that does."""
+    """``import name`` does nothing from now on, unless it has been done; to use anything of the module imports it. What
+    importing it has for effects is missing until then."""
     sys.modules.setdefault(name, _DeferredModule(name))
 
 

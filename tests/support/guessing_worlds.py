@@ -38,7 +38,6 @@ class Engine:
 
     def note_times(self, times: StepTimes) -> None:
         times = msgspec.structs.replace(times, is_like_the_last=times.verified == self.verified)
-
         self.verified = times.verified
         self.untold.append(partial(self._tell_times, times))
 
