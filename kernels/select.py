@@ -44,8 +44,6 @@ KernelChoice = Literal["auto", "native", "torch"]
 # Of the head, whatever the other layers have: it is a fourth of a small model's bytes, and what rounding it does to a
 # logit nothing after it evens out. So 8 bits, and its activations as they are.
 HEAD_QUANTIZATION: Final = "int8"
-# Where int8 is the fastest whatever the number of rows: with fewer instructions it is slower than float32 from some on.
-_FAST_INT8_LEVELS: Final = ("amx", "avx512_bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +176,7 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
         pass_features=partial(native_features.pass_features, library),
         linear_format=linear_format,
         head_format=PanelLinearFormat(library, HEAD_QUANTIZATION) if quantization else None,
-        draft_format=PanelLinearFormat(library, "w8a8") if library.level in _FAST_INT8_LEVELS else None,
+        draft_format=PanelLinearFormat(library, "w8a8"),
         sample_tokens=partial(native_sampling.sample_tokens, library),
         guess_tokens=partial(native_sampling.guess_tokens, library),
         copy_blocks=partial(native_kv_ops.copy_blocks, library),
