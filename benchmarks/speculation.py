@@ -46,7 +46,6 @@ from eagleray.models.random_weights import save_random_checkpoint
 
 _PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo_held_out.jsonl"
 _KV_MEMORY_BYTES: Final = 512 * 2**20
-_BATCHES_OF_PROMPTS: Final = 6  # at least, in a round
 _RANDOM: Final = ("eagle", "eagle3", "medusa", "draft_model")
 _RANDOM_NAME: Final = "random weights (cost only)"
 _TREE: Final = {"tree_branching": 4, "tree_nodes": 15}
@@ -113,8 +112,9 @@ def _compare(
     prompts: Sequence[Sequence[int]],
     options: argparse.Namespace,
 ) -> Iterator[list[Figure]]:
-    """One method, always guessing and under its controller, in turns with no guessing. If asked for, its draft as well
-    which never guesses: no controller can better that where guessing does not pay. And a second engine without one."""
+    """One method, always guessing (unless that is left out) and under its controller, in turns with no guessing. If
+    asked for, its draft as well which never guesses: no controller can better that where guessing does not pay. And a
+    second engine without one."""
     guessing = [
         Contender(
             f"{name}{ADAPTIVE if adaptive else ''}",
@@ -122,7 +122,7 @@ def _compare(
             SpeculationConfig(**dict(fields, adaptive=adaptive)),
             options.temperature,
         )
-        for adaptive in (False, True)
+        for adaptive in ([True] if options.controller_only else [False, True])
     ]
     if options.idle:
         kept = SpeculationConfig(**fields)
@@ -130,13 +130,13 @@ def _compare(
         guessing.append(Contender(f"{name}{IDLE}", config, kept, options.temperature, never_guesses=True))
     for batch in options.batches:
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
-        num_prompts = max(options.num_prompts, _BATCHES_OF_PROMPTS * batch)
+        num_prompts = max(options.num_prompts, options.waves * batch)
         asked = list(islice(cycle(prompts), num_prompts))
         rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats, options.untimed)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
-        always_rounds, *other_rounds = guessing_rounds
-        others = [figure(plain_rounds, taken, None) for taken in other_rounds]
-        yield [figure(plain_rounds, always_rounds, options.depth), *others]
+        always = [] if options.controller_only else [options.depth]  # the others' depth is not one
+        depths = [*always, *[None] * (len(guessing) - len(always))]
+        yield [figure(plain_rounds, taken, depth) for taken, depth in zip(guessing_rounds, depths, strict=True)]
     for contender in guessing:
         contender.close()
 
@@ -211,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--trees", action="store_true", help="measure what does not look up text with trees as well")
     add("--only", nargs="*", default=(), help="methods to measure; none: all that there are")
     add("--prompts", type=Path, default=_PROMPTS, help="JSONL with messages or prompt in each line")
-    add("--num-prompts", type=int, default=16, help="answered in each round, at least 6 for each place of a batch")
+    add("--num-prompts", type=int, default=16, help="answered in each round, or more for large batches")
+    add("--waves", type=int, default=6, help="prompts for each place of a batch in a round, at least")
     add("--max-tokens", type=int, default=128, help="of each answer")
     add("--depth", type=int, default=3, help="tokens ahead to guess")
     add("--temperature", type=float, default=0.0, help="of every request; above 0 each has a seed")
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=int, nargs="+", default=(1, 4, 16), help="requests that decode together")
     add("--threads", type=int, default=1, help="of each engine")
     add("--repeats", type=int, default=5, help="rounds of each contender, taken in turns")
+    add("--controller-only", action="store_true", help="leave out what always guesses: many short rounds take less")
     add("--idle", action="store_true", help="measure also drafts that never guess, and a second engine without one")
     add("--untimed", type=int, default=1, help="rounds before them, in which controllers learn and steps are recorded")
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")

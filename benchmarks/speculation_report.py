@@ -94,7 +94,7 @@ def sections(figures: Sequence[Figure]) -> list[Section]:
         "bound", "with it", "t_decode, ms", "t_verify, ms", "t_draft, ms", "outside, ms", "none's, ms", "prefill"
     )  # fmt: skip
     differing = "differing answers"
-    return [
+    found = [
         Section(
             ("always guessing", *speeds, *bounds, differing),
             [(*_speed_cells(figure), *_bound_cells(figure), str(figure.num_differing_answers)) for figure in always],
@@ -103,8 +103,9 @@ def sections(figures: Sequence[Figure]) -> list[Section]:
             ("controller", *speeds, differing),
             [(*_speed_cells(figure), str(figure.num_differing_answers)) for figure in adaptive],
         ),
-        *([Section(("kept, never guessing", *speeds), [_speed_cells(figure) for figure in idle])] if idle else []),
+        Section(("kept, never guessing", *speeds), [_speed_cells(figure) for figure in idle]),
     ]
+    return [section for section in found if section.rows]
 
 
 def _speed_cells(figure: Figure) -> tuple[str, ...]:

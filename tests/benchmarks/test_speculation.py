@@ -296,6 +296,10 @@ def test_the_program_measures_the_demo_model(tmp_path: Path, capsys: pytest.Capt
     always, adaptive = json.loads(result.read_bytes())["pieces"][0]["figures"]
     assert (always["contender"], adaptive["contender"]) == ("ngram", "ngram, adaptive")
     assert always["num_differing_answers"] == adaptive["num_differing_answers"] == 0
+    assert main([*few, "--controller-only", "--markdown", "--json", str(result)]) == 0
+    (adaptive,) = json.loads(result.read_bytes())["pieces"][0]["figures"]
+    assert (adaptive["contender"], adaptive["depth"]) == ("ngram, adaptive", None)
+    assert "always" not in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
