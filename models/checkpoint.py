@@ -41,6 +41,13 @@ class Checkpoint:
         """The tensor as stored. Its memory is the file: only to be read."""
         return self._tensors[name]
 
+    def mapped_anew(self, name: str) -> torch.Tensor:
+        """The same, in a mapping of its own. Tensors of a file share one, which has all in this process's memory that
+        was read through it, for as long as one of them is in use."""
+        with safe_open(self._path_of[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
     def concatenated(self, names: Iterable[str]) -> torch.Tensor:
         """Tensors one below the other; a single one is not copied."""
         tensors = [self._tensors[name] for name in names]

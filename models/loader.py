@@ -62,7 +62,7 @@ def load_model(
         _fill(views, checkpoint, loaded)
         return decoder
     _fill(norm_views(decoder), checkpoint, loaded)
-    decoder.embedding = nn.Parameter(checkpoint[EMBEDDING], requires_grad=False)
+    decoder.embedding = nn.Parameter(checkpoint.mapped_anew(EMBEDDING), requires_grad=False)
     loaded.add(1)
     formats = _Formats(kernels.linear_format, kernels.head_format or kernels.linear_format)
     _bind_linears(decoder, checkpoint, formats, packed_files, loaded)

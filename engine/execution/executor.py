@@ -4,6 +4,7 @@ text of the last one be made, while one computes."""
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from eagleray.models.registry import load_model_config
 from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
+
+_PREPARING_S: Final = 0.001  # a step whose turn has not come, or that copies blocks first, is not waited for longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,16 @@ class LocalExecutor:
         self._last_step: Future[StepResult] | None = None  # they run in order
 
     def submit(self, plan: StepPlan) -> LocalStep:
-        self._last_step = self._thread.submit(self._run, plan)
+        """Returns when kernels compute, or shortly. Whoever goes on in Python before that (with text and outputs of the
+        step before) keeps the thread that prepares the step from the interpreter."""
+        computes = threading.Event()
+        self._last_step = self._thread.submit(self._run, plan, computes.set)
+        computes.wait(_PREPARING_S)
         return LocalStep(self._last_step, self._step_deadline_s)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan, on_compute: Callable[[], None]) -> StepResult:
         with self._turns.turn():
-            return self._runner.run(plan)
+            return self._runner.run(plan, on_compute)
 
     def close(self) -> None:
         """Finish the steps that were submitted, take no more, and give up the pool.

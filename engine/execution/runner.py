@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -50,13 +50,16 @@ class ModelRunner:
         self._in_step = None if proposer is None else proposer.in_step
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them."""
+    def run(self, plan: StepPlan, on_compute: Callable[[], None] | None = None) -> StepResult:
+        """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them. ``on_compute`` is
+        called when all is prepared and kernels compute, which need no Python."""
         start_s = self._clock.now_s()
         self._swap(plan)
         if not plan.runs:
             return StepResult()
         batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)
+        if on_compute is not None:
+            on_compute()
         hidden, features = self._compute(plan.runs, batch)
         verified, logprobs = self._verify(hidden, plan.runs, batch.run_starts)
         self._keep_accepted(verified)

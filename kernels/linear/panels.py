@@ -11,7 +11,12 @@ from typing import Final, Literal
 import torch
 
 from eagleray.kernels.linear.api import PackedLinear
-from eagleray.kernels.linear.quantization import INT4_GROUP, ROUNDING_VERSION, QuantizedWeight, quantize_weight
+from eagleray.kernels.linear.quantization import (
+    ROUNDING_VERSION,
+    QuantizationUnsupported,
+    QuantizedWeight,
+    quantize_weight,
+)
 from eagleray.kernels.native.arguments import new_rows, rows_of
 from eagleray.kernels.native.library import ELEMENTS, NativeLibrary, address
 
@@ -21,6 +26,7 @@ _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
 _LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 32  # output features of a panel
+INT4_GROUPS: Final = range(32, 513, 32)  # input features with one scale, as panel_linear.c takes them
 _NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
 
 
@@ -63,7 +69,8 @@ class PanelLinear:
         return out if x.ndim == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
     def _group(self) -> int:
-        return INT4_GROUP if self.weights == "int4" else 0
+        """Input features with one scale; 0: all of them."""
+        return self.in_features // len(self.scales) if self.weights == "int4" and self.scales is not None else 0
 
     def _check_input(self, x: torch.Tensor) -> None:
         if x.dtype not in ELEMENTS or x.shape[-1] != self.in_features:
@@ -90,27 +97,35 @@ class PanelLinearFormat:
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See ``LinearFormat.pack``. Raises ``QuantizationUnsupported`` for in_features that groups do not divide."""
-        if self.weights == "bfloat16":
-            words, scales = _padded_columns(weight.bfloat16(), "bfloat16").view(torch.int32), None
-        else:
-            quantized = quantize_weight(weight, self.weights)
-            words, scales = _words(quantized, self.weights), quantized.scales
+        if self.weights != "bfloat16":
+            return self.pack_integers(quantize_weight(weight, self.weights), bias)
+        words = _padded_columns(weight.bfloat16(), "bfloat16").view(torch.int32)
+        return PackedLinear(self._tensors(words, bias), *weight.shape)
+
+    def pack_integers(self, quantized: QuantizedWeight, bias: torch.Tensor | None) -> PackedLinear:
+        """Of a weight that was rounded already, as in checkpoints of GPTQ and AWQ. With 8 bits a scale is over all input
+        features. Raises ``QuantizationUnsupported`` for groups that the products do not know."""
+        out_features, in_features = quantized.values.shape
+        group = in_features // len(quantized.scales)
+        if group not in INT4_GROUPS if self.weights == "int4" else len(quantized.scales) > 1:
+            raise QuantizationUnsupported(f"{self.weights} has no scales over {group} input features")
+        tensors = self._tensors(_words(quantized, self.weights), bias)
+        num_columns = len(tensors["panels"]) * _COLUMNS
+        tensors["scales"] = torch.zeros(len(quantized.scales), num_columns)
+        tensors["scales"][:, :out_features] = quantized.scales
+        if self.weights == "w8a8":
+            tensors["column_sums"] = torch.zeros(num_columns, dtype=torch.int32)
+            tensors["column_sums"][:out_features] = quantized.values.sum(1, dtype=torch.int32)
+        return PackedLinear(tensors, out_features, in_features)
+
+    def _tensors(self, words: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
         out_features, num_words = words.shape
         num_panels = -(-out_features // _COLUMNS)
         panels = torch.empty(num_panels, num_words, _COLUMNS, dtype=torch.int32)
         self.library.pack_panels(
             words.data_ptr(), out_features, num_words, num_panels, panels.data_ptr(), self.library.num_threads
         )
-        tensors = {"panels": panels}
-        if scales is not None:
-            tensors["scales"] = torch.zeros(len(scales), num_panels * _COLUMNS)
-            tensors["scales"][:, :out_features] = scales
-        if self.weights == "w8a8":
-            tensors["column_sums"] = torch.zeros(num_panels * _COLUMNS, dtype=torch.int32)
-            tensors["column_sums"][:out_features] = quantized.values.sum(1, dtype=torch.int32)
-        if bias is not None:
-            tensors["bias"] = bias.float().contiguous()
-        return PackedLinear(tensors, out_features, weight.shape[1])
+        return {"panels": panels} if bias is None else {"panels": panels, "bias": bias.float().contiguous()}
 
     def bind(self, packed: PackedLinear) -> PanelLinear:
         """See ``LinearFormat.bind``."""

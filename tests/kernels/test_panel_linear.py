@@ -14,6 +14,7 @@ from eagleray.kernels.linear.panels import PanelLinearFormat, PanelWeights
 from eagleray.kernels.linear.quantization import (
     Quantization,
     QuantizationUnsupported,
+    QuantizedWeight,
     quantize_rows,
     quantize_weight,
 )
@@ -85,6 +86,33 @@ def test_quantised_weights_equal_their_reference(
     sizes = x.abs().float() @ reference.weight.dequantized().abs().T + bias.abs() + residual.abs().float()
     found = prepare(library, quantization, weight, bias)(x, residual)
     assert bool(((found - expected).abs() <= 2 * rounding_bound(expected, sizes, shape[1], dtype)).all())
+
+
+def integers(out_features: int, in_features: int, group: int) -> QuantizedWeight:
+    values = (4 * random(out_features, in_features)).round().clamp(-8, 7).to(torch.int8)
+    return QuantizedWeight(values, random(in_features // group, out_features).abs())
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 17, 40])
+@pytest.mark.parametrize("group", [32, 64, 96, 512])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4_has_a_scale_for_each_group_whatever_its_size(
+    library: NativeLibrary, group: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    weight, x = integers(70, 3 * group, group), random(num_rows, 3 * group).to(dtype)
+    linear_format = PanelLinearFormat(library, "int4")
+    found = linear_format.bind(linear_format.pack_integers(weight, None))(x, dtype=torch.float32)
+    expected = x.float() @ weight.dequantized().T
+    sizes = x.abs().float() @ weight.dequantized().abs().T
+    assert bool(((found - expected).abs() <= 2 * rounding_bound(expected, sizes, 3 * group, torch.float32)).all())
+
+
+def test_groups_that_products_do_not_know_are_refused(load: Load) -> None:
+    for group in (16, 48, 544):
+        with pytest.raises(QuantizationUnsupported, match=f"no scales over {group} input features"):
+            PanelLinearFormat(load(), "int4").pack_integers(integers(40, 4 * group, group), None)
+    with pytest.raises(QuantizationUnsupported, match="int8 has no scales over 64 input features"):
+        PanelLinearFormat(load(), "int8").pack_integers(integers(40, 128, 64), None)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

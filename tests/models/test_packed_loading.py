@@ -18,6 +18,7 @@ from eagleray.models.model_config import ModelConfig
 from eagleray.models.packed_weights import PackedWeightFiles
 from eagleray.models.random_weights import random_model
 from eagleray.models.weight_names import LM_HEAD, checkpoint_views, linear_names
+from tests.support.mappings import mapped_kib, needs_smaps
 
 CONFIG = ModelConfig(
     model_type="qwen2",
@@ -121,3 +122,14 @@ def test_the_embedding_is_the_file_and_no_linear_layer_keeps_a_second_copy(tmp_p
     assert decoder.embedding.dtype is torch.bfloat16  # as stored
     assert all(names.linear.weight.numel() == 0 for names in linear_names(decoder))
     assert LM_HEAD in checkpoint_views(random_model(CONFIG, seed=1))
+
+
+@needs_smaps
+def test_what_packing_has_read_of_the_checkpoint_is_not_in_memory_afterwards(tmp_path: Path) -> None:
+    config = replace(CONFIG, intermediate_size=2**16)
+    write_checkpoint(tmp_path, config)
+    files = PackedWeightFiles(tmp_path / "packed", "model", 2**30, SystemClock())
+    path = tmp_path / "model.safetensors"
+    decoder = load(tmp_path, config, RowFormat(), packed_files=files)
+    assert float(decoder.embedding.sum()) != 0.0
+    assert mapped_kib(path)["Rss"] * 1024 < path.stat().st_size / 4

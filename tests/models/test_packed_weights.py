@@ -17,6 +17,7 @@ from eagleray.kernels.linear.api import PackedLinear
 from eagleray.models import packed_folder, packed_weights
 from eagleray.models.packed_folder import PackedFolder
 from eagleray.models.packed_weights import PackedWeightFiles, PackedWeightsUnavailable
+from tests.support.mappings import mapped_kib, needs_smaps
 
 LIMIT_BYTES = 64 * 2**20
 LAYOUT = "rows"
@@ -203,25 +204,12 @@ def large() -> list[tuple[str, PackedLinear]]:
     ]
 
 
-def rollup_kib() -> dict[str, int]:
-    """Of this process's mapping of the packed file."""
-    found: dict[str, int] = {}
-    is_ours = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split()
-        if not fields[0].endswith(":"):
-            is_ours = line.endswith(".packed")
-        elif is_ours and fields[-1] == "kB":
-            name = fields[0].removesuffix(":")
-            found[name] = found.get(name, 0) + int(fields[1])
-    return found
-
-
 def hold_mapping(folder: Path, pipe: Connection) -> None:
     found = files(folder).get(LAYOUT, large)
     pipe.send(float(found["large"].tensors["weight"].sum()))
     pipe.recv()  # both have mapped it
-    pipe.send(rollup_kib())
+    (path,) = folder.glob("*.packed")
+    pipe.send(mapped_kib(path))
     pipe.recv()  # both have looked
 
 
@@ -239,7 +227,7 @@ def importable_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+@needs_smaps
 @pytest.mark.usefixtures("importable_by_children")
 def test_two_processes_that_start_at_once_share_one_copy(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
