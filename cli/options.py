@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from eagleray.cli.set_option import add_set_argument
 from eagleray.core.config import Config, load_config
+from eagleray.core.config_sections import section_of
 from eagleray.core.errors import ConfigError
 
 _KEY_COLUMN: Final = 38
@@ -109,10 +110,12 @@ def _parsed(key: str, text: str) -> object:
 
 def _describe(model: type[BaseModel], prefix: str, described: dict[type[BaseModel], str]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        section = section_of(field)
+        if section is not field.annotation:  # of its own it has a value where it is no section, or may be none
             yield _describe_field(prefix + name, field)
-        elif section in described:
+        if section is None:
+            continue
+        if section in described:
             yield f"  {prefix}{name}.*".ljust(_KEY_COLUMN) + f"  as {described[section]}.*"
         else:
             described[section] = prefix + name
@@ -120,11 +123,11 @@ def _describe(model: type[BaseModel], prefix: str, described: dict[type[BaseMode
 
 
 def _describe_field(key: str, field: FieldInfo) -> str:
-    default = yaml.safe_dump(_plain(field.default), default_flow_style=True).split("\n")[0]
-    return (f"  {key} = {default}".ljust(_KEY_COLUMN) + f"  {field.description or ''}").rstrip()
+    default = " (must be set)" if field.is_required() else f" = {_as_yaml(field.default)}"
+    return (f"  {key}{default}".ljust(_KEY_COLUMN) + f"  {field.description or ''}").rstrip()
 
 
-def _plain(default: object) -> object:
-    if isinstance(default, ByteSize):
-        return int(default)
-    return list(default) if isinstance(default, tuple) else default
+def _as_yaml(default: object) -> str:
+    plain = int(default) if isinstance(default, ByteSize) else list(default) if isinstance(default, tuple) else default
+    text: str = yaml.safe_dump(plain, default_flow_style=True)
+    return text.split("\n")[0]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from eagleray.core.config_sections import alike_key, fields_below
 from eagleray.core.errors import ConfigError
 
 DEMO_MODEL: Final = "demo"
@@ -269,34 +269,21 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         # A misspelt key is also a missing one: what was written is named before what is lacking.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        field = ".".join(str(part) for part in first["loc"]) or "config"
+        location = first["loc"]
+        field = ".".join(str(part) for part in location) or "config"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key{_alike(first['loc'])}; `eagleray serve --help` lists those that there are"
+            alike = alike_key(Config, location)
+            perhaps = f", perhaps {alike}" if alike else ""
+            message = f"unknown key{perhaps}; `eagleray serve --help` lists those that there are"
         elif first["type"] == "model_type":
-            message = f"must be a mapping, such as {{{next(iter(_keys_below(first['loc'])), 'key')}: ...}}"
+            message = f"must be a mapping, such as {{{next(iter(fields_below(Config, location)), 'key')}: ...}}"
         value = first["input"]
         if first["type"] == "missing":  # its input is the whole section
             beside = f" beside {', '.join(map(str, value))}" if value else ""
-            value, message = None, f"must be set{beside}"
+            choices = get_args(fields_below(Config, location[:-1])[str(location[-1])].annotation)
+            value, message = None, f"must be set{beside}, to one of {', '.join(map(str, choices))}"
         raise ConfigError(field, value, message) from None
-
-
-def _alike(location: tuple[int | str, ...]) -> str:
-    """Which key was perhaps meant."""
-    alike = get_close_matches(str(location[-1]), _keys_below(location[:-1]), n=1)
-    return f", perhaps {alike[0]}" if alike else ""
-
-
-def _keys_below(location: tuple[int | str, ...]) -> list[str]:
-    """Of the section at that place."""
-    section: Any = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        section = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

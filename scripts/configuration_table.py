@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from eagleray.core.config import Config
+from eagleray.core.config_sections import section_of
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "operations.md"
 BEGIN: Final = "<!-- configuration: written by scripts/configuration_table.py -->"
@@ -38,7 +39,7 @@ def _sections(model: type[BaseModel], prefix: str, seen: dict[type[BaseModel], s
     nested: list[tuple[str, type[BaseModel]]] = []
     rows: list[str] = []
     for name, field in model.model_fields.items():
-        section = _section_of(field)
+        section = section_of(field)
         if section is not None:
             nested.append((prefix + name, section))
         else:
@@ -51,12 +52,6 @@ def _sections(model: type[BaseModel], prefix: str, seen: dict[type[BaseModel], s
         else:
             seen[section] = name
             yield from _sections(section, f"{name}.", seen)
-
-
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, or may hold."""
-    choices = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _default(field: FieldInfo) -> str:

@@ -49,6 +49,9 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "  http.port = 8000 " in shown
     assert "  transfer.transports = [shared_memory, tcp]" in shown
+    assert "  speculation = null " in shown
+    assert "  speculation.method (must be set) " in shown
+    assert "  speculation.tree_branching = 1 " in shown
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,7 @@ def test_serve_help_lists_the_keys_of_the_configuration(capsys: pytest.CaptureFi
     [
         (["serve", "--dtype", "float8"], "model.dtype='float8': "),
         (["serve", "--set", "http.prot=1"], "http.prot=1: unknown key"),
+        (["serve", "--set", "speculation.model=/x"], "must be set beside model, to one of eagle3, eagle"),
         (["serve", "--set", "http.port"], "--set='http.port': write it as key.path=value"),
         (["serve", "--set", "http.port=["], "--set http.port='[': is not valid YAML"),
         (["serve", "--decode", "0"], "decode.replicas=0: at least 1"),

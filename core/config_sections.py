@@ -1,0 +1,33 @@
+"""The sections of a configuration and the fields in them, as pydantic describes them."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Location = tuple[int | str, ...]  # of a field or section: the keys that lead to it
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def fields_below(top: type[BaseModel], location: Location) -> dict[str, FieldInfo]:
+    """Of the section at that place, by key; none where no section is."""
+    section = top
+    for part in location:
+        below = section_of(section.model_fields[str(part)])
+        if below is None:
+            return {}
+        section = below
+    return dict(section.model_fields)
+
+
+def alike_key(top: type[BaseModel], location: Location) -> str | None:
+    """Which key was perhaps meant by one that does not exist."""
+    return next(iter(get_close_matches(str(location[-1]), fields_below(top, location[:-1]), n=1)), None)
