@@ -87,7 +87,7 @@ class EngineConfig(_Frozen):
 
 
 class SpeculationConfig(_Frozen):
-    """Guessing several tokens and verifying them in one step. What is answered does not depend on any of it."""
+    """Guessing several tokens and verifying them in one step. Whether answers depend on it, ``verification`` says."""
 
     method: Literal["eagle3", "eagle", "medusa", "draft_model", "early_exit", "ngram"] = Field(
         description="who guesses: a draft head, a smaller model, the model's own first layers, or the text so far"
@@ -105,7 +105,7 @@ class SpeculationConfig(_Frozen):
     verification: Literal["target_token", "rejection"] = Field(
         "target_token",
         description="target_token: a guess counts if it is the token that the model samples by itself; rejection: "
-        "the classic rule for chains, whose answers depend on the guesses",
+        "the classic rule for chains, which keeps the distribution, but what a seed gives depends on the guesses",
     )
     adaptive: bool = Field(True, description="guess less, or not at all, where it would not pay")
     early_exit_layers: int | None = Field(None, ge=1, description="layers that guess, for early_exit")

@@ -38,7 +38,8 @@ def export_eagle3(folder: Path, config: EagleConfig, tensors: Mapping[str, torch
 
 
 def export_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, torch.Tensor], target_path: str) -> None:
-    """Write ``config.json`` and ``medusa_lm_head.safetensors`` as the Medusa authors do, and say what vLLM asks for.
+    """Write ``config.json`` and ``medusa_lm_head.safetensors``: the Medusa authors' fields and tensor names, in the
+    file that vLLM reads and with what it asks for besides. Their own program reads a ``.pt`` alone.
 
     Args:
         tensors: by the names of ``weight_names.medusa_views``.
