@@ -14,6 +14,7 @@ from eagleray.cli.finding import Finding, Level
 from eagleray.cli.set_option import add_set_argument
 
 EXIT_MISSING: Final = 1
+_LEFT_OUT: Final = "correct it: the checks of hardware, transports, model, index and port need it and were left out"
 _COLOURS: Final = {Level.OK: "32", Level.WARN: "33", Level.MISSING: "31"}
 
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _examine(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """Findings as they are made. Without its packages the rest of eagleray cannot be imported, nor checked."""
+    """Findings as they are made. Without its packages the rest of eagleray cannot be imported, nor checked, and without
+    a configuration it is not known for what."""
     software = check_software()
     yield from software
     if any(finding.level is Level.MISSING for finding in software):
@@ -47,8 +49,13 @@ def _examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     from eagleray.cli.check_transports import check_transports
     from eagleray.cli.options import config_from
     from eagleray.core.config import read_environment
+    from eagleray.core.errors import ConfigError
 
-    config = config_from(arguments)
+    try:
+        config = config_from(arguments)
+    except ConfigError as error:
+        yield Finding(Level.MISSING, "configuration", str(error), _LEFT_OUT)
+        return
     yield from check_hardware(config)
     yield from check_transports(config.transfer)
     yield from check_service(config, read_environment())

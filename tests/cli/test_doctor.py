@@ -91,6 +91,19 @@ def test_a_missing_package_ends_the_report_with_what_to_do(
     assert "cores" not in shown
 
 
+def test_a_configuration_that_is_refused_ends_the_report_with_what_was_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused = ["doctor", "--set", "http.prot=1"]
+    assert main(refused) == 1
+    *_, error, left_out = capsys.readouterr().out.splitlines()
+    assert error.startswith("missing configuration       http.prot=1: unknown key, perhaps port;")
+    assert left_out.strip().startswith("-> correct it: the checks of hardware, transports, model, index and port")
+    assert main([*refused, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["findings"][-1]["name"]) == (False, "configuration")
+
+
 def test_a_package_that_is_too_old_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_software.metadata, "requires", lambda name: ["pytest>=999"])
     finding = by_name(check_software.check_software())["pytest"]
