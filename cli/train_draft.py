@@ -93,9 +93,17 @@ def run(arguments: argparse.Namespace) -> int:
     _check_output(settings, arguments.resume)
     import torch
 
-    from eagleray.training.run import build_trainer, export_head, gather_documents, layers_note, load_target
+    from eagleray.training.run import (
+        build_trainer,
+        check_head,
+        export_head,
+        gather_documents,
+        layers_note,
+        load_target,
+    )
     from eagleray.training.trainer import fastest_dtype
 
+    check_head(settings)
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
     show = Progress(clock, sys.stdout)
@@ -116,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         show(note)
     show(f"the head is in {settings.output}; serve it with")
     model = "" if settings.model.path == DEMO_MODEL else f" --model {settings.model.path}"
+    model += "" if settings.model.dtype == "auto" else f" --dtype {settings.model.dtype}"
     model += "" if settings.model.quantization is None else f" --quantization {settings.model.quantization}"
     method = f"--set speculation.method={settings.method}"
     print(f"  eagleray serve{model} {method} --set speculation.model={settings.output}")

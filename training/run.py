@@ -23,6 +23,7 @@ from eagleray.models.draft_heads.eagle_format import LAYER_IDS, authors_capture_
 from eagleray.models.draft_heads.export import export_eagle3, export_medusa
 from eagleray.models.draft_heads.tensor_names import DRAFT_TO_TARGET
 from eagleray.models.loader import load_model
+from eagleray.models.model_config import ModelConfig
 from eagleray.models.registry import load_model_config
 from eagleray.training.eagle3 import Eagle3Trainee
 from eagleray.training.lesson import Teacher
@@ -79,6 +80,15 @@ class Documents:
 
     learned: list[Document]
     held_out: list[Document]
+
+
+def check_head(settings: RunSettings) -> None:
+    """Refuse, before the target answers prompts for hours, a head that it cannot have. Raises ``ConfigError``."""
+    config = load_model_config(settings.model.folder)
+    if settings.method == "eagle3":
+        _eagle3_shape(settings, config)
+    else:
+        _medusa_config(settings, config)
 
 
 def gather_documents(settings: RunSettings, report: OnProgress) -> Documents:
@@ -200,12 +210,8 @@ def _own_answers(
 
 
 def _eagle3(settings: RunSettings, documents: Sequence[Document], target: Decoder) -> tuple[Eagle3Trainee, Teacher]:
-    config, size = target.config, settings.draft_vocab_size or target.config.vocab_size
-    if not 0 < size <= config.vocab_size:
-        raise ConfigError("--draft-vocab-size", size, f"the target's vocabulary has {config.vocab_size} tokens")
-    layers = settings.capture_layers or default_capture_layers(config.num_layers)
-    if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_layers:
-        raise ConfigError("--capture-layers", layers, f"must rise and lie within 0 to {config.num_layers - 1}")
+    config = target.config
+    layers, size = _eagle3_shape(settings, config)
     vocabulary_V = None if size == config.vocab_size else common_tokens(documents, config.vocab_size, size)
     head = eagle3_config(config, layers, size)
     weights = warm_eagle3(head, config, settings.model.folder, vocabulary_V, settings.plan.seed)
@@ -213,8 +219,25 @@ def _eagle3(settings: RunSettings, documents: Sequence[Document], target: Decode
     return trainee, Teacher(target, layers, vocabulary_V)
 
 
+def _eagle3_shape(settings: RunSettings, target: ModelConfig) -> tuple[tuple[int, ...], int]:
+    """The layers that the head reads, and the size of its vocabulary. Raises ``ConfigError``."""
+    size = settings.draft_vocab_size or target.vocab_size
+    if not 0 < size <= target.vocab_size:
+        raise ConfigError("--draft-vocab-size", size, f"the target's vocabulary has {target.vocab_size} tokens")
+    layers = settings.capture_layers or default_capture_layers(target.num_layers)
+    if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < target.num_layers:
+        raise ConfigError("--capture-layers", layers, f"must rise and lie within 0 to {target.num_layers - 1}")
+    return layers, size
+
+
 def _medusa(settings: RunSettings, documents: Sequence[Document], target: Decoder) -> tuple[MedusaTrainee, Teacher]:
-    size = target.config.vocab_size
+    config = _medusa_config(settings, target.config)
+    return MedusaTrainee(config, warm_medusa(config, target.config, settings.model.folder)), Teacher(target, ())
+
+
+def _medusa_config(settings: RunSettings, target: ModelConfig) -> MedusaConfig:
+    """Raises ``ConfigError``."""
+    size = target.vocab_size
     if settings.capture_layers is not None:
         raise ConfigError(
             "--capture-layers", settings.capture_layers, "Medusa reads the last layer alone; leave it out"
@@ -222,5 +245,4 @@ def _medusa(settings: RunSettings, documents: Sequence[Document], target: Decode
     if settings.draft_vocab_size not in (None, size):
         way_out = f"Medusa's heads have the target's whole vocabulary, {size} tokens; leave it out"
         raise ConfigError("--draft-vocab-size", settings.draft_vocab_size, way_out)
-    config = MedusaConfig(settings.num_guesses, _MEDUSA_BLOCKS, target.config.hidden_size, size)
-    return MedusaTrainee(config, warm_medusa(config, target.config, settings.model.folder)), Teacher(target, ())
+    return MedusaConfig(settings.num_guesses, _MEDUSA_BLOCKS, target.hidden_size, size)

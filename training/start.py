@@ -46,7 +46,8 @@ def default_capture_layers(num_layers: int) -> tuple[int, ...]:
     if low < middle < high:
         return low, middle, high
     if num_layers < 3:
-        raise ConfigError("num_hidden_layers", num_layers, "EAGLE-3 reads three layers; train --method medusa")
+        way_out = "EAGLE-3 reads three layers; train --method medusa, or set --capture-layers"
+        raise ConfigError("num_hidden_layers", num_layers, way_out)
     return 0, num_layers // 2, num_layers - 1
 
 

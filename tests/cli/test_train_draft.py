@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_targets import FAMILIES
 
 from eagleray.cli.__main__ import main
+from eagleray.core.acceptance import total_acceptance
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
@@ -25,21 +27,15 @@ TARGET = {
 }  # fmt: skip
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 16},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
-}
+METHODS = pytest.mark.parametrize("method", ["eagle3", "medusa"])
 
 
 @pytest.fixture
 def options(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
-    """Of a run of a few steps on ten prompts; its parameter is the target's family."""
+    """Of a run of a few steps on ten prompts; its parameter is what ``config.json`` of the target has instead."""
     folder = tmp_path / "target"
     folder.mkdir()
-    family = getattr(request, "param", None)
-    changes = {} if family is None else FAMILIES[family] | {"model_type": family}
-    save_random_checkpoint(folder, TARGET | changes, seed=1)
+    save_random_checkpoint(folder, TARGET | getattr(request, "param", {}), seed=1)
     save_byte_tokenizer(folder)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"number {number}"}) + "\n" for number in range(10)))
@@ -47,7 +43,20 @@ def options(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
     return ["train-draft", *words.split(), "--epochs", "1", "--check-every-steps", "2", "--num-threads", "1"]
 
 
-@pytest.mark.parametrize("method", ["eagle3", "medusa"])
+def served_tokens(folder: Path, speculation: dict[str, Any] | None = None, **settings: Any) -> list[int]:
+    """An answer of the target; with ``speculation`` its guesses must have been verified."""
+    llm = LLM(folder, num_threads=1, num_blocks=32, speculation=speculation, **settings)
+    [spec] = llm._specs("number 3", SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), 0)
+    llm.engine.add(spec)
+    steps = []
+    while llm.engine.has_work:
+        steps.append(llm.engine.step())
+    acceptance = total_acceptance(step.acceptance for step in steps)
+    assert (acceptance is not None and acceptance.num_draft_tokens > 0) == (speculation is not None)
+    return [token_id for step in steps for output in step.outputs for token_id in output.token_ids]
+
+
+@METHODS
 def test_a_head_is_trained_on_own_samples_and_served(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -55,19 +64,42 @@ def test_a_head_is_trained_on_own_samples_and_served(
     shown = capsys.readouterr().out
     assert "samples: 9 of 9 answered" in shown
     assert "loss" in shown and "tokens per step with 3 guesses" in shown
-    speculation = {"method": method, "model": str(tmp_path / "head")}
-    llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
-    [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
-    assert len(output.outputs[0].token_ids) == 5
+    speculation = {"method": method, "model": str(tmp_path / "head"), "adaptive": False}
+    assert served_tokens(tmp_path / "target", speculation) == served_tokens(tmp_path / "target")
 
 
-@pytest.mark.parametrize("options", FAMILIES, indirect=True)
-def test_a_head_for_another_family_is_trained_and_served(options: list[str], tmp_path: Path) -> None:
-    assert main(options) == 0
-    speculation = {"method": "eagle3", "model": str(tmp_path / "head"), "adaptive": False}
-    llm = LLM(tmp_path / "target", num_threads=1, num_blocks=32, speculation=speculation)
-    [output] = llm.generate("number 3", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
-    assert len(output.outputs[0].token_ids) == 5
+@METHODS
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES, indirect=True)
+def test_a_head_for_another_family_is_trained_and_served(options: list[str], tmp_path: Path, method: str) -> None:
+    assert main([*options, "--method", method]) == 0
+    speculation = {"method": method, "model": str(tmp_path / "head"), "adaptive": False}
+    assert served_tokens(tmp_path / "target", speculation) == served_tokens(tmp_path / "target")
+
+
+@METHODS
+@pytest.mark.parametrize("options", [{"torch_dtype": "bfloat16"}], ids=str, indirect=True)
+def test_a_head_for_a_bfloat16_target_is_trained_and_served_in_that_format(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    assert main([*options, "--method", method, "--dtype", "bfloat16"]) == 0
+    assert f"--model {tmp_path / 'target'} --dtype bfloat16 --set" in capsys.readouterr().out
+    speculation = {"method": method, "model": str(tmp_path / "head"), "adaptive": False}
+    assert len(served_tokens(tmp_path / "target", speculation, dtype="bfloat16")) == 12
+
+
+@pytest.mark.parametrize("way_out", [["--method", "medusa"], ["--capture-layers", "0", "1"]], ids=" ".join)
+@pytest.mark.parametrize("options", [{"num_hidden_layers": 2}], ids=str, indirect=True)
+def test_a_target_with_too_few_layers_for_eagle3_is_refused_at_once_with_what_works(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], way_out: list[str]
+) -> None:
+    assert main(options) == 2
+    shown = capsys.readouterr()
+    assert "num_hidden_layers=2: EAGLE-3 reads three layers; train --method medusa" in shown.err
+    assert "answered" not in shown.out  # which would have taken hours
+    assert main([*options, *way_out]) == 0
+    method = "medusa" if "medusa" in way_out else "eagle3"
+    speculation = {"method": method, "model": str(tmp_path / "head"), "adaptive": False}
+    assert served_tokens(tmp_path / "target", speculation) == served_tokens(tmp_path / "target")
 
 
 def test_a_head_for_a_quantized_target_is_trained_and_gone_on_with_for_that_one_only(

@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_targets import FAMILIES, ROPE_SCALED
 
 from eagleray.core.config import ModelConfigSection
 from eagleray.core.errors import ConfigError
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.llm import LLM
 from eagleray.models.random_weights import save_random_checkpoint
+from eagleray.text.fake import save_byte_tokenizer
 from eagleray.training import checkpoint
 from eagleray.training import trainer as trainer_module
-from eagleray.training.run import Documents, build_trainer, export_head, layers_note, load_target
+from eagleray.training.run import Documents, RunSettings, build_trainer, export_head, layers_note, load_target
 from eagleray.training.texts import Document
 from eagleray.training.trainer import Trainer, learning_rate_share
 
@@ -28,6 +30,7 @@ TARGET = {
     "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "torch_dtype": "float32",
 }  # fmt: skip
+LONG = {"num_epochs": 40, "batch_tokens": 512}
 METHODS = pytest.mark.parametrize("method", ["eagle3", "medusa"])
 
 
@@ -172,9 +175,26 @@ def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
 
 @pytest.mark.parametrize(("method", "vocabulary"), [("eagle3", None), ("eagle3", 120), ("medusa", None)])
 def test_held_out_acceptance_is_what_the_engine_measures_with_the_head(
-    new_settings: Any, folder: Path, documents: Sequence[Document], method: str, vocabulary: int | None
+    new_settings: Any, documents: Sequence[Document], method: str, vocabulary: int | None
 ) -> None:
-    settings = new_settings(method=method, draft_vocab_size=vocabulary, plan={"num_epochs": 40, "batch_tokens": 512})
+    settings = new_settings(method=method, draft_vocab_size=vocabulary, plan=LONG)
+    require_the_engine_to_count_what_was_measured(settings, documents)
+
+
+@METHODS
+@pytest.mark.parametrize("changes", [*FAMILIES.values(), ROPE_SCALED], ids=[*FAMILIES, "rope-scaled"])
+def test_a_head_is_served_as_it_was_trained_for_a_target_with_more_than_its_layout_has(
+    new_settings: Any, tmp_path: Path, documents: Sequence[Document], method: str, changes: dict[str, Any]
+) -> None:
+    save_random_checkpoint(tmp_path, {**TARGET, "num_hidden_layers": 4, **changes}, seed=3)
+    save_byte_tokenizer(tmp_path)
+    settings = new_settings(method=method, model=ModelConfigSection(path=str(tmp_path)), plan=LONG)
+    require_the_engine_to_count_what_was_measured(settings, documents)
+
+
+def require_the_engine_to_count_what_was_measured(settings: RunSettings, documents: Sequence[Document]) -> None:
+    """Of a head that has learned these answers, which is exported and loaded again."""
+    folder = settings.model.folder
     held_out = greedy_answers(folder, documents[:6])
     trainer = build_trainer(settings, Documents(held_out, held_out), load_target(settings))
     list(trainer.run())
@@ -184,7 +204,8 @@ def test_held_out_acceptance_is_what_the_engine_measures_with_the_head(
     export_head(settings, trainer)
     measured = trainer.measure()
     assert measured.tokens_per_step > 1.2
-    speculation = {"method": method, "model": str(settings.output), "num_speculative_tokens": 3, "adaptive": False}
+    head = {"method": settings.method, "model": str(settings.output)}
+    speculation = {**head, "num_speculative_tokens": 3, "adaptive": False}
     # Torch's kernels compute the head as it was trained; native ones may round it to eight bits.
     llm = LLM(folder, num_threads=1, num_blocks=64, kernels="torch", speculation=speculation)
     counted = tokens_of_steps(llm, held_out)
