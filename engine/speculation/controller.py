@@ -178,7 +178,7 @@ class AdaptiveDrafts:
 
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         acceptance = self._options[shape].acceptance
-        acceptance.note([count - 1 for count in num_tokens], shape.depth)
+        acceptance.note([count - 1 for count in num_tokens], shape.depth, self._num_steps)
         # Of the same requests whose tokens count: another's guesses were cut, or it came too late to be guessed for.
         acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 

@@ -17,6 +17,7 @@ _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: the
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
+_MOST_FORGOTTEN: Final = 100  # steps' worth of it at once, however long ago it was learned: trials tell little
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
 _MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
@@ -27,15 +28,19 @@ class GuessAcceptance:
     def __init__(self) -> None:
         self._true: list[float] = []  # guesses, the older the less they count
         self._all: list[float] = []
+        self._newest_step: int | None = None  # none: all of it is belief
         self.share_found = 1.0  # of the guesses that were asked for: look-up may find none
 
-    def note(self, num_accepted: Sequence[int], depth: int) -> None:
-        """Of requests for which a guess was made for each of ``depth`` tokens ahead."""
+    def note(self, num_accepted: Sequence[int], depth: int, step: int) -> None:
+        """Of requests for which a guess was made for each of ``depth`` tokens ahead. Forgets by the steps that have
+        passed, so that what was learned of another text does not outweigh a trial."""
         while len(self._all) < depth:
             self._true.append(_ACCEPTANCE * _WEIGHT_OF_ACCEPTANCE)
             self._all.append(_WEIGHT_OF_ACCEPTANCE)
         # Many requests tell in few steps what a text is like, and smooth out each other's chance.
-        kept = 1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)
+        num_steps = 1 if self._newest_step is None else min(max(1, step - self._newest_step), _MOST_FORGOTTEN)
+        kept = (1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)) ** num_steps
+        self._newest_step = step
         for level in range(depth):
             num_all = sum(1 for accepted in num_accepted if accepted >= level)
             if num_all:

@@ -6,7 +6,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from typing import ClassVar
 
 import msgspec
@@ -81,7 +82,7 @@ class World:
         gained = [self._gain(verified) for _ in range(self.num_requests)]
         noise = self.random.uniform(0.95, 1.05)
         verify_s = self.verify_s(num_rows) * noise
-        draft_s = (self.upkeep_s + self.draft_token_s * (shape.depth if shape else 0)) * noise
+        draft_s = (self.upkeep_s + self.draft_s(shape)) * noise
         self.times_drafted[shape] += 1
         if self.times_drafted[shape] <= 2:
             draft_s *= self.slowness_of_new_shapes
@@ -102,13 +103,18 @@ class World:
             gained += 1
         return gained
 
+    def draft_s(self, shape: DraftShape | None) -> float:
+        return self.draft_token_s * (shape.depth if shape else 0)
+
+    def tokens_per_step(self, shape: DraftShape | None) -> float:
+        """Of one request."""
+        return sum(self.acceptance**level for level in range(1 + (shape.depth if shape else 0)))
+
     def tokens_per_s(self, shape: DraftShape | None) -> float:
         """What always guessing ``shape`` would bring in the long run."""
-        depth = shape.depth if shape else 0
-        tokens = sum(self.acceptance**level for level in range(depth + 1))
-        num_rows = self.num_requests * (1 + depth)
-        step_s = self.verify_s(num_rows) + self.outside_s(num_rows) + self.upkeep_s + self.draft_token_s * depth
-        return self.num_requests * tokens / step_s
+        num_rows = self.num_requests * (1 + (shape.max_nodes if shape else 0))
+        step_s = self.verify_s(num_rows) + self.outside_s(num_rows) + self.upkeep_s + self.draft_s(shape)
+        return self.num_requests * self.tokens_per_step(shape) / step_s
 
 
 def memory_bound(num_rows: int) -> float:
@@ -117,6 +123,42 @@ def memory_bound(num_rows: int) -> float:
 
 def compute_bound(num_rows: int) -> float:
     return 1e-3 * num_rows
+
+
+class Trees(World):
+    """What comes next is the best guess, the second best or another, each with a probability of its own. Of all paths
+    of guesses the likeliest are verified, and to guess a level of a tree takes longer than a token of a chain."""
+
+    LEVEL_OF_TREE: ClassVar = 1.5  # tokens of a chain
+
+    def __init__(
+        self, num_requests: int, come_true: Sequence[float], verify_s: Callable[[int], float], draft_token_s: float
+    ) -> None:
+        super().__init__(num_requests, 0.0, verify_s, draft_token_s)
+        self.come_true = come_true  # by rank
+        self.nodes = cache(self._likeliest)
+
+    def _likeliest(self, shape: DraftShape) -> dict[tuple[int, ...], float]:
+        """Paths of ranks that are verified: how likely all of each comes true."""
+        paths = [path for depth in range(1, shape.depth + 1) for path in product(range(shape.branching), repeat=depth)]
+        likely = {path: math.prod(self.come_true[rank] for rank in path) for path in paths}
+        return dict(sorted(likely.items(), key=lambda item: -item[1])[: shape.max_nodes])
+
+    def draft_s(self, shape: DraftShape | None) -> float:
+        return super().draft_s(shape) * (1.0 if shape is None or shape.is_chain else self.LEVEL_OF_TREE)
+
+    def _gain(self, shape: DraftShape | None) -> int:
+        nodes, path = self.nodes(shape) if shape else {}, ()
+        while (path := (*path, self._next_rank())) in nodes:
+            pass
+        return len(path)
+
+    def _next_rank(self) -> int:
+        chance, *_ = self.random.choices(range(len(self.come_true) + 1), (*self.come_true, 1.0 - sum(self.come_true)))
+        return chance
+
+    def tokens_per_step(self, shape: DraftShape | None) -> float:
+        return 1.0 + (sum(self.nodes(shape).values()) if shape else 0.0)
 
 
 class Measured(World):

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from eagleray.engine.speculation import build
 from eagleray.engine.speculation.controller import StepTimes
 from eagleray.engine.speculation.tree import DraftShape
 from tests.support.guessing_worlds import (
@@ -16,6 +17,7 @@ from tests.support.guessing_worlds import (
     Busy,
     Measured,
     Tied,
+    Trees,
     World,
     adaptive,
     compute_bound,
@@ -224,6 +226,67 @@ def test_who_came_too_late_to_be_guessed_for_does_not_make_guesses_look_cheap(
         world = Tied(4, scatter, seed, share_found=share_found, is_told_of_all=False)
         assert world.run() > 0.97 * world.tokens_per_s(None)
         assert world.times_drafted[None] > 0.6 * world.times_drafted.total()
+
+
+# ---- trees
+
+# Chains, and trees of several sizes: what a controller chooses from where a tree is configured.
+TREES = build._smaller_shapes(DraftShape(4, branching=3, num_nodes=24))
+SMALL, HALF, WHOLE = TREES[2:]
+
+
+def tree_world(num_requests: int, come_true: tuple[float, ...], row_s: float, seed: int = 0) -> Trees:
+    world = Trees(num_requests, come_true, lambda num_rows: 10e-3 + row_s * num_rows, draft_token_s=0.2e-3)
+    world.random.seed(seed)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "come_true", "row_s", "best"),
+    [
+        (1, (0.45, 0.35, 0.1), 0.0, WHOLE),
+        (1, (0.35, 0.3, 0.25), 0.3e-3, HALF),
+        (4, (0.4, 0.4, 0.02), 0.3e-3, SMALL),
+        (4, (0.8, 0.02, 0.01), 0.5e-3, DraftShape(4)),
+    ],
+    ids=["whole", "half", "small", "chain"],
+)
+def test_it_finds_the_size_of_a_tree_that_is_best(
+    num_requests: int, come_true: tuple[float, ...], row_s: float, best: DraftShape
+) -> None:
+    for seed in range(3):
+        world = tree_world(num_requests, come_true, row_s, seed)
+        policy = adaptive(TREES)
+        chosen = [world.step(policy) for _ in range(1500)]
+        rates = {shape: world.tokens_per_s(shape) for shape in (None, *TREES)}
+        assert all(rate < 0.95 * rates[best] for shape, rate in rates.items() if shape != best)  # or it is not sought
+        assert chosen[-500:].count(best) > 0.95 * 500
+        assert world.num_tokens / world.spent_s > 0.9 * rates[best]
+
+
+@pytest.mark.parametrize("num_requests", [1, 4, 16])
+def test_where_neither_trees_nor_chains_pay_it_loses_little_and_hardly_guesses(num_requests: int) -> None:
+    for seed in range(3):
+        world = tree_world(num_requests, (0.15, 0.05, 0.02), 2e-3, seed)
+        policy = adaptive(TREES)
+        chosen = [world.step(policy) for _ in range(1500)]
+        assert max(map(world.tokens_per_s, TREES)) < 0.99 * world.tokens_per_s(None)  # or it would be wrong
+        assert chosen[-500:].count(None) > 0.95 * 500
+        assert world.num_tokens / world.spent_s > 0.98 * world.tokens_per_s(None)
+
+
+def test_it_gives_up_a_tree_where_the_text_changes_and_takes_it_up_again() -> None:
+    """What was learned of another text does not outweigh what trials say."""
+    likely, unlikely = (0.4, 0.4, 0.02), (0.1, 0.05, 0.02)
+    for seed in range(3):
+        world = tree_world(4, likely, 0.3e-3, seed)
+        policy = adaptive(TREES)
+        for come_true, best, num_steps in ((likely, SMALL, 1500), (unlikely, None, 1500), (likely, SMALL, 8000)):
+            world.come_true = come_true
+            world.nodes.cache_clear()
+            assert world.tokens_per_s(best) == max(map(world.tokens_per_s, (None, *TREES)))
+            chosen = [world.step(policy) for _ in range(num_steps)]
+            assert chosen[-500:].count(best) > 0.8 * 500
 
 
 # ---- told step by step
