@@ -3,8 +3,6 @@ all. Of drawn answers only the distribution is the same."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from served_requests import NUM_NEW_TOKENS, Checkpoints, Records, Tokens, save_checkpoints, specs
 from ways_to_serve import WAYS, running_engine, tokens_of
@@ -21,18 +19,12 @@ def plain(checkpoints: Checkpoints) -> Tokens:
         return tokens_of(engine, specs())
 
 
-def chain_of(checkpoints: Checkpoints, method: str) -> dict[str, Any]:
-    fields = dict(checkpoints.speculation[method], verification="rejection")
-    fields.pop("tree_branching", None), fields.pop("tree_nodes", None)
-    return fields
-
-
 @pytest.mark.parametrize("method", ["eagle3", "draft_model", "early_exit"])
 @pytest.mark.parametrize("way", ["preempted by recompute, with a cache", "preempted by swap", "split over tcp"])
 def test_greedy_answers_by_rejection_are_exact_however_they_are_served(
     checkpoints: Checkpoints, plain: Tokens, method: str, way: str
 ) -> None:
-    served = WAYS[way](checkpoints, chain_of(checkpoints, method))
+    served = WAYS[way](checkpoints, {**checkpoints.speculation[f"{method}, chain"], "verification": "rejection"})
     greedy = [spec.request_id for spec in specs() if spec.sampling.is_greedy]
     assert {index: served.tokens[index] for index in greedy} == {index: plain[index] for index in greedy}
     assert {len(tokens) for tokens in served.tokens.values()} == {NUM_NEW_TOKENS}

@@ -45,11 +45,22 @@ def save_agreeable_target(folder: Path, config: Mapping[str, Any], seed: int, sa
 
 def save_agreeing_draft(folder: Path, method: AgreeingDraft, target: Path, seed: int) -> None:
     """A draft for what ``save_agreeable_target`` wrote to ``target``."""
+    config = load_model_config(target)
     if method == "draft_model":
-        _save_smaller_model(folder, target)
+        save_first_layers(folder, target, config.num_layers - 2)
         return
     make = {"eagle": _save_eagle, "eagle3": _save_eagle3, "medusa": _save_medusa}[method]
-    make(folder, load_model_config(target), load_file(target / _WEIGHTS), seed)
+    make(folder, config, load_file(target / _WEIGHTS), seed)
+
+
+def save_first_layers(folder: Path, target: Path, num_layers: int) -> None:
+    """The target without the layers behind these, as a model of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}), encoding="utf-8")
+    left_out = tuple(f"model.layers.{layer}." for layer in range(num_layers, config["num_hidden_layers"]))
+    tensors = load_file(target / _WEIGHTS)
+    _save({name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}, folder / _WEIGHTS)
 
 
 def _output_rows(target: Mapping[str, Tensor], num_tokens_ahead: int) -> Tensor:
@@ -94,17 +105,6 @@ def _save_medusa(folder: Path, config: ModelConfig, target: Mapping[str, Tensor]
     for head in range(num_heads):
         tensors[f"{head}.1.weight"] = _output_rows(target, num_tokens_ahead=2 + head).float()
     _save(tensors, folder / _MEDUSA_WEIGHTS)
-
-
-def _save_smaller_model(folder: Path, target: Path) -> None:
-    """The target without its last two layers, as a model of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((target / "config.json").read_text("utf-8"))
-    num_layers = config["num_hidden_layers"] - 2
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}), encoding="utf-8")
-    left_out = tuple(f"model.layers.{layer}." for layer in (num_layers, num_layers + 1))
-    tensors = load_file(target / _WEIGHTS)
-    _save({name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}, folder / _WEIGHTS)
 
 
 def _scaled(path: Path, factors: Mapping[str, float]) -> dict[str, Tensor]:

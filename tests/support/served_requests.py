@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from agreeing_draft import save_agreeable_target, save_agreeing_draft
+from agreeing_draft import AgreeingDraft, save_agreeable_target, save_agreeing_draft
 
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
@@ -27,8 +27,12 @@ TARGET = {
     "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "torch_dtype": "float32", "hidden_act": "silu",
 }  # fmt: skip
-TREE = {"tree_branching": 2, "tree_nodes": 6, "num_speculative_tokens": MAX_DEPTH}
-FIXED_TREE = {"tree_paths": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0, 0]]}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "chain": {"num_speculative_tokens": MAX_DEPTH},
+    "tree": {"tree_branching": 2, "tree_nodes": 6, "num_speculative_tokens": MAX_DEPTH},
+    "fixed tree": {"tree_paths": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0, 0]]},
+}
+MADE_TO_AGREE: Sequence[AgreeingDraft] = ("eagle", "eagle3", "medusa", "draft_model")
 SAMPLING: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.0},
     {"temperature": 0.7, "seed": 5},
@@ -47,28 +51,28 @@ SAMPLING: Sequence[Mapping[str, Any]] = (
 @dataclass(frozen=True)
 class Checkpoints:
     target: Path
-    speculation: Mapping[str, Mapping[str, Any]]
+    speculation: Mapping[str, Mapping[str, Any]]  # each method in each shape: "eagle3, chain"
 
 
 def save_checkpoints(root: Path) -> Checkpoints:
     target = root / "target"
     save_agreeable_target(target, TARGET, seed=1)
-    for method in ("eagle", "eagle3", "medusa", "draft_model"):
+    for method in MADE_TO_AGREE:
         save_agreeing_draft(root / method, method, target, seed=2)
     save_random_draft(root / "two_layers", "eagle", load_model_config(target), seed=2, num_hidden_layers=2)
-    chain, early_exit = {"num_speculative_tokens": MAX_DEPTH}, {"method": "early_exit", "early_exit_layers": 2}
-    methods: dict[str, dict[str, Any]] = {
-        "eagle": {"method": "eagle", "model": str(root / "eagle"), **TREE},
-        "eagle3": {"method": "eagle3", "model": str(root / "eagle3"), **TREE},
-        "eagle, fixed tree": {"method": "eagle", "model": str(root / "eagle"), **FIXED_TREE},
-        "eagle of two layers": {"method": "eagle", "model": str(root / "two_layers"), **TREE},
-        "medusa": {"method": "medusa", "model": str(root / "medusa"), **TREE},
-        "draft_model": {"method": "draft_model", "model": str(root / "draft_model"), **chain},
-        "draft_model, trees": {"method": "draft_model", "model": str(root / "draft_model"), **TREE},
-        "early_exit": {**early_exit, **chain},
-        "early_exit, trees": {**early_exit, **TREE},
+    save_random_draft(root / "random", "eagle3", load_model_config(target), seed=2)
+    drafts: dict[str, dict[str, Any]] = {
+        **{method: {"method": method, "model": str(root / method)} for method in MADE_TO_AGREE},
+        "eagle of two layers": {"method": "eagle", "model": str(root / "two_layers")},
+        "random eagle3": {"method": "eagle3", "model": str(root / "random")},
+        "early_exit": {"method": "early_exit", "early_exit_layers": 2},
     }
-    return Checkpoints(target, {name: {"adaptive": False, **method} for name, method in methods.items()})
+    speculation = {
+        f"{name}, {shape}": {"adaptive": False, **draft, **fields}
+        for name, draft in drafts.items()
+        for shape, fields in SHAPES.items()
+    }
+    return Checkpoints(target, speculation)
 
 
 # ---- what is asked, and what steps tell
@@ -88,21 +92,28 @@ def specs(num_new_tokens: int = NUM_NEW_TOKENS) -> list[RequestSpec]:
     ]
 
 
+class VerifiedDraft(NamedTuple):
+    draft: DraftTree
+    num_accepted: int
+    attempt: int  # of a router, each with a number of its own: another one after each worker that a request lost
+
+
 @dataclass
 class Records:
     """What executors were seen to guess and to accept. Keys: index of the request, its known tokens."""
 
     guesses: dict[tuple[str, int], set[DraftTree]] = field(default_factory=dict)
-    accepted: dict[tuple[str, int], list[tuple[DraftTree, int]]] = field(default_factory=dict)
+    accepted: dict[tuple[str, int], list[VerifiedDraft]] = field(default_factory=dict)
     decode_steps: list[int] = field(default_factory=list)  # tokens that each brought a request; but see ``note``
     num_first_steps: int = 0  # without guesses, as a hand-over leaves them
+    num_unguessed: int = 0  # other steps without guesses that brought a token
     num_moved: int = 0  # guesses two deep or deeper that came true and lay elsewhere than their KV belongs
     num_swapped: int = 0  # blocks that went to host memory
     shapes: set[DraftShape | None] = field(default_factory=set)  # that were asked for while requests only decoded
 
     def clear(self) -> None:
         self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear(), self.shapes.clear()
-        self.num_first_steps = self.num_moved = self.num_swapped = 0
+        self.num_first_steps = self.num_unguessed = self.num_moved = self.num_swapped = 0
 
     def follow(self, executor: LocalExecutor) -> LocalExecutor:
         submit = executor.submit
@@ -119,7 +130,8 @@ class Records:
             if request_id in result.drafts:
                 self.guesses.setdefault((index, run.end + num_sampled), set()).add(result.drafts[request_id])
             if run.draft is not None:
-                self.accepted.setdefault((index, run.end), []).append((run.draft, num_sampled - 1))
+                verified = VerifiedDraft(run.draft, num_sampled - 1, int(request_id.rpartition(".")[2]))
+                self.accepted.setdefault((index, run.end), []).append(verified)
                 self.num_moved += num_moved(run.draft, [token.token_id for token in result.sampled[request_id]])
             num_got_here = run.end - len(run.spec.token_ids)
             num_left = run.spec.num_prompt_tokens + (run.spec.sampling.max_tokens or 0) - run.end
@@ -127,15 +139,16 @@ class Records:
                 self.num_first_steps += 1
             elif num_got_here > 0 and num_left > MAX_DEPTH:  # the last guesses are cut to what is left
                 self.decode_steps.append(num_sampled)
+                self.num_unguessed += run.draft is None
 
     def num_accepted(self, index: str) -> int:
         """Guesses for one request that came true."""
-        return sum(accepted for (of, _), steps in self.accepted.items() if of == index for _, accepted in steps)
+        return sum(step.num_accepted for (of, _), steps in self.accepted.items() if of == index for step in steps)
 
     @property
     def mean_accepted(self) -> float:
         """Guesses that came true, per step that had any to verify."""
-        return fmean(accepted for steps in self.accepted.values() for _, accepted in steps)
+        return fmean(step.num_accepted for steps in self.accepted.values() for step in steps)
 
 
 def num_moved(draft: DraftTree, sampled: Sequence[int]) -> int:

@@ -179,11 +179,12 @@ def serve_cluster(
     requests: Sequence[RequestSpec] = (),
     every_nth_block_breaks: int = 0,
     kill: Role | None = None,
+    kill_after: int = 1,
     with_policy: WithPolicy = as_it_is,
     **changes: Any,
 ) -> Served:
-    """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer. Without ``requests``
-    the usual ones are asked."""
+    """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer, a decode worker when it
+    has brought one of its requests beyond ``kill_after`` tokens. Without ``requests`` the usual ones are asked."""
     requests = requests or specs(num_new_tokens)
     config = parse_config({**CLUSTER, "speculation": speculation, **changes})
     records = Records()
@@ -195,13 +196,16 @@ def serve_cluster(
         with closing_executors(checkpoints, config, records) as new_executor:
             transports = partial(breaking, every_nth_block_breaks) if every_nth_block_breaks else make_transports
             async with LocalCluster(config, new_executor, new_text, transports, new_policy) as cluster:
+                placed: dict[tuple[Role, str], str] = {}  # workers, by role and index of the request
+                cluster.coordinator.on_placed = lambda worker_id, attempt_id: placed.update(
+                    {(Role(worker_id.partition("-")[0]), attempt_id.partition(".")[0]): worker_id}
+                )
                 for _ in range(rounds):
                     records.clear()
-                    has_begun = {role: asyncio.Event() for role in Role}
-                    tasks = [asyncio.create_task(follow(cluster, spec, has_begun)) for spec in requests]
+                    begun: Begun = {role: asyncio.get_running_loop().create_future() for role in Role}
+                    tasks = [asyncio.create_task(follow(cluster, spec, begun, kill_after)) for spec in requests]
                     if kill is not None:
-                        await asyncio.wait_for(has_begun[kill].wait(), 30)
-                        await cluster.stop_worker(next(id_ for id_ in cluster.workers if id_.startswith(kill.value)))
+                        await cluster.stop_worker(placed[kill, await asyncio.wait_for(begun[kill], 30)])
                     answers = await asyncio.gather(*tasks)
                 await wait_until(cluster, expect, [attempts for _, attempts in answers])
         return {spec.request_id: tokens for spec, (tokens, _) in zip(requests, answers, strict=True)}
@@ -243,15 +247,18 @@ def breaking(every_nth: int, names: Sequence[str], stores: Mapping[str, BlockSto
     return [LoopbackTransport(stores, fault)]
 
 
-async def follow(
-    cluster: LocalCluster, spec: RequestSpec, has_begun: Mapping[Role, asyncio.Event]
-) -> tuple[list[int], int]:
-    """(tokens, attempts)"""
+Begun = Mapping[Role, asyncio.Future[str]]  # the request of which a worker of the role has told first
+
+
+async def follow(cluster: LocalCluster, spec: RequestSpec, begun: Begun, num_decoded: int) -> tuple[list[int], int]:
+    """(tokens, attempts). Decode workers have begun when they are ``num_decoded`` tokens into the answer."""
     generation = cluster.coordinator.generate(spec)
     tokens: list[int] = []
     async for output in generation:
         tokens += output.token_ids
-        has_begun[Role.PREFILL if output.position == 0 else Role.DECODE].set()
+        role = Role.PREFILL if output.position == 0 else Role.DECODE
+        if not begun[role].done() and (role is Role.PREFILL or output.position >= num_decoded):
+            begun[role].set_result(spec.request_id)
     assert generation.account is not None
     return tokens, generation.account.attempts
 
