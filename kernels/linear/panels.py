@@ -103,8 +103,10 @@ class PanelLinearFormat:
         return PackedLinear(self._tensors(words, bias), *weight.shape)
 
     def pack_integers(self, quantized: QuantizedWeight, bias: torch.Tensor | None) -> PackedLinear:
-        """Of a weight that was rounded already, as in checkpoints of GPTQ and AWQ. With 8 bits a scale is over all input
-        features. Raises ``QuantizationUnsupported`` for groups that the products do not know."""
+        """Of a weight that was rounded already, as in checkpoints of GPTQ and AWQ. A scale of 8 bits is over all features.
+
+        Raises ``QuantizationUnsupported`` for groups that the products do not know.
+        """
         out_features, in_features = quantized.values.shape
         group = in_features // len(quantized.scales)
         if group not in INT4_GROUPS if self.weights == "int4" else len(quantized.scales) > 1:
