@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,11 +24,16 @@ from eagleray.kernels.helper_threads import end_helper_threads
 _logger: Final = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    pass
+
+
 class CoreTurns(Protocol):
     """Lets a worker compute when it may. Used by one thread."""
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Entered when the cores are there for a step; left when it is over."""
+    def turn(self, on_wait: Callable[[], None] = _nothing) -> AbstractContextManager[None]:
+        """Entered when the cores are there for a step; left when it is over. ``on_wait`` is called before they are
+        waited for, if they are not there at once."""
         ...
 
     def close(self) -> None:
@@ -39,7 +44,7 @@ class CoreTurns(Protocol):
 class OwnCores:
     """Of a worker that shares with nobody: it is always its turn."""
 
-    def turn(self) -> AbstractContextManager[None]:
+    def turn(self, on_wait: Callable[[], None] = _nothing) -> AbstractContextManager[None]:
         return nullcontext()
 
     def close(self) -> None:
@@ -68,8 +73,11 @@ class SharedCores:
         threading.Thread(target=self._wait_for_turns, name="core-turns", daemon=True).start()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        has_turn = self._take_now() or self._wait()
+    def turn(self, on_wait: Callable[[], None] = _nothing) -> Iterator[None]:
+        has_turn = self._take_now()
+        if not has_turn:
+            on_wait()
+            has_turn = self._wait()
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from eagleray.core.config import SpeculationConfig
@@ -38,6 +38,8 @@ class DraftNeeds:
         require_fewer_layers(config, model.num_layers)
         if config.model is None:
             return cls(max_nodes=max_nodes)
+        if linears.is_native:
+            linears = replace(linears, quantization="w8a8")  # docs/decisions/0014-drafts-in-eight-bits.md
         draft = read_draft(config.folder, model)
         require_method(config, draft.method)
         if isinstance(draft.config, ModelConfig):

@@ -41,7 +41,7 @@ from eagleray.models.weight_files import weight_files
 
 _logger: Final = logging.getLogger(__name__)
 
-_PREPARING_S: Final = 0.001  # a step whose turn has not come, or that copies blocks first, is not waited for longer
+_PREPARING_S: Final = 0.001  # that a step is waited for: one that copies blocks first may take longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,19 @@ class LocalExecutor:
         self._last_step: Future[StepResult] | None = None  # they run in order
 
     def submit(self, plan: StepPlan) -> LocalStep:
-        """Returns when kernels compute, or shortly. Whoever goes on in Python before that (with text and outputs of the
-        step before) keeps the thread that prepares the step from the interpreter."""
+        """Returns when the step computes or waits for its turn, or shortly. Whoever goes on in Python before that, with
+        text and outputs of the step before, keeps the thread that prepares the step from the interpreter."""
         computes = threading.Event()
         self._last_step = self._thread.submit(self._run, plan, computes.set)
         computes.wait(_PREPARING_S)
         return LocalStep(self._last_step, self._step_deadline_s)
 
     def _run(self, plan: StepPlan, on_compute: Callable[[], None]) -> StepResult:
-        with self._turns.turn():
-            return self._runner.run(plan, on_compute)
+        try:
+            with self._turns.turn(on_wait=on_compute):
+                return self._runner.run(plan, on_compute)
+        finally:
+            on_compute()  # of a step that only copies, or has failed
 
     def close(self) -> None:
         """Finish the steps that were submitted, take no more, and give up the pool.

@@ -52,15 +52,13 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_compute: Callable[[], None] | None = None) -> StepResult:
         """Do the copies of ``plan``, compute its runs as one batch, and guess what comes after them. ``on_compute`` is
-        called when all is prepared and kernels compute, which need no Python."""
+        called when all is prepared: small steps then need the interpreter no more until they are verified."""
         start_s = self._clock.now_s()
         self._swap(plan)
         if not plan.runs:
             return StepResult()
         batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)
-        if on_compute is not None:
-            on_compute()
-        hidden, features = self._compute(plan.runs, batch)
+        hidden, features = self._compute(plan.runs, batch, on_compute)
         verified, logprobs = self._verify(hidden, plan.runs, batch.run_starts)
         self._keep_accepted(verified)
         wanted = prompt_logprob_rows(plan.runs, batch.run_starts)
@@ -81,13 +79,18 @@ class ModelRunner:
             draft_s=self._clock.now_s() - verified_s,
         )
 
-    def _compute(self, runs: Sequence[ScheduledRun], batch: StepBatch) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, runs: Sequence[ScheduledRun], batch: StepBatch, on_compute: Callable[[], None] | None
+    ) -> tuple[Tensor, Tensor]:
         """(Hidden states, what the draft's companion makes of the step; without one the same)."""
         model, inputs = self._model, (batch.input_ids, batch.positions, self._target_pool, batch.attention)
-        if self._in_step is None:
+        companion = None if self._in_step is None else self._in_step.companion(runs, batch, self._kv)
+        if on_compute is not None:
+            on_compute()
+        if companion is None:
             hidden = model.forward(*inputs)
             return hidden, hidden
-        return model.forward_with(*inputs, self._in_step.companion(runs, batch, self._kv))
+        return model.forward_with(*inputs, companion)
 
     @property
     def _target_pool(self) -> Tensor:

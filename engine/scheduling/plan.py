@@ -106,4 +106,6 @@ class StepHandle(Protocol):
 class Executor(Protocol):
     """Runs steps in the order they were submitted. The next may be submitted while one runs."""
 
-    def submit(self, plan: StepPlan) -> StepHandle: ...
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Begin a step, and return while it computes."""
+        ...

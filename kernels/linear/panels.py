@@ -103,13 +103,14 @@ class PanelLinearFormat:
         return PackedLinear(self._tensors(words, bias), *weight.shape)
 
     def pack_integers(self, quantized: QuantizedWeight, bias: torch.Tensor | None) -> PackedLinear:
-        """Of a weight that was rounded already, as in checkpoints of GPTQ and AWQ. A scale of 8 bits is over all features.
+        """Of a weight that was rounded already. With 8 bits one scale serves all input features of an output feature.
 
         Raises ``QuantizationUnsupported`` for groups that the products do not know.
         """
         out_features, in_features = quantized.values.shape
-        group = in_features // len(quantized.scales)
-        if group not in INT4_GROUPS if self.weights == "int4" else len(quantized.scales) > 1:
+        group = -(-in_features // len(quantized.scales))
+        is_known = group in INT4_GROUPS if self.weights == "int4" else len(quantized.scales) == 1
+        if not is_known or in_features % group:
             raise QuantizationUnsupported(f"{self.weights} has no scales over {group} input features")
         tensors = self._tensors(_words(quantized, self.weights), bias)
         num_columns = len(tensors["panels"]) * _COLUMNS

@@ -162,11 +162,22 @@ def test_the_first_step_without_a_turn_is_logged(tmp_path: Path, caplog: pytest.
     other.close()
 
 
+def test_who_has_to_wait_says_so_before(tmp_path: Path) -> None:
+    computing, other = SharedCores(tmp_path, LONG_S), SharedCores(tmp_path, 0.01)
+    said: list[int] = []
+    with computing.turn(), other.turn(on_wait=lambda: said.append(other.num_without_turn)):
+        pass
+    assert said == [0] and other.num_without_turn == 1
+    computing.close()
+    other.close()
+
+
 def test_a_worker_alone_waits_for_nobody(tmp_path: Path) -> None:
-    turns = SharedCores(tmp_path, deadline_s=0.0)
+    turns, said = SharedCores(tmp_path, deadline_s=0.0), list[bool]()
     for _ in range(100):
-        with turns.turn():
+        with turns.turn(on_wait=lambda: said.append(True)):
             pass
+    assert said == []
     assert turns.num_without_turn == 0
     turns.close()
 

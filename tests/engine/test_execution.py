@@ -6,19 +6,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from eagleray.core.config import EngineConfig, ModelConfigSection
-from eagleray.core.errors import ConfigError, EagleRayError
+from eagleray.core.errors import ConfigError
 from eagleray.core.kv_layout import KVLayout, LayerGroup
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.execution import executor as execution
-from eagleray.engine.execution import kv_memory, runner
+from eagleray.engine.execution import kv_memory
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
 from eagleray.engine.execution.identity import compute_model_identity
 from eagleray.engine.execution.kv_memory import num_blocks_for
@@ -381,63 +379,3 @@ def test_loading_is_given_up_at_its_deadline_which_is_named(checkpoint: Path):
             progress=lambda loaded, total: may_go_on.wait(30) and None,
         )
     may_go_on.set()
-
-
-@pytest.mark.timeout(60)
-def test_a_step_is_submitted_when_kernels_compute_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    """Until then who submits it would only take the interpreter from who prepares it."""
-    engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
-    executor = build_executor(ModelConfigSection(path=str(checkpoint)), engine, num_threads=1)
-    may_prepare, is_submitted, order = threading.Event(), threading.Event(), list[str]()
-    build_batch, forward = runner.build_batch, executor._runner._model.forward
-
-    def prepare(*arguments: Any) -> Any:
-        may_prepare.wait(30)
-        order.append("prepared")
-        return build_batch(*arguments)
-
-    def compute(*arguments: Any) -> Any:
-        assert is_submitted.wait(30)
-        order.append("computed")
-        return forward(*arguments)
-
-    monkeypatch.setattr(execution, "_PREPARING_S", 30.0)
-    monkeypatch.setattr(runner, "build_batch", prepare)
-    monkeypatch.setattr(executor._runner._model, "forward", compute)
-    steps = []
-    spec = RequestSpec(request_id="a", token_ids=(1, 2), num_prompt_tokens=2, sampling=SamplingParams())
-    plan = StepPlan(runs=(ScheduledRun(spec, (1, 2), 0, 2, (0,), samples=True),))
-
-    def submit() -> None:
-        steps.append(executor.submit(plan))
-        order.append("submitted")
-        is_submitted.set()
-
-    thread = threading.Thread(target=submit)
-    thread.start()
-    assert not is_submitted.wait(0.05)
-    may_prepare.set()
-    thread.join(30)
-    assert len(steps[0].result().sampled["a"]) == 1
-    assert order == ["prepared", "submitted", "computed"]
-    executor.close()
-
-
-@pytest.mark.timeout(60)
-def test_nobody_waits_for_ever_for_a_step_and_closing_leaves_it_its_pool(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-):
-    may_end, closed = threading.Event(), []
-    engine = EngineConfig(block_size_tokens=BLOCK_SIZE, num_blocks=NUM_BLOCKS, step_deadline_s=0.05)
-    executor = build_executor(ModelConfigSection(path=str(checkpoint)), engine, num_threads=1)
-    monkeypatch.setattr(executor._runner, "run", lambda plan, on_compute: may_end.wait(120))
-    monkeypatch.setattr(executor.kv, "close", lambda: closed.append(True))
-    step = executor.submit(StepPlan())
-    for waiting in (step.result, executor.close):
-        with pytest.raises(EagleRayError, match=r"engine\.step_deadline_s=0\.05: a step has not ended"):
-            waiting()
-    assert closed == []
-    may_end.set()
-    executor._thread.shutdown()
-    executor.close()
-    assert closed == [True]

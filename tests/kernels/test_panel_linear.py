@@ -111,6 +111,12 @@ def test_groups_that_products_do_not_know_are_refused(load: Load) -> None:
     for group in (16, 48, 544):
         with pytest.raises(QuantizationUnsupported, match=f"no scales over {group} input features"):
             PanelLinearFormat(load(), "int4").pack_integers(integers(40, 4 * group, group), None)
+    uneven = QuantizedWeight(torch.zeros(40, 90, dtype=torch.int8), torch.ones(3, 40))
+    with pytest.raises(QuantizationUnsupported, match="no scales over 30 input features"):
+        PanelLinearFormat(load(), "int4").pack_integers(uneven, None)
+    uneven = QuantizedWeight(torch.zeros(40, 95, dtype=torch.int8), torch.ones(3, 40))
+    with pytest.raises(QuantizationUnsupported, match="no scales over 32 input features"):
+        PanelLinearFormat(load(), "int4").pack_integers(uneven, None)
     with pytest.raises(QuantizationUnsupported, match="int8 has no scales over 64 input features"):
         PanelLinearFormat(load(), "int8").pack_integers(integers(40, 128, 64), None)
 
