@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from eagleray.core.config_sections import alike_key, fields_below
+from eagleray.core.config_sections import alike_key, choices_of, fields_below
 from eagleray.core.errors import ConfigError
 
 DEMO_MODEL: Final = "demo"
@@ -281,8 +281,9 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         value = first["input"]
         if first["type"] == "missing":  # its input is the whole section
             beside = f" beside {', '.join(map(str, value))}" if value else ""
-            choices = get_args(fields_below(Config, location[:-1])[str(location[-1])].annotation)
-            value, message = None, f"must be set{beside}, to one of {', '.join(map(str, choices))}"
+            choices = choices_of(fields_below(Config, location[:-1])[str(location[-1])])
+            to_one = f", to one of {', '.join(choices)}" if choices else ""
+            value, message = None, f"must be set{beside}{to_one}"
         raise ConfigError(field, value, message) from None
 
 

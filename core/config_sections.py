@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -26,6 +26,11 @@ def fields_below(top: type[BaseModel], location: Location) -> dict[str, FieldInf
             return {}
         section = below
     return dict(section.model_fields)
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """The values that there are for a field; none where they are not listed."""
+    return [str(value) for value in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
 
 
 def alike_key(top: type[BaseModel], location: Location) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from eagleray.core import config as config_module
 from eagleray.core.config import (
     DEMO_MODEL_PATH,
     Config,
@@ -52,6 +53,28 @@ def test_a_wrong_value_is_refused_naming_its_key_and_the_way_out(
     with pytest.raises(ConfigError, match=words) as refusal:
         parse_config(values)
     assert refusal.value.field == field
+
+
+class _Mandatory(BaseModel):
+    port: int
+    sizes: list[int]
+    rows: int | None
+    kind: Literal["new", "old"]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("port", ""), ("sizes", ""), ("rows", ""), ("kind", ", to one of new, old")],
+)
+def test_a_field_that_must_be_set_names_its_choices_where_it_has_some(
+    monkeypatch: pytest.MonkeyPatch, key: str, words: str
+) -> None:
+    monkeypatch.setattr(config_module, "Config", _Mandatory)
+    values = {"port": 1, "sizes": [1], "rows": 1, "kind": "new"}
+    del values[key]
+    with pytest.raises(ConfigError) as refusal:
+        parse_config(values)
+    assert str(refusal.value).endswith(f"must be set beside {', '.join(values)}{words}")
 
 
 def test_an_empty_decode_pool_is_refused() -> None:
