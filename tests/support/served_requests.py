@@ -3,6 +3,7 @@ same requests in several ways."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from eagleray.models.registry import load_model_config
 
 BLOCK_SIZE_TOKENS, NUM_NEW_TOKENS, MAX_DEPTH, VOCAB_SIZE = 8, 40, 4, 61
 NO_TOKEN = -1
+HOLD_DEADLINE_S = 60.0
 TARGET = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 32,
     "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -98,6 +100,19 @@ class VerifiedDraft(NamedTuple):
     attempt: int  # of a router, each with a number of its own: another one after each worker that a request lost
 
 
+@dataclass(frozen=True)
+class Hold:
+    """Steps with a request that has ``num_tokens`` or more of its answer do not end until ``released``. What the steps
+    before them brought is told."""
+
+    num_tokens: int
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, plan: StepPlan) -> None:
+        if any(run.end - run.spec.num_prompt_tokens >= self.num_tokens for run in plan.runs):
+            assert self.released.wait(HOLD_DEADLINE_S), "nobody has released it"
+
+
 @dataclass
 class Records:
     """What executors were seen to guess and to accept. Keys: index of the request, its known tokens."""
@@ -115,9 +130,9 @@ class Records:
         self.guesses.clear(), self.accepted.clear(), self.decode_steps.clear(), self.shapes.clear()
         self.num_first_steps = self.num_unguessed = self.num_moved = self.num_swapped = 0
 
-    def follow(self, executor: LocalExecutor) -> LocalExecutor:
+    def follow(self, executor: LocalExecutor, hold: Hold | None = None) -> LocalExecutor:
         submit = executor.submit
-        executor.submit = lambda plan: _FollowedStep(self, plan, submit(plan))  # type: ignore[method-assign]
+        executor.submit = lambda plan: _FollowedStep(self, plan, submit(plan), hold)  # type: ignore[method-assign]
         return executor
 
     def note(self, plan: StepPlan, result: StepResult) -> None:
@@ -162,8 +177,11 @@ class _FollowedStep:
     records: Records
     plan: StepPlan
     handle: LocalStep
+    hold: Hold | None
 
     def result(self) -> StepResult:
+        if self.hold is not None:
+            self.hold.wait(self.plan)
         result = self.handle.result()
         self.records.note(self.plan, result)
         return result

@@ -10,7 +10,16 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from served_requests import BLOCK_SIZE_TOKENS, NUM_NEW_TOKENS, Checkpoints, Records, Served, Tokens, specs
+from served_requests import (
+    BLOCK_SIZE_TOKENS,
+    NUM_NEW_TOKENS,
+    Checkpoints,
+    Hold,
+    Records,
+    Served,
+    Tokens,
+    specs,
+)
 
 from eagleray.cluster.local import LocalCluster
 from eagleray.core.clock import SystemClock
@@ -184,16 +193,18 @@ def serve_cluster(
     **changes: Any,
 ) -> Served:
     """The last of ``rounds``; ``kill`` stops a worker of that role when it has begun to answer, a decode worker when it
-    has brought one of its requests beyond ``kill_after`` tokens. Without ``requests`` the usual ones are asked."""
+    has brought one of its requests beyond ``kill_after`` tokens. There all decode workers wait until it is gone:
+    however late that is, it comes in the middle. Without ``requests`` the usual ones are asked."""
     requests = requests or specs(num_new_tokens)
     config = parse_config({**CLUSTER, "speculation": speculation, **changes})
     records = Records()
+    hold = Hold(kill_after + 1) if kill is Role.DECODE else None
 
     def new_policy(executor: WorkerExecutor) -> DraftPolicy:
         return with_policy(build_draft_policy(config.speculation, executor.has_draft_network))
 
     async def serve() -> Tokens:
-        with closing_executors(checkpoints, config, records) as new_executor:
+        with closing_executors(checkpoints, config, records, hold=hold) as new_executor:
             transports = partial(breaking, every_nth_block_breaks) if every_nth_block_breaks else make_transports
             async with LocalCluster(config, new_executor, new_text, transports, new_policy) as cluster:
                 placed: dict[tuple[Role, str], str] = {}  # workers, by role and index of the request
@@ -205,7 +216,7 @@ def serve_cluster(
                     begun: Begun = {role: asyncio.get_running_loop().create_future() for role in Role}
                     tasks = [asyncio.create_task(follow(cluster, spec, begun, kill_after)) for spec in requests]
                     if kill is not None:
-                        await cluster.stop_worker(placed[kill, await asyncio.wait_for(begun[kill], 30)])
+                        await stop(cluster, placed[kill, await asyncio.wait_for(begun[kill], 30)], hold)
                     answers = await asyncio.gather(*tasks)
                 await wait_until(cluster, expect, [attempts for _, attempts in answers])
         return {spec.request_id: tokens for spec, (tokens, _) in zip(requests, answers, strict=True)}
@@ -219,6 +230,7 @@ def closing_executors(
     config: Config,
     records: Records,
     speculation: Mapping[Role, Mapping[str, Any] | None] | None = None,  # of roles that do not keep to the config
+    hold: Hold | None = None,
 ) -> Iterator[Callable[[Role, PoolConfig], LocalExecutor]]:
     executors: list[LocalExecutor] = []
 
@@ -227,7 +239,7 @@ def closing_executors(
         if role in (speculation or {}):
             guesses = parse_config({"speculation": (speculation or {})[role]}).speculation
         executor = build_executor(model, pool.engine, num_threads=1, shared_kv=True, speculation=guesses)
-        executors.append(records.follow(executor))
+        executors.append(records.follow(executor, hold))
         return executor
 
     yield new_executor
@@ -247,18 +259,29 @@ def breaking(every_nth: int, names: Sequence[str], stores: Mapping[str, BlockSto
     return [LoopbackTransport(stores, fault)]
 
 
+async def stop(cluster: LocalCluster, worker_id: str, hold: Hold | None) -> None:
+    """Who is held goes on when the router cannot hear the worker any more."""
+    client = cluster.coordinator.pool.workers()[worker_id]
+    stopping = asyncio.create_task(cluster.stop_worker(worker_id))
+    await client.wait_lost(30)
+    assert client.is_lost
+    if hold is not None:
+        hold.released.set()
+    await stopping
+
+
 Begun = Mapping[Role, asyncio.Future[str]]  # the request of which a worker of the role has told first
 
 
 async def follow(cluster: LocalCluster, spec: RequestSpec, begun: Begun, num_decoded: int) -> tuple[list[int], int]:
-    """(tokens, attempts). Decode workers have begun when they are ``num_decoded`` tokens into the answer."""
+    """(tokens, attempts). Decode workers have begun when there are more than ``num_decoded`` tokens."""
     generation = cluster.coordinator.generate(spec)
     tokens: list[int] = []
     async for output in generation:
         tokens += output.token_ids
-        role = Role.PREFILL if output.position == 0 else Role.DECODE
-        if not begun[role].done() and (role is Role.PREFILL or output.position >= num_decoded):
-            begun[role].set_result(spec.request_id)
+        for role, num_before in ((Role.PREFILL, 0), (Role.DECODE, num_decoded)):
+            if not begun[role].done() and len(tokens) > num_before:  # who is late gets many in one output
+                begun[role].set_result(spec.request_id)
     assert generation.account is not None
     return tokens, generation.account.attempts
 

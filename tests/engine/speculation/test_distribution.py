@@ -9,7 +9,8 @@ Power. With n answers, a shift of the distribution p by d, cell by cell, has non
 least n * (sum |d|)^2, whatever the cells. A shift of one percent, sum |d| = 2 %, has at least 80 with the 200,000
 answers of the slow tests, where single tokens (5 degrees of freedom) differ from 20.5 on and pairs (35) from 66.6 on,
 at 0.1 %. The 30,000 by default find what is grossly wrong; one percent finds ``test_distribution_of_rejection.py`` in
-single tokens, and ``test_distribution_of_walks.py`` in walks. Seeds are fixed, so a run that passes passes always.
+single tokens, ``test_distribution_of_walks.py`` in walks, and ``test_distribution_of_engine.py``, among the slow tests,
+through the engine. Seeds are fixed, so a run that passes passes always.
 """
 
 from __future__ import annotations

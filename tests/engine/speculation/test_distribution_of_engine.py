@@ -233,6 +233,7 @@ def draw_often(model: Path, guessing: dict[str, Any], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("guessing", [TREE, REJECTION], ids=["trees", "rejection"])
 def test_many_answers_to_requests_without_seeds_have_the_targets_own_distribution(
     tiny_model: Path, guessing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -252,6 +253,7 @@ def after_first(probabilities: Mapping[tuple[int, ...], float]) -> dict[tuple[in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_engine_that_follows_a_few_wrong_guesses_is_found_out_by_requests_without_seeds(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +291,7 @@ def test_answers_by_rejection_keep_the_targets_own_distribution_where_guesses_ar
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_answers_by_rejection_have_the_targets_own_distribution_when_they_are_handed_over(tiny_model: Path) -> None:
     """From a prefill worker, after the first token, to a decode worker. So many at once that a transfer may be late."""
     count = NUM_OF_ENGINE // 4
