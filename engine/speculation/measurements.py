@@ -17,7 +17,7 @@ _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: the
 _ACCEPTANCE: Final = 0.6  # of a guess, before anything is known
 _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
-_MOST_FORGOTTEN: Final = 100  # steps' worth of it at once, however long ago it was learned: trials tell little
+_LEAST_KEPT: Final = 0.37  # of it at once, however long ago and of however many it was learned: trials tell little
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
 _MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
 
@@ -28,23 +28,27 @@ class GuessAcceptance:
     def __init__(self) -> None:
         self._true: list[float] = []  # guesses, the older the less they count
         self._all: list[float] = []
-        self._newest_step: int | None = None  # none: all of it is belief
+        self._newest_steps: list[int | None] = []  # that told of each; none: all of it is belief
         self.share_found = 1.0  # of the guesses that were asked for: look-up may find none
 
     def note(self, num_accepted: Sequence[int], depth: int, step: int) -> None:
         """Of requests for which a guess was made for each of ``depth`` tokens ahead. Forgets by the steps that have
-        passed, so that what was learned of another text does not outweigh a trial."""
+        passed since a position was last told of, so that what was learned of another text does not outweigh a trial.
+        """
         while len(self._all) < depth:
             self._true.append(_ACCEPTANCE * _WEIGHT_OF_ACCEPTANCE)
             self._all.append(_WEIGHT_OF_ACCEPTANCE)
+            self._newest_steps.append(None)
         # Many requests tell in few steps what a text is like, and smooth out each other's chance.
-        num_steps = 1 if self._newest_step is None else min(max(1, step - self._newest_step), _MOST_FORGOTTEN)
-        kept = (1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)) ** num_steps
-        self._newest_step = step
+        kept_per_step = 1.0 - min(0.5, _FORGETTING * len(num_accepted) ** 0.5)
         for level in range(depth):
             num_all = sum(1 for accepted in num_accepted if accepted >= level)
             if num_all:
                 num_true = sum(1 for accepted in num_accepted if accepted > level)
+                newest_step = self._newest_steps[level]
+                num_steps = 1 if newest_step is None else max(1, step - newest_step)
+                kept = max(_LEAST_KEPT, kept_per_step**num_steps)
+                self._newest_steps[level] = step
                 self._true[level] = kept * self._true[level] + num_true
                 self._all[level] = kept * self._all[level] + num_all
 

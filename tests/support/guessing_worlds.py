@@ -161,6 +161,25 @@ class Trees(World):
         return 1.0 + (sum(self.nodes(shape).values()) if shape else 0.0)
 
 
+class Levels(World):
+    """How likely a guess comes true depends on how far ahead it is."""
+
+    def __init__(
+        self, num_requests: int, come_true: Sequence[float], verify_s: Callable[[int], float], draft_token_s: float
+    ) -> None:
+        super().__init__(num_requests, 0.0, verify_s, draft_token_s)
+        self.come_true = come_true  # by how far ahead, if all before has
+
+    def _gain(self, shape: DraftShape | None) -> int:
+        gained = 1
+        while shape and gained <= shape.depth and self.random.random() < self.come_true[gained - 1]:
+            gained += 1
+        return gained
+
+    def tokens_per_step(self, shape: DraftShape | None) -> float:
+        return sum(math.prod(self.come_true[:level]) for level in range(1 + (shape.depth if shape else 0)))
+
+
 class Measured(World):
     """The demo model with its head in float32 on one core of a Xeon: chains of up to three tokens, of which 76 %, 59 %
     and 52 % come true. Times scatter, some steps are disturbed, and the first two of each kind are recorded."""

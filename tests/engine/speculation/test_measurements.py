@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from eagleray.engine.speculation.measurements import Costs, FirstTimes, quantile
+from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, quantile
 
 
 @pytest.mark.parametrize("count", [6, 10, 25])
@@ -69,3 +69,46 @@ def test_first_times_that_take_no_longer_than_others_cost_nothing(beyond_s: floa
     first_times = FirstTimes()
     first_times.note(beyond_s, step_s=0.002, is_trial=True)
     assert first_times.is_paid_for(100, paid_s=0.0)
+
+
+def share_true(acceptance: GuessAcceptance, level: int) -> float:
+    """Of guesses so far ahead, where all before have come true."""
+    tokens = [acceptance.tokens_per_step(depth) for depth in (level, level + 1)]
+    before = acceptance.tokens_per_step(level - 1) if level else 0.0
+    return (tokens[1] - tokens[0]) / (tokens[0] - before)
+
+
+def hard_after_the_first(num_requests: int = 1) -> GuessAcceptance:
+    """After 2,000 steps of a text of which one token ahead is guessed, and never two."""
+    acceptance = GuessAcceptance()
+    for step in range(2000):
+        acceptance.note([1] * num_requests, 4, step)
+    return acceptance
+
+
+def test_what_is_known_of_a_deep_guess_is_forgotten_while_only_the_first_is_told_of() -> None:
+    told_of_first, told_of_nothing = hard_after_the_first(), hard_after_the_first()
+    for step in range(2000, 7000):
+        told_of_first.note([1], 1, step)
+    for acceptance in (told_of_first, told_of_nothing):
+        acceptance.note([4], 4, 7000)
+    assert share_true(told_of_first, 1) == pytest.approx(share_true(told_of_nothing, 1))
+    assert share_true(told_of_first, 1) > 1.5 * (1 / 101)  # of as many as count in the long run
+
+
+def test_a_position_that_the_first_step_of_a_trial_does_not_reach_is_forgotten_by_the_next() -> None:
+    missed, reached = hard_after_the_first(), hard_after_the_first()
+    missed.note([0], 4, 7000)
+    for acceptance in (missed, reached):
+        acceptance.note([4], 4, 7001)
+    assert share_true(missed, 1) == pytest.approx(share_true(reached, 1))
+
+
+@pytest.mark.parametrize("num_requests", [1, 16, 64])
+def test_a_trial_leaves_about_a_third_of_what_was_known_of_however_many_requests(num_requests: int) -> None:
+    odds = []
+    for step in (2000, 1_000_000):
+        acceptance = hard_after_the_first(num_requests)
+        acceptance.note([4] * num_requests, 4, step)
+        odds.append(1 / share_true(acceptance, 1) - 1)
+    assert 0.33 < odds[1] / odds[0] < 0.45
