@@ -10,9 +10,10 @@ import asyncio
 import itertools
 import random
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from ways_to_serve import stop
 
 from eagleray.cluster.local import LocalCluster
 from eagleray.core.config import DEMO_MODEL_PATH, Config, ModelConfigSection, PoolConfig, parse_config
@@ -29,9 +31,10 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.core.snapshot import Role, WorkerSnapshot
 from eagleray.engine.execution.core_turns import OwnCores, SharedCores
-from eagleray.engine.execution.executor import LocalExecutor, build_executor
+from eagleray.engine.execution.executor import LocalExecutor, LocalStep, build_executor
 from eagleray.engine.llm import LLM
 from eagleray.engine.request_output import Logprob, OutputCollector, RequestOutput
+from eagleray.engine.scheduling.plan import StepResult
 from eagleray.kv_transfer.transport import BlockStore, Transport
 from eagleray.kv_transfer.transports.loopback import Fault, LoopbackTransport, no_fault
 from eagleray.kv_transfer.transports.select import make_transports
@@ -218,15 +221,17 @@ def serve_cluster(
 ) -> Answers:
     """All prompts at once; ``kill`` stops a worker of that role in the middle of its work."""
     config = parse_config({**CLUSTER, **changes})
+    # Decode workers have long enough to do; and one that is held takes no reservations.
+    held = Held(Role.PREFILL if kill is Role.PREFILL else None)
 
     async def serve() -> Answers:
-        async with running_cluster(checkpoint, config, fault) as cluster:
+        async with running_cluster(checkpoint, config, fault, held) as cluster:
             tasks = [
                 asyncio.create_task(follow(cluster, index, case, checkpoint.tokenizer))
                 for index, case in enumerate(checkpoint.cases)
             ]
             if kill is not None:
-                await cluster.stop_worker(await wait_for_busy_worker(cluster, kill))
+                await stop(cluster, await wait_for_busy_worker(cluster, kill), held.released)
             answers, attempts = zip(*await asyncio.gather(*tasks), strict=True)
             await wait_until_all_is_free(cluster, attempts, expect)
             return list(answers)
@@ -234,8 +239,40 @@ def serve_cluster(
     return asyncio.run(serve())
 
 
+@dataclass(frozen=True)
+class Held:
+    """Once a worker of ``role`` has brought tokens none of its steps ends until ``released``. So however late it is
+    stopped, that is in the middle of its work."""
+
+    role: Role | None
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def follow(self, role: Role, executor: LocalExecutor) -> LocalExecutor:
+        if role is self.role:
+            submit, has_brought = executor.submit, threading.Event()
+            executor.submit = lambda plan: _HeldStep(submit(plan), has_brought, self.released)  # type: ignore[method-assign,assignment,return-value]
+        return executor
+
+
+@dataclass(frozen=True)
+class _HeldStep:
+    handle: LocalStep
+    has_brought: threading.Event
+    released: threading.Event
+
+    def result(self) -> StepResult:
+        result = self.handle.result()
+        if self.has_brought.is_set():
+            assert self.released.wait(60), "nobody has released it"
+        if result.sampled:
+            self.has_brought.set()
+        return result
+
+
 @asynccontextmanager
-async def running_cluster(checkpoint: Checkpoint, config: Config, fault: Fault | None) -> AsyncIterator[LocalCluster]:
+async def running_cluster(
+    checkpoint: Checkpoint, config: Config, fault: Fault | None, held: Held
+) -> AsyncIterator[LocalCluster]:
     executors: list[LocalExecutor] = []
     turns: list[SharedCores] = []
 
@@ -243,15 +280,14 @@ async def running_cluster(checkpoint: Checkpoint, config: Config, fault: Fault |
         model = ModelConfigSection(path=str(checkpoint.folder), dtype="float32")
         if config.cores == "shared":
             turns.append(SharedCores(checkpoint.folder / "turns", deadline_s=30.0))
-        executors.append(
-            build_executor(
-                model,
-                pool.engine,
-                num_threads=pool.num_threads or 1,
-                shared_kv=True,
-                turns=turns[-1] if turns else OwnCores(),
-            )
+        executor = build_executor(
+            model,
+            pool.engine,
+            num_threads=pool.num_threads or 1,
+            shared_kv=True,
+            turns=turns[-1] if turns else OwnCores(),
         )
+        executors.append(held.follow(role, executor))
         return executors[-1]
 
     def new_text(spec: RequestSpec) -> OutputText:
@@ -286,11 +322,12 @@ async def follow(cluster: LocalCluster, index: int, case: Case, tokenizer: Token
 
 
 async def wait_for_busy_worker(cluster: LocalCluster, role: Role) -> str:
-    """One that has emitted tokens and holds several requests."""
+    """One that has emitted tokens and is in the middle of others."""
+    fewest = 1 if role is Role.PREFILL else 8  # see ``Held``
 
     def is_busy(seen: WorkerSnapshot) -> bool:
         num_held = seen.num_waiting + seen.num_running + seen.num_reserved
-        return seen.role is role and seen.output_tokens_total > 0 and num_held >= 8
+        return seen.role is role and seen.output_tokens_total > 0 and num_held >= fewest
 
     pool = cluster.coordinator.pool
     async with asyncio.timeout(30):

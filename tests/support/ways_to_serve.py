@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +217,9 @@ def serve_cluster(
                     begun: Begun = {role: asyncio.get_running_loop().create_future() for role in Role}
                     tasks = [asyncio.create_task(follow(cluster, spec, begun, kill_after)) for spec in requests]
                     if kill is not None:
-                        await stop(cluster, placed[kill, await asyncio.wait_for(begun[kill], 30)], hold)
+                        await stop(
+                            cluster, placed[kill, await asyncio.wait_for(begun[kill], 30)], hold and hold.released
+                        )
                     answers = await asyncio.gather(*tasks)
                 await wait_until(cluster, expect, [attempts for _, attempts in answers])
         return {spec.request_id: tokens for spec, (tokens, _) in zip(requests, answers, strict=True)}
@@ -259,14 +262,14 @@ def breaking(every_nth: int, names: Sequence[str], stores: Mapping[str, BlockSto
     return [LoopbackTransport(stores, fault)]
 
 
-async def stop(cluster: LocalCluster, worker_id: str, hold: Hold | None) -> None:
+async def stop(cluster: LocalCluster, worker_id: str, released: threading.Event | None) -> None:
     """Who is held goes on when the router cannot hear the worker any more."""
     client = cluster.coordinator.pool.workers()[worker_id]
     stopping = asyncio.create_task(cluster.stop_worker(worker_id))
     await client.wait_lost(30)
     assert client.is_lost
-    if hold is not None:
-        hold.released.set()
+    if released is not None:
+        released.set()
     await stopping
 
 
