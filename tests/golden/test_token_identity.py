@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import queue
 import random
 import shutil
 import threading
@@ -231,7 +232,8 @@ def serve_cluster(
                 for index, case in enumerate(checkpoint.cases)
             ]
             if kill is not None:
-                await stop(cluster, await wait_for_busy_worker(cluster, kill), held.released)
+                busy = held.first(cluster) if held.role else wait_for_busy_worker(cluster, kill)
+                await stop(cluster, await busy, held.released)
             answers, attempts = zip(*await asyncio.gather(*tasks), strict=True)
             await wait_until_all_is_free(cluster, attempts, expect)
             return list(answers)
@@ -246,24 +248,33 @@ class Held:
 
     role: Role | None
     released: threading.Event = field(default_factory=threading.Event)
+    waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)  # workers, in the order of their making
 
-    def follow(self, role: Role, executor: LocalExecutor) -> LocalExecutor:
+    def follow(self, role: Role, executor: LocalExecutor, number: int) -> LocalExecutor:
         if role is self.role:
             submit, has_brought = executor.submit, threading.Event()
-            executor.submit = lambda plan: _HeldStep(submit(plan), has_brought, self.released)  # type: ignore[method-assign,assignment,return-value]
+            executor.submit = lambda plan: _HeldStep(  # type: ignore[method-assign,assignment,return-value]
+                self, number, submit(plan), has_brought
+            )
         return executor
+
+    async def first(self, cluster: LocalCluster) -> str:
+        """The worker that waits first."""
+        return list(cluster.workers)[await asyncio.to_thread(self.waiting.get, timeout=30)]
 
 
 @dataclass(frozen=True)
 class _HeldStep:
+    held: Held
+    number: int
     handle: LocalStep
     has_brought: threading.Event
-    released: threading.Event
 
     def result(self) -> StepResult:
         result = self.handle.result()
-        if self.has_brought.is_set():
-            assert self.released.wait(60), "nobody has released it"
+        if self.has_brought.is_set() and not self.held.released.is_set():
+            self.held.waiting.put(self.number)
+            assert self.held.released.wait(60), "nobody has released it"
         if result.sampled:
             self.has_brought.set()
         return result
@@ -287,7 +298,7 @@ async def running_cluster(
             shared_kv=True,
             turns=turns[-1] if turns else OwnCores(),
         )
-        executors.append(held.follow(role, executor))
+        executors.append(held.follow(role, executor, len(executors)))
         return executors[-1]
 
     def new_text(spec: RequestSpec) -> OutputText:
@@ -322,12 +333,11 @@ async def follow(cluster: LocalCluster, index: int, case: Case, tokenizer: Token
 
 
 async def wait_for_busy_worker(cluster: LocalCluster, role: Role) -> str:
-    """One that has emitted tokens and is in the middle of others."""
-    fewest = 1 if role is Role.PREFILL else 8  # see ``Held``
+    """One that has emitted tokens and holds several requests."""
 
     def is_busy(seen: WorkerSnapshot) -> bool:
         num_held = seen.num_waiting + seen.num_running + seen.num_reserved
-        return seen.role is role and seen.output_tokens_total > 0 and num_held >= fewest
+        return seen.role is role and seen.output_tokens_total > 0 and num_held >= 8
 
     pool = cluster.coordinator.pool
     async with asyncio.timeout(30):
