@@ -26,7 +26,7 @@ _CODES: Final = {"bfloat16": 0, "int8": 1, "int4": 2, "w8a8": 3}  # enum weights
 _CHUNK_FEATURES: Final = {"bfloat16": 32, "int8": 64, "int4": 64, "w8a8": 64}  # in_features is padded to a multiple
 _LAYOUT_VERSION: Final = 1  # of the bytes below; another whenever they change
 _COLUMNS: Final = 32  # output features of a panel
-INT4_GROUPS: Final = range(32, 513, 32)  # input features with one scale, as panel_linear.c takes them
+_INT4_GROUPS: Final = range(32, 513, 32)  # input features with one scale, as panel_linear.c takes them
 _NIBBLE_SHIFTS: Final = ((0, 16), (4, 20), (8, 24), (12, 28))  # of eight int4 that follow one another, in a word
 
 
@@ -109,7 +109,7 @@ class PanelLinearFormat:
         """
         out_features, in_features = quantized.values.shape
         group = -(-in_features // len(quantized.scales))
-        is_known = group in INT4_GROUPS if self.weights == "int4" else len(quantized.scales) == 1
+        is_known = group in _INT4_GROUPS if self.weights == "int4" else len(quantized.scales) == 1
         if not is_known or in_features % group:
             raise QuantizationUnsupported(f"{self.weights} has no scales over {group} input features")
         tensors = self._tensors(_words(quantized, self.weights), bias)
