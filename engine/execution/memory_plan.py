@@ -11,11 +11,12 @@ from typing import Final
 
 from eagleray.core.config import Config, EngineConfig, PoolConfig
 from eagleray.core.errors import ConfigError
-from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout
+from eagleray.core.kv_layout import DTYPE_BYTES, KVLayout, LayerGroup
 from eagleray.engine.execution.draft_memory import DraftNeeds
 from eagleray.engine.execution.host_abilities import ABLE_HOST, HostAbilities
 from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
 from eagleray.kernels.linear.pieces import PIECE_WEIGHT_BYTES, PIECE_WEIGHTS
+from eagleray.kernels.paged_attention.pieces import attention_bytes
 from eagleray.kernels.replay.arena import MAX_PROGRAMS, MAX_ROWS, PROGRAM_LAYER_BYTES
 from eagleray.models.model_config import ModelConfig
 
@@ -149,8 +150,8 @@ class WorkerNeeds:
         private_bytes += activation_bytes(model, engine, dtype, max_nodes, draft.feature_size)
         if linears.is_native:
             private_bytes += replay_bytes(model, engine, dtype, max_nodes)
-        elif linears.quantization is not None:
-            private_bytes += PIECE_WEIGHTS * PIECE_WEIGHT_BYTES
+        else:
+            private_bytes += torch_bytes(layout, longest_tokens, linears.quantization is not None)
         return cls(
             weights_bytes=weight_bytes(model, dtype, linears),
             draft_bytes=draft.weights_bytes,
@@ -186,7 +187,7 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
 def activation_bytes(
     model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0, feature_size: int = 0
 ) -> int:
-    """Bound of what one step allocates with the native kernels: in a layer, or for logits and their samples.
+    """Bound of what one step allocates in a layer, or for logits and their samples.
 
     Every guess is a row of logits. Features for a draft last as long as the step, and are gathered once more for it.
     """
@@ -211,6 +212,18 @@ def replay_bytes(model: ModelConfig, engine: EngineConfig, dtype: str, max_draft
         logits_bytes = 4 * min(rows, engine.max_num_seqs) * model.vocab_size
         num_bytes += arena_bytes + logits_bytes + program_bytes * (max_draft_nodes + 1)
     return num_bytes
+
+
+def torch_bytes(layout: KVLayout, longest_tokens: int, is_quantized: bool) -> int:
+    """Bound of what a step allocates beyond ``activation_bytes`` where torch computes: what attention gathers, and
+    weights as floating-point numbers."""
+    num_slots = longest_tokens + layout.block_size_tokens
+    of_attention = max(
+        attention_bytes(num_slots, group.head_dim, DTYPE_BYTES[group.dtype])
+        for group in layout.groups
+        if isinstance(group, LayerGroup)
+    )
+    return of_attention + (PIECE_WEIGHTS * PIECE_WEIGHT_BYTES if is_quantized else 0)
 
 
 def _layer_token_bytes(model: ModelConfig, dtype: str) -> int:

@@ -13,6 +13,7 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
+from eagleray.kernels.paged_attention.pieces import PIECE_KEYS
 from eagleray.kernels.paged_attention.tree import TreeRun
 from eagleray.kernels.replay.api import StepInputs
 
@@ -27,8 +28,8 @@ class DecodeGroup:
     rows_B: torch.Tensor  # int64: where their tokens stand in the query
     block_table_BN: torch.Tensor  # int64, padded with each sequence's first block
     lengths_B1: torch.Tensor  # int64: keys to attend to, the new token included
-    is_real_BS: torch.Tensor  # bool: the slot holds a key of the sequence that counts
-    padding: tuple[torch.Tensor, torch.Tensor]  # int64 pair (sequence, slot) of all slots that do not
+    num_slots: int  # per sequence
+    first_key: int  # keys before this position are never seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,26 +274,26 @@ def _decode_groups(
     device: torch.device,
     first_key: int,
 ) -> tuple[DecodeGroup, ...]:
-    """Single-token sequences by length, so that one long sequence does not make every short one gather as much."""
+    """Single-token sequences by length, so that one long sequence does not make every short one gather as much; and no
+    more of them than make a piece."""
     by_size: dict[int, list[int]] = {}
     for b, table in enumerate(tables):
         if query_starts[b + 1] - query_starts[b] == 1:
             by_size.setdefault(max(len(table), _SMALL_TABLE_BLOCKS).bit_length(), []).append(b)
     groups = []
-    for members in by_size.values():
-        num_blocks = max(len(tables[b]) for b in members)
-        padded = [[*tables[b], *[tables[b][0]] * (num_blocks - len(tables[b]))] for b in members]
-        lengths_B1 = torch.tensor([[prefixes[b] + 1] for b in members])
-        slots_S = torch.arange(num_blocks * block_size_tokens)
-        is_real_BS = (slots_S < lengths_B1) & (slots_S >= first_key)
-        sequences, slots = torch.nonzero(~is_real_BS, as_tuple=True)
-        groups.append(
-            DecodeGroup(
-                rows_B=torch.tensor([query_starts[b] for b in members], device=device),
-                block_table_BN=torch.tensor(padded, device=device),
-                lengths_B1=lengths_B1.to(device),
-                is_real_BS=is_real_BS.to(device),
-                padding=(sequences.to(device), slots.to(device)),
+    for size in by_size.values():
+        num_blocks = max(len(tables[b]) for b in size)
+        most_members = max(1, PIECE_KEYS // (num_blocks * block_size_tokens))
+        for start in range(0, len(size), most_members):
+            members = size[start : start + most_members]
+            padded = [[*tables[b], *[tables[b][0]] * (num_blocks - len(tables[b]))] for b in members]
+            groups.append(
+                DecodeGroup(
+                    rows_B=torch.tensor([query_starts[b] for b in members], device=device),
+                    block_table_BN=torch.tensor(padded, device=device),
+                    lengths_B1=torch.tensor([[prefixes[b] + 1] for b in members], device=device),
+                    num_slots=num_blocks * block_size_tokens,
+                    first_key=first_key,
+                )
             )
-        )
     return tuple(groups)

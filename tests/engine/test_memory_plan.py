@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from eagleray.engine.execution.memory_plan import (
 from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
 from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
 from eagleray.kernels.linear.reference import TorchQuantizedFormat
+from eagleray.kernels.paged_attention.api import plan_attention
+from eagleray.kernels.paged_attention.pieces import attention_bytes
+from eagleray.kernels.paged_attention.reference import paged_attention
 from eagleray.kernels.replay.arena import MAX_PROGRAMS
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
@@ -298,16 +302,43 @@ def full_step(engine: EngineConfig, num_runs: int) -> StepPlan:
 
 
 @pytest.mark.parametrize("shape", ["one long prompt", "many short ones"])
-def test_a_full_step_stays_within_the_bound(tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize(("kernels", "dtype"), [("auto", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
+def test_a_full_step_stays_within_the_bound(tmp_path: Path, kernels: str, dtype: str, shape: str) -> None:
     save_random_checkpoint(tmp_path, SMALL, seed=0)
-    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128)
-    executor = build_executor(ModelConfigSection(path=str(tmp_path)), engine, num_threads=1)
+    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128, kernels=kernels)  # type: ignore[arg-type]
+    model = ModelConfigSection(path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+    executor = build_executor(model, engine, num_threads=1)
     with PeakTracker() as tracker:
         executor._runner.run(full_step(engine, 1 if shape == "one long prompt" else engine.max_num_seqs))
     executor.close()
-    bound = activation_bytes(load_model_config(tmp_path), engine, "float32")
-    assert tracker.peak_bytes > 2**22  # it saw what there is
+    bound = activation_bytes(load_model_config(tmp_path), engine, dtype)
+    assert tracker.peak_bytes > 2**20 * DTYPE_BYTES[dtype]  # it saw what there is
     assert tracker.peak_bytes <= bound
+
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 4, 16, 16
+
+
+@pytest.mark.parametrize(
+    ("counts", "prefixes"),
+    [([1] * 64, [8000] * 64), ([1] * 3, [40, 8000, 100_000]), ([2048], [30_000]), ([6000], [0]), ([2], [100_000])],
+    ids=["many that decode", "of different lengths", "a chunk after a long prefix", "a long prompt", "guesses"],
+)
+@pytest.mark.parametrize("window", [None, 1000])
+def test_attention_by_torch_stays_within_its_bound_however_much_there_is_to_see(
+    counts: list[int], prefixes: list[int], window: int | None
+) -> None:
+    lengths = [count + prefix for count, prefix in zip(counts, prefixes, strict=True)]
+    tables = [[index % 8 for index in range(-(-length // BLOCK_TOKENS))] for length in lengths]
+    kv_layer = torch.randn(8, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM)
+    query = torch.randn(sum(counts), HEADS, HEAD_DIM)
+    with torch.inference_mode(), PeakTracker() as tracker:
+        plan = plan_attention(list(accumulate(counts, initial=0)), prefixes, tables, BLOCK_TOKENS, "cpu")
+        plan_bytes = tracker.peak_bytes
+        output = paged_attention(query, kv_layer, plan, 0.25, window)
+    output_bytes = 3 * output.nbytes  # with that of a piece, as it is computed and as it is put in its place
+    bound = attention_bytes(max(lengths) + BLOCK_TOKENS, HEAD_DIM, 4)
+    assert tracker.peak_bytes - plan_bytes - output_bytes <= bound < 2**27
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
