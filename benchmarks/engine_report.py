@@ -26,6 +26,11 @@ class Timing:
     def is_disturbed(self) -> bool:
         return self.others_share > MAX_OTHERS_SHARE
 
+    @property
+    def share(self) -> float:
+        """Of its floor."""
+        return self.tokens_per_s / self.floor_tokens_per_s
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -42,13 +47,17 @@ class Figure:
     def num_undisturbed(self) -> int:
         return sum(not timing.is_disturbed for timing in self.timings)
 
+    @property
+    def counted(self) -> Sequence[Timing]:
+        return [timing for timing in self.timings if self.is_disturbed or not timing.is_disturbed]
+
 
 def figure_of(name: str, timings: Sequence[Timing]) -> Figure:
     undisturbed = [timing for timing in timings if not timing.is_disturbed]
     counted = undisturbed or timings
     tokens_per_s = statistics.median(timing.tokens_per_s for timing in counted)
     floor = statistics.median(timing.floor_tokens_per_s for timing in counted)
-    share = statistics.median(timing.tokens_per_s / timing.floor_tokens_per_s for timing in counted)
+    share = statistics.median(timing.share for timing in counted)
     return Figure(name, tokens_per_s, floor, share, timings, is_disturbed=not undisturbed)
 
 
@@ -139,7 +148,16 @@ def sections(run: Run) -> list[Section]:
     ]  # fmt: skip
     shown = [
         Section(
-            ("tokens per second", "measured", "floor", "share", "repeats", "undisturbed", "others at most"),
+            (
+                "tokens per second",
+                "measured",
+                "floor",
+                "share",
+                "least to most",
+                "repeats",
+                "undisturbed",
+                "others at most",
+            ),
             list(map(_figure_row, run.figures)),
         ),
         Section(
@@ -183,12 +201,14 @@ def _slopes(run: Run) -> list[tuple[str, str, str]]:
 
 def _figure_row(figure: Figure) -> tuple[str, ...]:
     name = f"{figure.name}, disturbed" if figure.is_disturbed else figure.name
-    used = [timing.others_share for timing in figure.timings if figure.is_disturbed or not timing.is_disturbed]
+    used = [timing.others_share for timing in figure.counted]
+    shares = [timing.share for timing in figure.counted]
     return (
         name,
         f"{figure.tokens_per_s:,.1f}",
         f"{figure.floor_tokens_per_s:,.0f}",
         f"{figure.share:.1%}",
+        f"{min(shares):.1%} to {max(shares):.1%}",
         str(len(figure.timings)),
         str(figure.num_undisturbed),
         f"{max(used):.1%}",

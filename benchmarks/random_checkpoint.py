@@ -48,7 +48,8 @@ _QWEN3: Final = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-# Qwen3-0.6B's layers under a vocabulary of 32,000 (its own has 151,936, a third of its weights); and one for tests.
+# Qwen3-0.6B's layers under a vocabulary of 32,000: with its own of 151,936 a quarter of the weights is the head,
+# more than larger models have. And one for tests.
 SHAPES: Final[Mapping[ShapeName, Mapping[str, Any]]] = MappingProxyType(
     {
         "qwen3-0.6b": {

@@ -29,15 +29,19 @@ EXIT_PIPE_CLOSED: Final = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. What goes wrong on purpose is one sentence on standard error and code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser(words).parse_args(words)
+    try:
+        return _run(build_parser(words).parse_args(words))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         code: int = _module(arguments.command).run(arguments)
         sys.stdout.flush()
     except EagleRayError as error:
         print(f"eagleray {arguments.command}: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say, at interpreter exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED

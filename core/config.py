@@ -97,7 +97,9 @@ class SpeculationConfig(_Frozen):
     )
     revision: str = Field("", description="as model.revision, of the draft")
     num_speculative_tokens: int = Field(3, ge=1, le=16, description="how many tokens ahead to guess")
-    tree_branching: int = Field(1, ge=1, le=16, description="guesses followed up at each step ahead; 1: a chain")
+    tree_branching: int = Field(
+        1, ge=1, le=16, description="guesses followed up at each step ahead: a tree as EAGLE-2 grows it; 1: a chain"
+    )
     tree_nodes: int = Field(0, ge=0, le=63, description="guesses that are verified, the most probable ones; 0: all")
     tree_paths: tuple[tuple[int, ...], ...] = Field(
         (), description="a fixed tree instead: each guess by the ranks that lead to it, such as [0, 2]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from eagleray.core.acceptance import Acceptance, total_acceptance
 from eagleray.core.messages import TokenLogprobs, TokenOutput
 from eagleray.core.request import RequestSpec
 from eagleray.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    acceptance: Acceptance | None = None  # what guessing ahead brought, where there is a draft
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -75,6 +77,7 @@ class OutputCollector:
             ]
         answer.token_ids.extend(output.token_ids)
         answer.text += "".join(output.texts)
+        answer.acceptance = total_acceptance((answer.acceptance, output.acceptance))
         for entry in output.logprobs or ():
             answer.logprobs = answer.logprobs or []
             answer.logprobs.append(self._logprobs(entry))

@@ -22,6 +22,7 @@ from eagleray.kernels.kv_ops import api as kv_ops
 from eagleray.kernels.kv_ops import native as native_kv_ops
 from eagleray.kernels.linear.api import LinearFormat
 from eagleray.kernels.linear.native import NativeLinearFormat
+from eagleray.kernels.linear.onednn import OneDnnFormat, onednn_is_there
 from eagleray.kernels.linear.panels import PanelLinearFormat
 from eagleray.kernels.linear.quantization import Quantization, QuantizationUnsupported
 from eagleray.kernels.linear.reference import TorchQuantizedFormat
@@ -121,7 +122,7 @@ def select_kernels(
     if quantization is not None and (device != "cpu" or dtype not in ELEMENTS):
         raise QuantizationUnsupported(f"{quantization} needs float32 or bfloat16 on a CPU, not {dtype} on {device}")
     if choice == "torch":
-        return _torch_kernels("torch", quantization)
+        return _torch_kernels("torch", dtype, device, quantization)
     try:
         if device != "cpu" or dtype not in ELEMENTS:
             raise NativeUnavailable(f"the native library does not compute in {dtype} on {device}")
@@ -129,7 +130,7 @@ def select_kernels(
     except NativeUnavailable as error:
         if choice == "native":
             raise
-        return _torch_kernels(f"torch ({error})", quantization)
+        return _torch_kernels(f"torch ({error})", dtype, device, quantization)
     return native_kernels(library, dtype, quantization)
 
 
@@ -184,12 +185,16 @@ def native_kernels(library: NativeLibrary, dtype: torch.dtype, quantization: Qua
     )
 
 
-def _torch_kernels(description: str, quantization: Quantization | None) -> Kernels:
-    if quantization is None:
-        return replace(TORCH_KERNELS, description=description)
-    return replace(
-        TORCH_KERNELS,
-        description=f"{description}, linear layers: {quantization}",
-        linear_format=TorchQuantizedFormat(quantization),
-        head_format=TorchQuantizedFormat(HEAD_QUANTIZATION),
-    )
+def _torch_kernels(description: str, dtype: torch.dtype, device: str, quantization: Quantization | None) -> Kernels:
+    if quantization is not None:
+        return replace(
+            TORCH_KERNELS,
+            description=f"{description}, linear layers: {quantization}",
+            linear_format=TorchQuantizedFormat(quantization),
+            head_format=TorchQuantizedFormat(HEAD_QUANTIZATION),
+        )
+    if device == "cpu" and dtype is torch.bfloat16 and onednn_is_there():
+        return replace(
+            TORCH_KERNELS, description=f"{description}, linear layers: bfloat16 by oneDNN", linear_format=OneDnnFormat()
+        )
+    return replace(TORCH_KERNELS, description=description)

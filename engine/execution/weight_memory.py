@@ -40,7 +40,8 @@ def weight_bytes(model: ModelConfig, dtype: str, linears: LinearBytes) -> int:
     """Of one copy of a model's weights."""
     if linears.are_packed:
         return packed_bytes(model, dtype, linears) + _embedding_weights(model) * DTYPE_BYTES[model.dtype]
-    num_embeddings = 1 if model.tie_word_embeddings else 2  # a tied head is the embedding
+    # A tied head is the embedding, unless oneDNN has it in an order of its own (``kernels/linear/onednn.py``).
+    num_embeddings = 1 if model.tie_word_embeddings and dtype != "bfloat16" else 2
     weights = _layer_weights(model) + num_embeddings * _embedding_weights(model)
     return int(linears.per_weight(model.dtype, dtype) * weights)
 

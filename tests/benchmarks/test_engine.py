@@ -109,9 +109,9 @@ def test_a_figure_is_the_median_of_what_nobody_disturbed_and_marked_where_there_
     profile = Profile("a step of decode 8", 0.2, 10, {"linear": Operation(0.1, 2e11, 3e9)}, others_share=0.2)
     run = Run(provenance(), "tiny", "bfloat16", {}, [Machine(1e9, 1e12)], [figure, disturbed], [], [profile])
     shown = to_markdown(sections(run))
-    assert "| decode 1 | 15.0 | 30 | 50.0% | 3 | 2 | 6.0% |" in shown
+    assert "| decode 1 | 15.0 | 30 | 50.0% | 50.0% to 50.0% | 3 | 2 | 6.0% |" in shown
     assert "beside kernels" not in shown, "there are no two batches to tell a step from a sequence"
-    assert "| decode 8, disturbed | 2.0 | 4 | 50.0% | 2 | 0 | 50.0% |" in shown
+    assert "| decode 8, disturbed | 2.0 | 4 | 50.0% | 25.0% to 75.0% | 2 | 0 | 50.0% |" in shown
     assert "| a step of decode 8 (disturbed) |" in shown and "| linear | 10.00 | 2.00 | 30.0 |" in shown
     assert "| outside kernels | 10.00 | - | - |" in shown
 

@@ -84,6 +84,14 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(
     assert shown.out == ""
 
 
+def test_ctrl_c_while_the_command_is_being_read_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert main(["serve"]) == 130
+
+
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     command = f"set -o pipefail; {sys.executable} -m eagleray.cli doctor --model {tmp_path} | head -c 1 >/dev/null"
     ended = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=100)

@@ -135,7 +135,10 @@ MOVING = (
     "decode worker dies",
 )
 # Each is made of parts that the ones above have as well.
-COMPOSED = ("eagle, chain", "eagle3, fixed tree", "medusa, chain", "draft_model, fixed tree", "early_exit, fixed tree")
+COMPOSED = (
+    "eagle, chain", "eagle3, fixed tree", "medusa, chain", "medusa, fixed tree", "draft_model, fixed tree",
+    "early_exit, fixed tree",
+)  # fmt: skip
 CASES = [
     *((method, way) for method in USUAL for way in WAYS),
     *((method, way) for method in OTHERS for way in MOVING),

@@ -13,4 +13,11 @@ def test_long_prompts_get_the_tokens_that_they_get_without_guesses() -> None:
         outputs = llm.generate(prompts, sampling)
         assert all(len(output.prompt_token_ids) > 256 for output in outputs)
         answers.append([output.outputs[0].token_ids for output in outputs])
+        for answer in (output.outputs[0] for output in outputs):
+            if speculation is None:
+                assert answer.acceptance is None
+            else:  # a step for each token, less those that were guessed; the prompt's step brings one as well
+                assert answer.acceptance is not None
+                assert answer.acceptance.num_steps + answer.acceptance.num_accepted_tokens >= len(answer.token_ids) - 1
+                assert answer.acceptance.tokens_per_step > 1.5
     assert answers[0] == answers[1]
