@@ -19,7 +19,7 @@ _EXPECTED_ROWS: Final = 16
 
 def onednn_is_there() -> bool:
     """Whether torch has these operations, which no document promises, and the CPU what they need for bfloat16."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operations = torch.ops.mkldnn
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -36,7 +36,7 @@ class OneDnnLinear:
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         product = product.to(dtype or x.dtype)
         return product if residual is None else residual + product
 
