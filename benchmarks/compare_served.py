@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +125,7 @@ class Servers:
                     _say(f"starting {name}")
                     started = await self._stack.enter_async_context(running(server))
                     try:
-                        await _one_load(self._options, server.port, self._options.concurrency)
+                        await _warm_up(self._options, server.port)
                     finally:
                         started.stop()
                     self._alive[name] = started
@@ -165,10 +165,10 @@ async def _turn(name: str, round_number: int, servers: Servers, options: argpars
     ``ServerError``."""
     loads: list[Load] = []
     async with servers.turn(name) as server:
-        await _one_load(options, server.server.port, options.concurrency)  # what a load makes use of is there again
+        await _warm_up(options, server.server.port)  # what a load makes use of is there again
         for attempt in attempts(MAX_OTHERS_SHARE, server.pid):
             idle = servers.idle(server)
-            run = await _one_load(options, server.server.port, options.requests)
+            run = await _one_load(options, server.server.port, options.requests, _pace(options))
             idle_share, others_share = idle.share(), attempt.end()
             is_kept = others_share <= MAX_OTHERS_SHARE
             loads.append(
@@ -192,15 +192,26 @@ def _limit_tokens_per_s(checkpoint: Path, machine: Machine, options: argparse.Na
         load_model_config(checkpoint), _DTYPE, machine, requests=options.requests, concurrency=options.concurrency,
         prompt=options.prompt_tokens, output=options.output_tokens,
     )  # fmt: skip
-    return float(options.requests * options.output_tokens / load_s)
+    limit_tokens_per_s = float(options.requests * options.output_tokens / load_s)
+    return limit_tokens_per_s if options.rate is None else min(limit_tokens_per_s, options.rate * options.output_tokens)
 
 
-async def _one_load(options: argparse.Namespace, port: int, num_requests: int) -> dict[str, Any]:
+def _pace(options: argparse.Namespace) -> dict[str, float]:
+    return {"concurrency": options.concurrency} if options.rate is None else {"rate": options.rate}
+
+
+async def _warm_up(options: argparse.Namespace, port: int) -> None:
+    await _one_load(options, port, options.concurrency, {"concurrency": options.concurrency})
+
+
+async def _one_load(
+    options: argparse.Namespace, port: int, num_requests: int, pace: Mapping[str, float]
+) -> dict[str, Any]:
     """Every time under a salt of its own, so that no prefix is found."""
     asked = {
         "url": f"http://127.0.0.1:{port}",
         "requests": num_requests,
-        "concurrency": options.concurrency,
+        **pace,
         "prompt-tokens": options.prompt_tokens,
         "output-tokens": options.output_tokens,
         "timeout-s": options.timeout_s,
@@ -214,9 +225,10 @@ async def _one_load(options: argparse.Namespace, port: int, num_requests: int) -
 
 def _show(found: ServedComparison, options: argparse.Namespace) -> None:
     origin = found.origins[-1]
+    pace = f"{options.concurrency} at a time" if options.rate is None else f"{options.rate:g}/s as they come (Poisson)"
     title = (
         f"{options.shape} (random weights), {options.requests} requests of {options.prompt_tokens} + "
-        f"{options.output_tokens} tokens, {options.concurrency} at a time, {options.threads} threads on "
+        f"{options.output_tokens} tokens, {pace}, {options.threads} threads on "
         f"{origin.num_cores} x {origin.cpu}, commit {origin.git_commit}, {origin.date}; good: first token within "
         f"{options.ttft_slo_ms:g} ms and {options.tpot_slo_ms:g} ms per token after it"
     )
@@ -242,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=positive_count, default=2, help="of each server; a split shares them")
     add("--port", type=positive_count, default=8123, help="of the first server; others take higher ones")
     add("--requests", type=positive_count, default=32, help="of each load")
-    add("--concurrency", type=positive_count, default=8, help="requests in flight")
+    add("--concurrency", type=positive_count, default=8, help="requests in flight; of the warm-up, with --rate")
+    add("--rate", type=positive, help="open loop instead: requests per second, in Poisson arrivals")
     add("--prompt-tokens", type=positive_count, default=512, help="of each request")
     add("--output-tokens", type=positive_count, default=64, help="of each request")
     add("--repeats", type=positive_count, default=3, help="rounds; the tables show medians and spread")

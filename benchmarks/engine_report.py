@@ -47,18 +47,18 @@ class Figure:
     def num_undisturbed(self) -> int:
         return sum(not timing.is_disturbed for timing in self.timings)
 
-    @property
-    def counted(self) -> Sequence[Timing]:
-        return [timing for timing in self.timings if self.is_disturbed or not timing.is_disturbed]
-
 
 def figure_of(name: str, timings: Sequence[Timing]) -> Figure:
-    undisturbed = [timing for timing in timings if not timing.is_disturbed]
-    counted = undisturbed or timings
+    counted = counted_of(timings)
     tokens_per_s = statistics.median(timing.tokens_per_s for timing in counted)
     floor = statistics.median(timing.floor_tokens_per_s for timing in counted)
     share = statistics.median(timing.share for timing in counted)
-    return Figure(name, tokens_per_s, floor, share, timings, is_disturbed=not undisturbed)
+    return Figure(name, tokens_per_s, floor, share, timings, is_disturbed=counted[0].is_disturbed)
+
+
+def counted_of(timings: Sequence[Timing]) -> Sequence[Timing]:
+    """Those that nobody disturbed; all, where there is none."""
+    return [timing for timing in timings if not timing.is_disturbed] or timings
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def sections(run: Run) -> list[Section]:
                 "measured",
                 "floor",
                 "share",
-                "least to most",
+                "share, least to most",
                 "repeats",
                 "undisturbed",
                 "others at most",
@@ -201,8 +201,8 @@ def _slopes(run: Run) -> list[tuple[str, str, str]]:
 
 def _figure_row(figure: Figure) -> tuple[str, ...]:
     name = f"{figure.name}, disturbed" if figure.is_disturbed else figure.name
-    used = [timing.others_share for timing in figure.counted]
-    shares = [timing.share for timing in figure.counted]
+    counted = counted_of(figure.timings)
+    shares = [timing.share for timing in counted]
     return (
         name,
         f"{figure.tokens_per_s:,.1f}",
@@ -211,5 +211,5 @@ def _figure_row(figure: Figure) -> tuple[str, ...]:
         f"{min(shares):.1%} to {max(shares):.1%}",
         str(len(figure.timings)),
         str(figure.num_undisturbed),
-        f"{max(used):.1%}",
+        f"{max(timing.others_share for timing in counted):.1%}",
     )

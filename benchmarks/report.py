@@ -100,7 +100,7 @@ def _throughput_rows(throughput: Throughput) -> list[tuple[str, str]]:
     asked = throughput.requests_per_s_asked
     return [
         ("duration", f"{throughput.duration_s:.1f} s"),
-        ("request rate, asked", "all at once" if asked is None else f"{asked:.2f} /s"),
+        ("request rate of the schedule", "all at once" if asked is None else f"{asked:.2f} /s"),
         ("request rate, achieved", f"{throughput.requests_per_s:.2f} /s"),
         ("prompt tokens", f"{throughput.prompt_tokens:,} ({throughput.prompt_tokens_per_s:,.0f} /s)"),
         ("output tokens", f"{throughput.output_tokens:,} ({throughput.output_tokens_per_s:,.0f} /s)"),

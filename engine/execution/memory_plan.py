@@ -151,7 +151,8 @@ class WorkerNeeds:
         if linears.is_native:
             private_bytes += replay_bytes(model, engine, dtype, max_nodes)
         else:
-            private_bytes += torch_bytes(layout, longest_tokens, linears.quantization is not None)
+            is_quantized = linears.quantization is not None
+            private_bytes += torch_bytes(model, engine, dtype, layout, longest_tokens, is_quantized)
         return cls(
             weights_bytes=weight_bytes(model, dtype, linears),
             draft_bytes=draft.weights_bytes,
@@ -187,7 +188,7 @@ def _pool_bytes(layout: KVLayout, num_tokens: int) -> int:
 def activation_bytes(
     model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0, feature_size: int = 0
 ) -> int:
-    """Bound of what one step allocates in a layer, or for logits and their samples.
+    """Bound of what one step allocates with the native kernels: in a layer, or for logits and their samples.
 
     Every guess is a row of logits. Features for a draft last as long as the step, and are gathered once more for it.
     """
@@ -214,16 +215,19 @@ def replay_bytes(model: ModelConfig, engine: EngineConfig, dtype: str, max_draft
     return num_bytes
 
 
-def torch_bytes(layout: KVLayout, longest_tokens: int, is_quantized: bool) -> int:
-    """Bound of what a step allocates beyond ``activation_bytes`` where torch computes: what attention gathers, and
-    weights as floating-point numbers."""
-    num_slots = longest_tokens + layout.block_size_tokens
+def torch_bytes(
+    model: ModelConfig, engine: EngineConfig, dtype: str, layout: KVLayout, longest_tokens: int, is_quantized: bool
+) -> int:
+    """Bound of what a step allocates beyond ``activation_bytes`` where torch computes: its operations keep more at one
+    time, attention gathers what it reads, and quantised weights become floating-point numbers."""
+    of_layers = engine.max_num_batched_tokens * _layer_token_bytes(model, dtype)
+    longest_slots, group_size = longest_tokens + layout.block_size_tokens, model.num_heads // model.num_kv_heads
     of_attention = max(
-        attention_bytes(num_slots, group.head_dim, DTYPE_BYTES[group.dtype])
+        attention_bytes(longest_slots, group.head_dim, DTYPE_BYTES[group.dtype], group_size)
         for group in layout.groups
         if isinstance(group, LayerGroup)
     )
-    return of_attention + (PIECE_WEIGHTS * PIECE_WEIGHT_BYTES if is_quantized else 0)
+    return of_layers + of_attention + (PIECE_WEIGHTS * PIECE_WEIGHT_BYTES if is_quantized else 0)
 
 
 def _layer_token_bytes(model: ModelConfig, dtype: str) -> int:

@@ -32,7 +32,7 @@ class LinearBytes:
 
     @property
     def are_packed(self) -> bool:
-        """In a form of their own, which a file can keep; otherwise as a checkpoint has them."""
+        """In a form of their own, which a file can keep."""
         return self.is_native or self.quantization is not None
 
 
@@ -40,10 +40,12 @@ def weight_bytes(model: ModelConfig, dtype: str, linears: LinearBytes) -> int:
     """Of one copy of a model's weights."""
     if linears.are_packed:
         return packed_bytes(model, dtype, linears) + _embedding_weights(model) * DTYPE_BYTES[model.dtype]
-    # A tied head is the embedding, unless oneDNN has it in an order of its own (``kernels/linear/onednn.py``).
-    num_embeddings = 1 if model.tie_word_embeddings and dtype != "bfloat16" else 2
-    weights = _layer_weights(model) + num_embeddings * _embedding_weights(model)
-    return int(linears.per_weight(model.dtype, dtype) * weights)
+    tables = _embedding_weights(model) * DTYPE_BYTES[dtype]
+    if dtype == "bfloat16":  # counted as if oneDNN had an order of its own for the head (``kernels/linear/onednn.py``)
+        tables += _embedding_weights(model) * max(DTYPE_BYTES[dtype], DTYPE_BYTES[model.dtype])
+    elif not model.tie_word_embeddings:  # a tied head is the embedding
+        tables *= 2
+    return int(linears.per_weight(model.dtype, dtype) * _layer_weights(model)) + tables
 
 
 def packed_bytes(model: ModelConfig, dtype: str, linears: LinearBytes) -> int:

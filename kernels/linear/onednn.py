@@ -17,15 +17,6 @@ from eagleray.kernels.linear.api import PackedLinear
 _EXPECTED_ROWS: Final = 16
 
 
-def onednn_is_there() -> bool:
-    """Whether torch has these operations, which no document promises, and the CPU what they need for bfloat16."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    operations = torch.ops.mkldnn
-    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    return all(hasattr(operations, name) for name in names) and operations._is_mkldnn_bf16_supported()
-
-
 @dataclass(frozen=True, slots=True)
 class OneDnnLinear:
     """Implements ``LinearProduct``; see ``OneDnnFormat``."""
@@ -58,3 +49,15 @@ class OneDnnFormat:
     def bind(self, packed: PackedLinear) -> OneDnnLinear:
         """See ``LinearFormat.bind``."""
         return OneDnnLinear(packed.tensors["weight"], packed.tensors.get("bias"))
+
+
+def onednn_is_there() -> bool:
+    """Whether torch has these operations, which no document promises, and they compute on this CPU."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        small = torch.ones(16, 16, dtype=torch.bfloat16)
+        OneDnnFormat().bind(OneDnnFormat().pack(small, None))(small)
+    except (AttributeError, RuntimeError):
+        return False
+    return True

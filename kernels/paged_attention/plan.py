@@ -28,8 +28,7 @@ class DecodeGroup:
     rows_B: torch.Tensor  # int64: where their tokens stand in the query
     block_table_BN: torch.Tensor  # int64, padded with each sequence's first block
     lengths_B1: torch.Tensor  # int64: keys to attend to, the new token included
-    num_slots: int  # per sequence
-    first_key: int  # keys before this position are never seen
+    num_slots: int  # S, padding included
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class AttentionPlan:
     @cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
         """The sequences with one query token."""
-        return _decode_groups(*self._sequences(), self.block_size_tokens, self.slots_T.device, self.first_key)
+        return _decode_groups(*self._sequences(), self.block_size_tokens, self.slots_T.device)
 
     @cached_property
     def runs(self) -> tuple[QueryRun, ...]:
@@ -272,7 +271,6 @@ def _decode_groups(
     tables: Sequence[Sequence[int]],
     block_size_tokens: int,
     device: torch.device,
-    first_key: int,
 ) -> tuple[DecodeGroup, ...]:
     """Single-token sequences by length, so that one long sequence does not make every short one gather as much; and no
     more of them than make a piece."""
@@ -281,11 +279,12 @@ def _decode_groups(
         if query_starts[b + 1] - query_starts[b] == 1:
             by_size.setdefault(max(len(table), _SMALL_TABLE_BLOCKS).bit_length(), []).append(b)
     groups = []
-    for size in by_size.values():
-        num_blocks = max(len(tables[b]) for b in size)
-        most_members = max(1, PIECE_KEYS // (num_blocks * block_size_tokens))
-        for start in range(0, len(size), most_members):
-            members = size[start : start + most_members]
+    for alike in by_size.values():
+        most_slots = max(len(tables[b]) for b in alike) * block_size_tokens
+        at_once = max(1, PIECE_KEYS // most_slots)
+        for first in range(0, len(alike), at_once):
+            members = alike[first : first + at_once]
+            num_blocks = max(len(tables[b]) for b in members)
             padded = [[*tables[b], *[tables[b][0]] * (num_blocks - len(tables[b]))] for b in members]
             groups.append(
                 DecodeGroup(
@@ -293,7 +292,6 @@ def _decode_groups(
                     block_table_BN=torch.tensor(padded, device=device),
                     lengths_B1=torch.tensor([[prefixes[b] + 1] for b in members], device=device),
                     num_slots=num_blocks * block_size_tokens,
-                    first_key=first_key,
                 )
             )
     return tuple(groups)

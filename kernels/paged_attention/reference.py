@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from eagleray.kernels.paged_attention.pieces import PIECE_KEYS, PIECE_PAIRS
-from eagleray.kernels.paged_attention.plan import AttentionPlan, DecodeGroup, QueryRun
+from eagleray.kernels.paged_attention.plan import AttentionPlan, QueryRun
 
 
 def paged_attention(
@@ -17,20 +17,28 @@ def paged_attention(
 ) -> torch.Tensor:
     """See ``api.paged_attention``. What is gathered and masked at one time is bounded (``pieces``)."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    group_size = query.shape[1] // kv_layer.shape[2]
+    num_kv_heads = kv_layer.shape[2]
+    group_size = query.shape[1] // num_kv_heads
     for group in plan.decode_groups:
-        query_BHD = query[group.rows_B]
-        for kv_heads in _pieces(kv_layer.shape[2], PIECE_KEYS // (group.num_slots * len(group.rows_B))):
-            heads = slice(kv_heads.start * group_size, kv_heads.stop * group_size)
-            attended = _decode(query_BHD[:, heads], kv_layer, kv_heads, group, scale, sliding_window)
-            output[group.rows_B, heads] = attended
+        slots_S = torch.arange(group.num_slots, device=query.device)
+        is_real_BS = (slots_S < group.lengths_B1) & (slots_S >= plan.first_key)
+        padding = torch.nonzero(~is_real_BS, as_tuple=True)
+        is_visible_BS = is_real_BS
+        if sliding_window is not None:
+            is_visible_BS &= slots_S >= group.lengths_B1 - sliding_window
+        for kv_heads in _pieces(num_kv_heads, PIECE_KEYS // is_visible_BS.numel()):
+            at = (group.rows_B, slice(kv_heads.start * group_size, kv_heads.stop * group_size))
+            output[at] = _decode(query[at], kv_layer, kv_heads, group.block_table_BN, padding, is_visible_BS, scale)
     for run in plan.runs:
-        for kv_heads in _pieces(kv_layer.shape[2], PIECE_KEYS // run.length):
-            heads = slice(kv_heads.start * group_size, kv_heads.stop * group_size)
-            rows = slice(run.row_start, run.row_end)
-            output[rows, heads] = _attend_run(
-                query[rows, heads], kv_layer, kv_heads, run, scale, sliding_window, plan.first_key
-            )
+        is_plain = run.prefix_length == 0 and sliding_window is None and run.tree is None and plan.first_key == 0
+        num_tokens = run.row_end - run.row_start
+        for rows in _pieces(num_tokens, num_tokens if is_plain else PIECE_PAIRS // run.length):
+            is_visible_TS = None if is_plain else _visible_keys(run, rows, sliding_window, plan.first_key, query.device)
+            for kv_heads in _pieces(num_kv_heads, PIECE_KEYS // run.length):
+                heads = slice(kv_heads.start * group_size, kv_heads.stop * group_size)
+                at_rows = slice(run.row_start + rows.start, run.row_start + rows.stop)
+                attended = _attend_run(query[at_rows, heads], kv_layer, kv_heads, run, is_visible_TS, scale)
+                output[at_rows, heads] = attended
     return output
 
 
@@ -44,22 +52,19 @@ def _decode(
     query: torch.Tensor,
     kv_layer: torch.Tensor,
     kv_heads: range,
-    group: DecodeGroup,
+    block_table_BN: torch.Tensor,
+    padding: tuple[torch.Tensor, ...],  # int64 pair (sequence, slot) of all slots that hold no key that counts
+    is_visible_BS: torch.Tensor,
     scale: float,
-    sliding_window: int | None,
 ) -> torch.Tensor:
     """One query token per sequence: [B, H, D] -> [B, H, D]. The query heads that share a KV head become its query
     rows: SDPA's own grouping is ten times slower at query length 1."""
     num_sequences, num_heads, head_dim = query.shape
-    pages = _gather(kv_layer, kv_heads, group.block_table_BN)
-    slots_S = torch.arange(group.num_slots, device=query.device)
-    is_visible_BS = (slots_S < group.lengths_B1) & (slots_S >= group.first_key)
+    pages = _gather(kv_layer, kv_heads, block_table_BN)
     # A masked slot still enters as 0 * value and key + -inf: whatever an earlier owner left there must be finite.
-    sequences, slots = torch.nonzero(~is_visible_BS, as_tuple=True)
+    sequences, slots = padding
     pages[sequences, :, :, slots] = 0
     key, value = pages.to(query.dtype).unbind(1)  # [B, HKV, S, D]
-    if sliding_window is not None:
-        is_visible_BS &= slots_S >= group.lengths_B1 - sliding_window
     output = scaled_dot_product_attention(
         query.reshape(num_sequences, len(kv_heads), -1, head_dim),
         key,
@@ -75,29 +80,22 @@ def _attend_run(
     kv_layer: torch.Tensor,
     kv_heads: range,
     run: QueryRun,
+    is_visible_TS: torch.Tensor | None,  # None: of the whole run, each token sees those before it
     scale: float,
-    sliding_window: int | None,
-    first_key: int,
 ) -> torch.Tensor:
     """Several tokens of one sequence: [T, H, D] -> [T, H, D]."""
     num_tokens, num_heads, head_dim = query.shape
     pages = _gather(kv_layer, kv_heads, run.block_table_N[None])[0, :, :, : run.length]
     key, value = pages.to(query.dtype)[:, :, None].expand(-1, -1, num_heads // len(kv_heads), -1, -1).unbind(0)
-    query = query.view(num_tokens, len(kv_heads), -1, head_dim).permute(1, 2, 0, 3)  # [HKV, G, T, D]
-    if run.prefix_length == 0 and sliding_window is None and run.tree is None and first_key == 0:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
-    outputs = [
-        scaled_dot_product_attention(
-            query[:, :, rows.start : rows.stop],
-            key,
-            value,
-            attn_mask=_visible_keys(run, rows, sliding_window, first_key, query.device),
-            scale=scale,
-        )
-        for rows in _pieces(num_tokens, PIECE_PAIRS // run.length)
-    ]
-    return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+    output = scaled_dot_product_attention(
+        query.view(num_tokens, len(kv_heads), -1, head_dim).permute(1, 2, 0, 3),  # [HKV, G, T, D]
+        key,
+        value,
+        attn_mask=is_visible_TS,
+        is_causal=is_visible_TS is None,
+        scale=scale,
+    )
+    return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
 
 def _visible_keys(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from eagleray.engine.execution.memory_plan import (
     format_size,
     plan_memory,
     replay_bytes,
+    torch_bytes,
 )
 from eagleray.engine.execution.weight_memory import LinearBytes, packed_bytes, weight_bytes
 from eagleray.engine.scheduling.plan import ScheduledRun, StepPlan
@@ -104,6 +106,10 @@ def test_without_packing_weights_are_of_the_dtype_that_computes_and_a_tied_head_
     assert plan.weights_bytes == 2 * 4 * parameters
     in_the_order_of_onednn = 2 * (parameters + 1024 * 32000)  # the head beside the embedding
     assert weight_bytes(MODEL, "bfloat16", LinearBytes(is_native=False)) == in_the_order_of_onednn
+    of_float32 = replace(MODEL, dtype="float32")  # whose embedding stays as it is
+    assert (
+        weight_bytes(of_float32, "bfloat16", LinearBytes(is_native=False)) == in_the_order_of_onednn + 2 * 1024 * 32000
+    )
 
 
 def test_the_weights_of_a_pool_are_those_of_its_own_kernels() -> None:
@@ -290,15 +296,15 @@ def full_step(engine: EngineConfig, num_runs: int) -> StepPlan:
         ScheduledRun(
             RequestSpec(
                 request_id=str(index),
-                token_ids=tuple(range(num_tokens)),
+                token_ids=tuple(token % 200 for token in range(num_tokens)),
                 num_prompt_tokens=num_tokens,
                 sampling=sampling,
                 eos_token_ids=(2,),
             ),
-            list(range(num_tokens)),
+            [token % 200 for token in range(num_tokens)],
             0,
             num_tokens,
-            [index] if num_runs > 1 else list(range(32)),
+            [index] if num_runs > 1 else list(range(-(-num_tokens // 16))),
             samples=True,
         )
         for index in range(num_runs)
@@ -310,15 +316,39 @@ def full_step(engine: EngineConfig, num_runs: int) -> StepPlan:
 @pytest.mark.parametrize(("kernels", "dtype"), [("auto", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
 def test_a_full_step_stays_within_the_bound(tmp_path: Path, kernels: str, dtype: str, shape: str) -> None:
     save_random_checkpoint(tmp_path, SMALL, seed=0)
-    engine = EngineConfig(max_num_batched_tokens=512, max_num_seqs=64, num_blocks=128, kernels=kernels)  # type: ignore[arg-type]
-    model = ModelConfigSection(path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+    engine = engine_with(kernels, max_num_batched_tokens=512, max_num_seqs=64)
+    peak_bytes, bound = peak_and_bound(tmp_path, engine, dtype, 1 if shape == "one long prompt" else 64)
+    assert peak_bytes > 2**20 * DTYPE_BYTES[dtype]  # it saw what there is
+    assert peak_bytes <= bound
+
+
+@pytest.mark.parametrize("intermediate_size", [64, 8192], ids=["attention", "MLP"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_torch_keeps_in_a_layer_stays_within_the_bound(tmp_path: Path, dtype: str, intermediate_size: int) -> None:
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128}
+    wide = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": intermediate_size}
+    save_random_checkpoint(tmp_path, SMALL | qwen3 | wide | {"vocab_size": 300}, seed=0)
+    engine = engine_with("torch", max_num_batched_tokens=2048, max_num_seqs=2)
+    peak_bytes, bound = peak_and_bound(tmp_path, engine, dtype, 1)
+    gathered_bytes = 2 * 2048 * 8 * 128 * DTYPE_BYTES[dtype]
+    unused_bytes = attention_bytes(2048 + 16, 128, DTYPE_BYTES[dtype], 2) - gathered_bytes  # its pieces are small here
+    assert peak_bytes <= bound - unused_bytes
+
+
+def engine_with(kernels: str, **limits: int) -> EngineConfig:
+    return EngineConfig(kernels=kernels, num_blocks=512, **limits)  # type: ignore[arg-type]
+
+
+def peak_and_bound(folder: Path, engine: EngineConfig, dtype: str, num_runs: int) -> tuple[int, int]:
+    model, config = ModelConfigSection(path=str(folder), dtype=dtype), load_model_config(folder)  # type: ignore[arg-type]
     executor = build_executor(model, engine, num_threads=1)
     with PeakTracker() as tracker:
-        executor._runner.run(full_step(engine, 1 if shape == "one long prompt" else engine.max_num_seqs))
+        executor._runner.run(full_step(engine, num_runs))
+    bound = activation_bytes(config, engine, dtype)
+    if engine.kernels == "torch":
+        bound += torch_bytes(config, engine, dtype, executor.layout, executor.max_model_tokens, is_quantized=False)
     executor.close()
-    bound = activation_bytes(load_model_config(tmp_path), engine, dtype)
-    assert tracker.peak_bytes > 2**20 * DTYPE_BYTES[dtype]  # it saw what there is
-    assert tracker.peak_bytes <= bound
+    return tracker.peak_bytes, bound
 
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 4, 16, 16
@@ -342,7 +372,7 @@ def test_attention_by_torch_stays_within_its_bound_however_much_there_is_to_see(
         plan_bytes = tracker.peak_bytes
         output = paged_attention(query, kv_layer, plan, 0.25, window)
     output_bytes = 3 * output.nbytes  # with that of a piece, as it is computed and as it is put in its place
-    bound = attention_bytes(max(lengths) + BLOCK_TOKENS, HEAD_DIM, 4)
+    bound = attention_bytes(max(lengths) + BLOCK_TOKENS, HEAD_DIM, 4, HEADS // KV_HEADS)
     assert tracker.peak_bytes - plan_bytes - output_bytes <= bound < 2**27
 
 

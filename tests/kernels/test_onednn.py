@@ -43,25 +43,28 @@ def test_where_torch_computes_in_bfloat16_the_start_names_it(tmp_path: Path) -> 
     assert kernels.linear_format == OneDnnFormat()
 
 
+def cannot(*arguments: object) -> None:
+    raise RuntimeError("could not create a primitive")
+
+
+@needs_onednn
 @pytest.mark.parametrize(
     "lacks",
     [
         {"_reorder_linear_weight": None},
         {"_linear_pointwise": None},
+        {"_is_mkldnn_bf16_supported": None},
         {"_is_mkldnn_bf16_supported": lambda: False},
+        {"_linear_pointwise": cannot},
     ],
-    ids=["an operation", "another one", "instructions"],
+    ids=["what orders", "what multiplies", "what tells", "instructions", "a primitive"],
 )
 def test_where_it_is_not_there_torch_computes_from_rows(
     lacks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    operations = {
-        "_reorder_linear_weight": lambda: None,
-        "_linear_pointwise": lambda: None,
-        "_is_mkldnn_bf16_supported": lambda: True,
-    }
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    operations = {name: getattr(torch.ops.mkldnn, name) for name in names}
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operations))
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert onednn_is_there()
     there = {name: operation for name, operation in (operations | lacks).items() if operation is not None}
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
