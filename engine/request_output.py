@@ -30,7 +30,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    acceptance: Acceptance | None = None  # what guessing ahead brought, where there is a draft
+    # What guessing ahead brought, where there is a draft: how the answer was made, not what it is.
+    acceptance: Acceptance | None = field(default=None, compare=False)
 
     def finished(self) -> bool:
         return self.finish_reason is not None
