@@ -34,5 +34,8 @@ def choices_of(field: FieldInfo) -> list[str]:
 
 
 def alike_key(top: type[BaseModel], location: Location) -> str | None:
-    """Which key was perhaps meant by one that does not exist."""
-    return next(iter(get_close_matches(str(location[-1]), fields_below(top, location[:-1]), n=1)), None)
+    """Which key was perhaps meant by one that does not exist: of that name further down, or of nearly that name."""
+    *above, name = map(str, location)
+    here = fields_below(top, tuple(above))
+    below = [".".join((*above, section, name)) for section in here if name in fields_below(top, (*above, section))]
+    return " or ".join(below) or next(iter(get_close_matches(name, here, n=1)), None)

@@ -104,7 +104,8 @@ def _read_json(path: Path, field: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(field, str(path.parent), f"has no {path.name}; give the folder of a checkpoint") from None
+        lacks = f"has no {path.name}" if path.parent.is_dir() else "is no folder"
+        raise ConfigError(field, str(path.parent), f"{lacks}; give the folder of a checkpoint") from None
     except (OSError, ValueError) as error:
         raise ConfigError(field, str(path), f"cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from eagleray.core.snapshot import WorkerSnapshot
 
 _TEXTS: Final[Mapping[str, str]] = {
     "steps": "Decoding steps of requests",
-    "drafts": "Of these, the ones that verified guesses",
+    "drafts": "Decoding steps of requests that verified guesses",
     "draft_tokens": "Guesses that were verified",
     "accepted_tokens": "Guesses that came true",
 }

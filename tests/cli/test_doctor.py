@@ -165,14 +165,16 @@ def test_pools_that_do_not_fit_into_memory_are_told_before_they_fail() -> None:
     assert "the least that would do is 2048.1TiB" in room.text
 
 
-def test_a_draft_that_is_missing_is_named_and_memory_is_not_blamed(tmp_path: Path) -> None:
-    speculation = {"method": "eagle3", "model": str(tmp_path)}
+@pytest.mark.parametrize(("folder", "lacks"), [("", "has no config.json"), ("nowhere", "is no folder")])
+def test_a_draft_that_is_missing_is_named_and_memory_is_not_blamed(tmp_path: Path, folder: str, lacks: str) -> None:
+    draft = str(tmp_path / folder)
+    speculation = {"method": "eagle3", "model": draft}
     findings = by_name(
         check_service(parse_config({"speculation": speculation, "index": {"backend": "memory"}}), Environment())
     )
     assert findings["model"].level is Level.OK
     assert findings["draft"].level is Level.MISSING
-    assert findings["draft"].text.startswith(f"speculation.model={str(tmp_path)!r}: has no config.json")
+    assert findings["draft"].text.startswith(f"speculation.model={draft!r}: {lacks}")
     assert "room" not in findings
 
 

@@ -26,6 +26,7 @@ WRONG: list[tuple[dict[Any, Any], str, str]] = [
     ({"http": {"api_key": "two words"}}, "http.api_key", "match pattern"),
     ({"modell": {"path": "x"}}, "modell", "unknown key, perhaps model;"),
     ({"model": {"paht": "x"}}, "model.paht", "unknown key"),
+    ({"engine": {"kernels": "torch"}}, "engine", "unknown key, perhaps prefill.engine or decode.engine;"),
     ({"decode": {"engine": {"num_blokcs": 3}}}, "decode.engine.num_blokcs", "unknown key"),
     ({"speculation": {"metod": "ngram"}}, "speculation.metod", "perhaps method"),
     ({"speculation": {"model": "x"}}, "speculation.method", "must be set beside model, to one of eagle3, .*, ngram$"),
