@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compare_served
 import pytest
 from compare_served import NOT_NAMED, _joined, turns
 from floors import Machine
@@ -77,6 +78,25 @@ def test_phases_are_shown_of_servers_that_account_for_them_and_of_no_others():
     assert ours == "| eagleray | 375 (250 to 500) | 3,000 (2,000 to 4,000) | 0.00 (0.00 to 0.00) |"
     assert of_the_split == "| eagleray-split | 1.00 | 1,000 | 10 |"
     assert "phase of a request" not in to_markdown(served_sections(comparison(load("vllm", 1.0, 1.0))))
+
+
+@pytest.mark.parametrize(("rate", "asked"), [(None, (None, 8)), (0.5, (0.5, None))])
+async def test_a_load_is_asked_for_at_its_rate_or_with_so_many_in_flight(
+    rate: float | None, asked: tuple[float | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[argparse.Namespace] = []
+
+    async def run_load(load: argparse.Namespace, *rest: object) -> None:
+        loads.append(load)
+
+    monkeypatch.setattr(compare_served, "run_load", run_load)
+    monkeypatch.setattr(compare_served, "as_dict", lambda run: {})
+    options = argparse.Namespace(
+        **vars(OPTIONS), rate=rate, concurrency=8, timeout_s=9.0, ttft_slo_ms=5000.0, tpot_slo_ms=150.0
+    )
+    await compare_served._one_load(options, 8123, 4, compare_served._pace(options))
+    await compare_served._warm_up(options, 8123)
+    assert [(load.requests, load.rate, load.concurrency) for load in loads] == [(4, *asked), (8, None, 8)]
 
 
 def test_servers_take_turns():
