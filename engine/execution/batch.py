@@ -4,23 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from eagleray.engine.scheduling.plan import ScheduledRun
-from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, plan_attention, tree_run
+from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, tree_run
+from eagleray.kernels.paged_attention.plan import attention_vectors, plan_of_vectors
+from eagleray.kernels.replay.api import StepIntegers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepBatch:
     """T tokens of all runs, one run behind the other: its known tokens, then its guesses."""
 
-    input_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T]
-    attention: AttentionPlan
+    integers: StepIntegers  # input ids, positions, what a draft has beside them, the vectors of attention
+    num_beside: int
+    block_size_tokens: int
+    trees: tuple[TreeRun | None, ...]  # per run
     run_starts: tuple[int, ...]  # index in T of each run's first token
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.integers.lengths[0]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [T]."""
+        return self.integers.tensors[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]."""
+        return self.integers.tensors[1]
+
+    @property
+    def beside(self) -> tuple[Tensor, ...]:
+        return self.integers.tensors[2 : 2 + self.num_beside]
+
+    @cached_property
+    def attention(self) -> AttentionPlan:
+        return plan_of_vectors(self.integers.tensors[2 + self.num_beside :], self.block_size_tokens, self.trees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +59,19 @@ class PromptLogprobRows:
     num_top: int
 
 
-def build_batch(runs: Sequence[ScheduledRun], block_size_tokens: int, device: str) -> StepBatch:
-    """Flatten ``runs`` and plan their attention."""
+def build_batch(
+    runs: Sequence[ScheduledRun], block_size_tokens: int, device: str, beside: Sequence[Sequence[int]] = ()
+) -> StepBatch:
+    """Flatten ``runs`` and plan their attention. ``beside`` are vectors of a draft that computes in the same step."""
     input_ids = [token_id for run in runs for token_id in _token_ids(run)]
     positions = [position for run in runs for position in _positions(run)]
     query_starts = list(accumulate((run.num_rows for run in runs), initial=0))
-    return StepBatch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        attention=plan_attention(
-            query_starts,
-            [run.start for run in runs],
-            [run.block_ids for run in runs],
-            block_size_tokens,
-            device,
-            [_tree(run) for run in runs],
-        ),
-        run_starts=tuple(query_starts[:-1]),
+    trees = tuple(map(_tree, runs))
+    of_attention = attention_vectors(
+        query_starts, [run.start for run in runs], [run.block_ids for run in runs], block_size_tokens, trees
     )
+    integers = StepIntegers(device, input_ids, positions, *beside, *of_attention)
+    return StepBatch(integers, len(beside), block_size_tokens, trees, tuple(query_starts[:-1]))
 
 
 def _token_ids(run: ScheduledRun) -> Sequence[int]:

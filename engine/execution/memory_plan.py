@@ -203,12 +203,15 @@ def activation_bytes(
 
 
 def replay_bytes(model: ModelConfig, engine: EngineConfig, dtype: str, max_draft_nodes: int = 0) -> int:
-    """Bound of what recorded steps keep from step to step: programs, and the arena that these share. A draft's network
-    has both for itself; in one of its programs a guess is a layer or so, and has logits."""
+    """Bound of what recorded steps keep from step to step: programs, the arena that these share, and the latest step's
+    results: logits, hidden states, a draft's feature. A draft's network has all of it for itself; in one of its
+    programs a guess is a layer or so, and has logits."""
     rows = min(MAX_ROWS, engine.max_num_batched_tokens)
     arena_bytes = rows * _layer_token_bytes(model, dtype)
     program_bytes = MAX_PROGRAMS * PROGRAM_LAYER_BYTES
-    num_bytes = arena_bytes + program_bytes * (model.num_layers + 1)
+    sampled_rows = min(rows, engine.max_num_seqs * (1 + max_draft_nodes))
+    result_bytes = 4 * sampled_rows * model.vocab_size + 2 * rows * DTYPE_BYTES[dtype] * model.hidden_size
+    num_bytes = arena_bytes + result_bytes + program_bytes * (model.num_layers + 1)
     if max_draft_nodes:
         logits_bytes = 4 * min(rows, engine.max_num_seqs) * model.vocab_size
         num_bytes += arena_bytes + logits_bytes + program_bytes * (max_draft_nodes + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -14,15 +15,44 @@ from eagleray.core.messages import TokenLogprobs
 from eagleray.engine.execution.batch import PromptLogprobRows, StepBatch, build_batch, prompt_logprob_rows
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.memory_plan import SCORED_ROWS
-from eagleray.engine.execution.sampler import TokenRule, choices_of, choose_tokens, score_tokens
+from eagleray.engine.execution.sampler import (
+    Choice,
+    TokenRule,
+    build_sampling_batch,
+    choices_of,
+    choose_tokens,
+    score_tokens,
+)
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.scheduling.plan import BlockCopy, SampledToken, ScheduledRun, StepPlan, StepResult
 from eagleray.engine.speculation.proposer import Proposer
 from eagleray.engine.speculation.tree import DraftTree
 from eagleray.engine.speculation.verify import accepted_nodes
 from eagleray.kernels.kv_ops.api import copy_tokens
+from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.sampling.batch import SamplingBatch
 from eagleray.kernels.select import Kernels
 from eagleray.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The R next tokens that a step is to choose."""
+
+    choices: Sequence[Choice]
+    rows: Sequence[int]  # [R], in the step's batch
+    bounds: Sequence[int]  # per run and at the end: the first of its choices
+    sampling: SamplingBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What one program computes. T rows as in the step's batch."""
+
+    hidden_TD: Tensor
+    features_TF: Tensor  # what the draft's companion makes of the step; without one the hidden states
+    logits_RV: Tensor | None = None  # these two where each row has a token to choose: R = T
+    token_ids_R: Tensor | None = None  # and nothing is asked for but the best
 
 
 class ModelRunner:
@@ -48,6 +78,7 @@ class ModelRunner:
         self._proposer = proposer
         self._choose = choose or partial(choose_tokens, kernels.sample_tokens)
         self._in_step = None if proposer is None else proposer.in_step
+        self._replayer = kernels.new_replayer()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_compute: Callable[[], None] | None = None) -> StepResult:
@@ -57,16 +88,22 @@ class ModelRunner:
         self._swap(plan)
         if not plan.runs:
             return StepResult()
-        batch = build_batch(plan.runs, self._kv.layout.block_size_tokens, self._device)
-        hidden, features = self._compute(plan.runs, batch, on_compute)
-        verified, logprobs = self._verify(hidden, plan.runs, batch.run_starts)
+        block_size = self._kv.layout.block_size_tokens
+        beside = () if self._in_step is None else self._in_step.vectors(plan.runs, block_size)
+        batch = build_batch(plan.runs, block_size, self._device, beside)
+        asked = self._ask(plan.runs, batch.run_starts)
+        if on_compute is not None:
+            on_compute()
+        computed = self._compute(batch, asked)
+        hidden = computed.hidden_TD
+        verified, logprobs = self._verify(computed, plan.runs, batch.run_starts, asked)
         self._keep_accepted(verified)
         wanted = prompt_logprob_rows(plan.runs, batch.run_starts)
         prompt_logprobs = {rows.request_id: self._score_prompt(hidden, rows) for rows in wanted}
         verified_s = self._clock.now_s()
         drafts: dict[str, DraftTree] = {}
         if self._proposer is not None:
-            drafts = self._proposer.propose(VerifiedStep(verified, hidden, features, self._kv, plan.shape))
+            drafts = self._proposer.propose(VerifiedStep(verified, hidden, computed.features_TF, self._kv, plan.shape))
         return StepResult(
             sampled={
                 run.run.spec.request_id: tuple(map(SampledToken, run.sampled, scores))
@@ -79,18 +116,41 @@ class ModelRunner:
             draft_s=self._clock.now_s() - verified_s,
         )
 
-    def _compute(
-        self, runs: Sequence[ScheduledRun], batch: StepBatch, on_compute: Callable[[], None] | None
-    ) -> tuple[Tensor, Tensor]:
-        """(Hidden states, what the draft's companion makes of the step; without one the same)."""
+    def _ask(self, runs: Sequence[ScheduledRun], run_starts: Sequence[int]) -> _Asked:
+        """Before anything is computed: after a step the interpreter is cold."""
+        choices = [choices_of(run) if run.samples else [] for run in runs]
+        rows = [
+            start + run.num_tokens - 1 + node
+            for run, start, own in zip(runs, run_starts, choices, strict=True)
+            for node in range(len(own))
+        ]
+        flat = [choice for own in choices for choice in own]
+        sampling = build_sampling_batch(flat, self._model.config.vocab_size, self._device)
+        return _Asked(flat, rows, list(accumulate(map(len, choices), initial=0)), sampling)
+
+    def _compute(self, batch: StepBatch, asked: _Asked) -> _Computed:
+        """As much as can be replayed as one program: hidden states, what the draft's companion makes of the step, and,
+        where each row has a token to choose, logits and the best tokens."""
+        samples_all = len(asked.rows) == batch.num_rows
+        takes_best = samples_all and asked.sampling.is_greedy
+        variant = (samples_all, takes_best)
+        results = self._replayer.run(
+            partial(self._compute_batch, batch, *variant), StepInputs(integers=batch.integers), variant, keep=False
+        )
+        return _Computed(*results)
+
+    def _compute_batch(self, batch: StepBatch, samples_all: bool, takes_best: bool) -> tuple[Tensor, ...]:
         model, inputs = self._model, (batch.input_ids, batch.positions, self._target_pool, batch.attention)
-        companion = None if self._in_step is None else self._in_step.companion(runs, batch, self._kv)
-        if on_compute is not None:
-            on_compute()
-        if companion is None:
-            hidden = model.forward(*inputs)
-            return hidden, hidden
-        return model.forward_with(*inputs, companion)
+        if self._in_step is None:
+            hidden = features = model.forward(*inputs)
+        else:
+            hidden, features = model.forward_with(*inputs, self._in_step.companion(batch, self._kv))
+        if not samples_all:
+            return hidden, features
+        logits = model.compute_logits(hidden)
+        if not takes_best:
+            return hidden, features, logits
+        return hidden, features, logits, self._kernels.sample_tokens(logits, SamplingBatch())
 
     @property
     def _target_pool(self) -> Tensor:
@@ -107,29 +167,24 @@ class ModelRunner:
             self._kernels.copy_blocks(host_pool, device_pool, _pairs(plan.swap_in))
 
     def _verify(
-        self, hidden: Tensor, runs: Sequence[ScheduledRun], run_starts: Sequence[int]
+        self, computed: _Computed, runs: Sequence[ScheduledRun], run_starts: Sequence[int], asked: _Asked
     ) -> tuple[tuple[VerifiedRun, ...], list[Sequence[TokenLogprobs | None]]]:
         """Choose the next token after every run that samples and after each of its guesses, then walk the guesses.
         (runs, log-probabilities of what each sampled)."""
-        choices = [choices_of(run) if run.samples else [] for run in runs]
-        rows = [
-            start + run.num_tokens - 1 + node
-            for run, start, own in zip(runs, run_starts, choices, strict=True)
-            for node in range(len(own))
-        ]
+        rows, bounds = asked.rows, asked.bounds
         if not rows:
             return tuple(map(VerifiedRun, runs, run_starts)), [()] * len(runs)
-        is_all = len(rows) == len(hidden)
-        logits = self._model.compute_logits(hidden if is_all else hidden[torch.tensor(rows, device=self._device)])
-        flat = [choice for own in choices for choice in own]
-        chosen_token_ids = self._choose(logits, flat)
-        bounds = list(accumulate(map(len, choices), initial=0))
-        chosen = chosen_token_ids.tolist()
+        logits, token_ids = computed.logits_RV, computed.token_ids_R
+        if logits is None:
+            logits = self._model.compute_logits(computed.hidden_TD[torch.tensor(rows, device=self._device)])
+        if token_ids is None:
+            token_ids = self._choose(logits, asked.sampling, asked.choices)
+        chosen = token_ids.tolist()
         verified = tuple(
             _walk(run, start, chosen[first:end])
             for run, start, (first, end) in zip(runs, run_starts, pairwise(bounds), strict=True)
         )
-        return verified, self._score(logits, chosen_token_ids, verified, bounds)
+        return verified, self._score(logits, token_ids, verified, bounds)
 
     def _score(
         self, logits: Tensor, token_ids: Tensor, verified: Sequence[VerifiedRun], bounds: Sequence[int]

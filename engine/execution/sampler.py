@@ -18,7 +18,8 @@ from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
 SampleTokens = Callable[[Tensor, SamplingBatch], Tensor]  # ``kernels/sampling/api.sample_tokens``
-TokenRule = Callable[[Tensor, Sequence["Choice"]], Tensor]  # next tokens int64 [R] from logits [R, V]
+# Next tokens int64 [R] from logits [R, V], by what is asked of the sampler for these choices.
+TokenRule = Callable[[Tensor, SamplingBatch, Sequence["Choice"]], Tensor]
 
 _FORBIDDEN: Final = float("-inf")
 _FORBIDDING_BIAS: Final = -100.0  # OpenAI: "values like -100 or 100 should result in a ban or exclusive selection"
@@ -75,9 +76,9 @@ def _guesses(chain: DraftTree) -> list[Guess | None]:
     return [*map(Guess, chain.token_ids, proposals), None]
 
 
-def choose_tokens(sample: SampleTokens, logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+def choose_tokens(sample: SampleTokens, logits: Tensor, sampling: SamplingBatch, choices: Sequence[Choice]) -> Tensor:
     """The rule of the target's own token: int64 [R] for ``logits`` [R, V], whatever was guessed."""
-    return sample(logits, build_sampling_batch(choices, logits.shape[1], str(logits.device)))
+    return sample(logits, sampling)
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -58,9 +58,7 @@ class _HeadInStep:
 
     of: EagleInStep
     kv: KVTensors
-    batch: StepBatch
-    sources_T: Tensor  # these two as in ``pass_features``, with a row per block
-    keeps_T: Tensor
+    batch: StepBatch  # beside: sources and keeps as in ``pass_features``, with a row per block
 
     @property
     def capture_layers(self) -> tuple[int, ...]:
@@ -68,24 +66,24 @@ class _HeadInStep:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return self.sources_T, self.keeps_T
+        return self.batch.beside
 
     @property
     def identity(self) -> Hashable:
-        pools = (self.kv.group(FEATURE_GROUP).data_ptr(), self.kv.group(self.of.group).data_ptr())
-        return self.of.network.head, self.of.network.first_slot, pools
+        return self.of, self.kv
 
     def compute(self, streams: Tensor) -> Tensor:
         network, batch = self.of.network, self.batch
         features = network.head.project(streams)
         carried = self.kv.group(FEATURE_GROUP)
-        previous = self.of.kernels.pass_features(features, self.sources_T, self.keeps_T, carried)
+        sources_T, keeps_T = batch.beside
+        previous = self.of.kernels.pass_features(features, sources_T, keeps_T, carried)
         plan = replace(batch.attention, first_key=network.first_slot)
         network.head.write(batch.input_ids, previous, batch.positions, self.kv.group(self.of.group), plan)
         return features
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared in the key of each step
 class EagleInStep:
     """Implements ``WritesWithTarget``."""
 
@@ -93,10 +91,10 @@ class EagleInStep:
     kernels: Kernels
     group: str = DRAFT_GROUP
 
-    def companion(self, runs: Sequence[ScheduledRun], batch: StepBatch, kv: KVTensors) -> _HeadInStep:
+    def vectors(self, runs: Sequence[ScheduledRun], block_size_tokens: int) -> tuple[list[int], list[int]]:
         sources: list[int] = []
         keeps: list[int] = []
-        size = kv.layout.block_size_tokens
+        size = block_size_tokens
         for run in runs:
             first, start, blocks = len(sources), run.start, run.block_ids
             # Nothing comes before a request's first token. Its slot is not used, whatever is written there.
@@ -108,8 +106,10 @@ class EagleInStep:
             if run.draft is not None:
                 sources += [first + run.num_tokens + parent for parent in run.draft.parents]
                 keeps += [_NO_BLOCK] * len(run.draft)
-        links = torch.tensor(sources + keeps, dtype=torch.int64, device=batch.input_ids.device)
-        return _HeadInStep(self, kv, batch, links[: len(sources)], links[len(sources) :])
+        return sources, keeps
+
+    def companion(self, batch: StepBatch, kv: KVTensors) -> _HeadInStep:
+        return _HeadInStep(self, kv, batch)
 
     def settle(self, step: VerifiedStep) -> None:
         """Leave in each block the feature of its last token, now that guesses are known to be true."""

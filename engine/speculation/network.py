@@ -206,6 +206,7 @@ class ChainGuesser:
             partial(self._compute, start, last_B, kv, plan, noise),
             StepInputs((*of_noise, start.hidden_BD, start.features_BF, last_B, *tensors.fixed), tensors.ragged),
             kv,
+            keep=False,
         )
         return [chain_of(token_ids) for token_ids in token_ids_BL.tolist()]
 

@@ -30,7 +30,12 @@ class WritesWithTarget(Protocol):
         """Of that KV; it lies in the same slots as the target's of the same tokens."""
         ...
 
-    def companion(self, runs: Sequence[ScheduledRun], batch: StepBatch, kv: KVTensors) -> Companion:
+    def vectors(self, runs: Sequence[ScheduledRun], block_size_tokens: int) -> Sequence[Sequence[int]]:
+        """What it computes by in one step, beside the target's: ``StepBatch.beside``. Their lengths follow from the
+        number of tokens."""
+        ...
+
+    def companion(self, batch: StepBatch, kv: KVTensors) -> Companion:
         """Of one step."""
         ...
 

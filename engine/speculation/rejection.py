@@ -20,15 +20,16 @@ from torch import Tensor
 
 from eagleray.engine.execution.sampler import Choice, Guess, SampleTokens, build_sampling_batch
 from eagleray.engine.speculation.tree import Proposal
-from eagleray.kernels.sampling.batch import RandomRows
+from eagleray.kernels.sampling.batch import RandomRows, SamplingBatch
 from eagleray.kernels.sampling.noise import NO_TOKEN, gumbel_noise, row_keys, token_uniform
 from eagleray.kernels.sampling.reference import adjust, truncated_scores
 
 
-def choose_by_rejection(sample: SampleTokens, logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+def choose_by_rejection(
+    sample: SampleTokens, logits: Tensor, sampling: SamplingBatch, choices: Sequence[Choice]
+) -> Tensor:
     """Next tokens int64 [R] for ``logits`` [R, V]. Bias, penalties, temperature and truncation make up p."""
-    device = str(logits.device)
-    token_ids = sample(logits, build_sampling_batch(choices, logits.shape[1], device))
+    token_ids = sample(logits, sampling)
     guesses = {
         row: choice.guess
         for row, choice in enumerate(choices)
@@ -37,7 +38,7 @@ def choose_by_rejection(sample: SampleTokens, logits: Tensor, choices: Sequence[
     if not guesses:
         return token_ids
     rows = torch.tensor(list(guesses), device=logits.device)
-    batch = build_sampling_batch([choices[row] for row in guesses], logits.shape[1], device)
+    batch = build_sampling_batch([choices[row] for row in guesses], logits.shape[1], str(logits.device))
     assert batch.random is not None
     target = truncated_scores(adjust(logits[rows], batch), batch.random).to(torch.float64).softmax(dim=-1)
     draft, guessed = _as_tensors(list(guesses.values()), target)

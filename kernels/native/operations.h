@@ -42,6 +42,8 @@ int paged_attention(const void *query, int64_t token_stride, int64_t head_stride
                     int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window, int64_t first_key,
                     float scale, int element, int kv_element, int num_threads);
 
+void argmax_rows(const float *logits, int64_t stride, int64_t *out, int64_t rows, int64_t size, int num_threads);
+
 void guess_rows(const float *logits, int64_t stride, const int64_t *token_ids, const float *temperature,
                 const int64_t *seed, const int64_t *choice, const int64_t *position, int64_t *out, int64_t rows,
                 int64_t size, int num_threads);

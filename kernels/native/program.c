@@ -70,6 +70,11 @@ int replay_rotary_angles(const union argument *a) {
     return 0;
 }
 
+int replay_argmax_rows(const union argument *a) {
+    argmax_rows(a[0].address, a[1].integer, a[2].address, a[3].integer, a[4].integer, (int)a[5].integer);
+    return 0;
+}
+
 int replay_guess_rows(const union argument *a) {
     guess_rows(a[0].address, a[1].integer, a[2].address, a[3].address, a[4].address, a[5].address, a[6].address,
                a[7].address, a[8].integer, a[9].integer, (int)a[10].integer);

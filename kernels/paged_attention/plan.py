@@ -15,7 +15,7 @@ import torch
 
 from eagleray.kernels.paged_attention.pieces import PIECE_KEYS
 from eagleray.kernels.paged_attention.tree import TreeRun
-from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.api import StepInputs, StepIntegers
 
 # Up to this many blocks, padding a short sequence costs less than a second batched operation.
 _SMALL_TABLE_BLOCKS = 16
@@ -113,15 +113,36 @@ def plan_attention(
     """Prepare one step.
 
     Args:
+        query_starts, query_positions_start, block_tables, block_size_tokens, trees: as in ``attention_vectors``.
+        device: where the KV pool lies.
+        first_key: keys before this position are never seen; a token that sees no key gets zeros.
+
+    Raises:
+        ValueError: see ``attention_vectors``.
+    """
+    trees = tuple(trees) if trees is not None else (None,) * (len(query_starts) - 1)
+    vectors = attention_vectors(query_starts, query_positions_start, block_tables, block_size_tokens, trees)
+    return plan_of_vectors(StepIntegers(device, *vectors).tensors, block_size_tokens, trees, first_key)
+
+
+def attention_vectors(
+    query_starts: Sequence[int],
+    query_positions_start: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size_tokens: int,
+    trees: Sequence[TreeRun | None],
+) -> list[Sequence[int]]:
+    """What the tensors of a plan hold, for ``plan_of_vectors``; the last is the only one whose length differs between
+    steps that do the same.
+
+    Args:
         query_starts: [B + 1], rising: the tokens of sequence b are rows ``query_starts[b] : query_starts[b + 1]``.
         query_positions_start: [B] tokens of each sequence computed before, the position of its first row.
         block_tables: per sequence the ids of its blocks; block i holds positions ``[i * block_size, (i + 1) *
             block_size)``. Blocks beyond the last new token are ignored.
         block_size_tokens: tokens per block.
-        device: where the KV pool lies.
         trees: [B] for sequences whose tokens of this step are a tree of drafts, from ``tree.tree_run``; None where
             each token follows the one before it.
-        first_key: keys before this position are never seen; a token that sees no key gets zeros.
 
     Raises:
         ValueError: a sequence has no query token, its block table does not reach its last token, or its tree has
@@ -129,20 +150,24 @@ def plan_attention(
     """
     counts = [end - start for start, end in pairwise(query_starts)]
     tables = _needed_tables(counts, query_positions_start, block_tables, block_size_tokens)
-    trees = tuple(trees) if trees is not None else (None,) * len(counts)
     for index, (count, tree) in enumerate(zip(counts, trees, strict=True)):
         if tree is not None and len(tree.masks) != count:
             raise ValueError(f"sequence {index} has {count} query tokens, its tree has {len(tree.masks)}")
-    of_trees = (_tree_masks(counts, trees), _tree_depths(counts, trees)) if any(trees) else ()
-    slots_T, starts, prefixes, table_starts, block_ids, *masks_and_depths = _tensors(
-        device,
+    return [
         _slots(counts, query_positions_start, tables, block_size_tokens),
         query_starts,
         query_positions_start,
         list(accumulate(map(len, tables), initial=0)),
+        *((_tree_masks(counts, trees), _tree_depths(counts, trees)) if any(trees) else ()),
         list(chain.from_iterable(tables)),
-        *of_trees,
-    )
+    ]
+
+
+def plan_of_vectors(
+    vectors: Sequence[torch.Tensor], block_size_tokens: int, trees: tuple[TreeRun | None, ...], first_key: int = 0
+) -> AttentionPlan:
+    """The plan of ``attention_vectors`` as tensors; ``trees`` as there, ``first_key`` as in ``plan_attention``."""
+    slots_T, starts, prefixes, table_starts, *masks_and_depths, block_ids = vectors
     tree_masks, tree_depths = masks_and_depths or (None, None)
     return AttentionPlan(
         slots_T=slots_T,
@@ -159,7 +184,7 @@ def _needed_tables(
     block_tables: Sequence[Sequence[int]],
     block_size_tokens: int,
 ) -> list[Sequence[int]]:
-    """Of each table the blocks that this step reads or writes. Raises ``ValueError``, see ``plan_attention``."""
+    """Of each table the blocks that this step reads or writes. Raises ``ValueError``, see ``attention_vectors``."""
     tables: list[Sequence[int]] = []
     for index, (count, prefix, table) in enumerate(zip(counts, query_positions_start, block_tables, strict=True)):
         needed_blocks = -(-(prefix + count) // block_size_tokens)
@@ -223,24 +248,18 @@ def plan_chains(
     positions = [first + step for step in range(num_steps) for first in first_positions]
     tables = [*block_tables] * num_steps
     slots = [table[at // size] * size + at % size for table, at in zip(tables, positions, strict=True)]
-    positions_LB, slots_LB, query_starts, table_starts, block_ids = _tensors(
+    positions_LB, slots_LB, query_starts, table_starts, block_ids = StepIntegers(
         device,
         positions,
         slots,
         range(num_sequences + 1),
         list(accumulate(map(len, block_tables), initial=0)),
         list(chain.from_iterable(block_tables)),
-    )
+    ).tensors
     shape = (num_steps, num_sequences)
     return ChainPlan(
         positions_LB.view(shape), slots_LB.view(shape), query_starts, table_starts, block_ids, size, first_key
     )
-
-
-def _tensors(device: torch.device | str, *lists: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """Int64 tensors, made as one: making a tensor costs more than filling it."""
-    values = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
-    return torch.split(values, list(map(len, lists)))
 
 
 def _slots(

@@ -35,12 +35,12 @@ def place(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
         for other in sorted(placed, key=lambda other: offsets[other]):
             if offset + new.num_bytes <= offsets[other]:
                 break
-            offset = max(offset, _aligned(offsets[other] + lifetimes[other].num_bytes))
+            offset = max(offset, aligned(offsets[other] + lifetimes[other].num_bytes))
         offsets[index] = offset
         placed.append(index)
     size = max((offset + life.num_bytes for offset, life in zip(offsets, lifetimes, strict=True)), default=0)
-    return offsets, _aligned(size)
+    return offsets, aligned(size)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -7,7 +7,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from eagleray.kernels.native.library import MAX_ARGUMENTS, NativeCall, NativeLibrary
-from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.api import StepInputs, num_bytes_behind
 from eagleray.kernels.replay.arena import Lifetime, place
 
 _ALLOCATIONS: Final = {"empty", "new_empty"}
@@ -65,7 +65,7 @@ class _TorchWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _ALLOCATIONS:
             number, before_call = len(self.allocated), len(self._calls)
-            self.allocated.append(Region(result.data_ptr(), _num_bytes(result), number, before_call))
+            self.allocated.append(Region(result.data_ptr(), num_bytes_behind(result), number, before_call))
         elif name not in _QUESTIONS and not (name in _VIEWS and _is_view(result, args[0])):
             self.computed = True
         return result
@@ -121,24 +121,38 @@ class _ByAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """Where a result of the step lies."""
+class Part:
+    """Of a tensor with elements of ``dtype``, from its first byte on."""
 
-    input_index: int
-    offset: int
+    offset_bytes: int
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
+    def of(self, tensor: Tensor) -> Tensor:
+        elements = tensor.view(self.dtype)
+        offset = elements.storage_offset() + self.offset_bytes // elements.element_size()
+        return torch.as_strided(elements, self.shape, self.stride, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a result of the step lies."""
+
+    input_index: int
+    part: Part | None  # None: all of it
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A step that can be replayed."""
+    """A step that can be replayed. Its inputs are the arena, those of ``StepInputs`` and its results."""
 
     calls: Tensor  # int64 [calls, 1 + MAX_ARGUMENTS]: struct call of program.c
     patches: Tensor  # int64 [patches, 4]: struct patch
+    results: tuple[tuple[torch.Size, torch.dtype], ...]  # tensors that it writes
     outputs: tuple[Output, ...]
     arena_bytes: int
+    shared_results: list[Tensor] = field(default_factory=list)  # once it has been run for one that does not keep them
 
 
 def record(
@@ -146,6 +160,8 @@ def record(
 ) -> tuple[tuple[Tensor, ...], Program | None]:
     """(What ``compute()`` returns, the program that does the same). None: something besides native functions computes,
     or a result is neither made by them nor an input."""
+    if inputs.integers is not None:
+        _ = inputs.integers.tensors  # made before the watch begins
     with library.tape.recording() as calls, _TorchWatch(calls) as watch:
         outputs = compute()
     if watch.computed or any(call.function.replay_address is None for call in calls):
@@ -166,34 +182,55 @@ class _Use:
 def _build(
     calls: Sequence[NativeCall], allocated: Sequence[Region], inputs: StepInputs, outputs: Sequence[Tensor]
 ) -> Program | None:
-    given = (*inputs.fixed, *inputs.ragged)
-    regions = [
-        Region(tensor.data_ptr(), _num_bytes(tensor), index)
-        for index, tensor in enumerate(given, start=ARENA + 1)
-        if tensor is not None
-    ]
-    uses, results = _find_uses(calls, allocated, Memory(regions), outputs)
-    if len(results) < len(outputs):
+    places = inputs.places
+    regions = [Region(*place, index) for index, place in enumerate(places, start=ARENA + 1) if place is not None]
+    uses, found = _find_uses(calls, allocated, Memory(regions), outputs)
+    if len(found) < len(outputs):
         return None
-    offsets, arena_bytes = _place([*uses, *results])
+    results = _Results(first_index=ARENA + 1 + len(places))
+    placed = [results.add(use, tensor) for use, tensor in zip(found, outputs, strict=True)]
+    offsets, arena_bytes = _place([use for use in uses if use.region.number not in results.of_allocation])
 
     def located(use: _Use) -> tuple[int, int]:
         """(Index among the program's inputs, offset there)."""
-        if use.region.before_call is None:
-            return use.region.number, use.offset
-        return ARENA, offsets[use.region.number] + use.offset
+        region = use.region
+        if region.before_call is None:
+            return region.number, use.offset
+        if region.number in results.of_allocation:
+            return results.of_allocation[region.number], use.offset
+        return ARENA, offsets[region.number] + use.offset
 
     words = [_words(call) for call in calls]
     patches = [(use.call, use.argument, *located(use)) for use in uses]
     return Program(
         torch.tensor(words, dtype=torch.int64).view(-1, 1 + MAX_ARGUMENTS),
         torch.tensor(patches, dtype=torch.int64).view(-1, 4),
-        tuple(
-            Output(*located(use), tensor.shape, tensor.stride(), tensor.dtype)
-            for use, tensor in zip(results, outputs, strict=True)
-        ),
+        tuple(results.forms),
+        tuple(placed),
         arena_bytes,
     )
+
+
+@dataclass(slots=True)
+class _Results:
+    """Allocations that results lie in. They are no part of the arena, which the next step overwrites."""
+
+    first_index: int  # among the program's inputs
+    of_allocation: dict[int, int] = field(default_factory=dict)  # by its number: the index among the program's inputs
+    forms: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+
+    def add(self, use: _Use, tensor: Tensor) -> Output:
+        region = use.region
+        part = Part(use.offset, tensor.shape, tensor.stride(), tensor.dtype)
+        if region.before_call is None:
+            return Output(region.number, part)
+        is_whole = tensor.is_contiguous() and tensor.nbytes == region.num_bytes
+        if region.number not in self.of_allocation:
+            self.of_allocation[region.number] = self.first_index + len(self.forms)
+            shape = tensor.shape if is_whole else torch.Size((region.num_bytes // tensor.element_size(),))
+            self.forms.append((shape, tensor.dtype))
+            return Output(self.of_allocation[region.number], None if is_whole else part)
+        return Output(self.of_allocation[region.number], part)
 
 
 def _find_uses(
@@ -228,10 +265,6 @@ def _place(uses: Sequence[_Use]) -> tuple[dict[int, int], int]:
             spans[use.region.number] = Lifetime(use.region.num_bytes, first, use.call)
     offsets, size = place(list(spans.values()))
     return dict(zip(spans, offsets, strict=True)), size
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
 
 
 def _addresses(call: NativeCall) -> list[tuple[int, int]]:

@@ -68,6 +68,11 @@ class SamplingBatch:
     penalties: Penalties | None = None
     random: RandomRows | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """The best token of each row, as the logits are."""
+        return self.bias is None and self.penalties is None and self.random is None
+
 
 @dataclass(frozen=True, slots=True)
 class SharedNoise:

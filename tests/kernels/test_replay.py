@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from eagleray.kernels.embedding.native import gather_rows
 from eagleray.kernels.native.library import NativeLibrary
 from eagleray.kernels.norm_rope.native import rms_norm, rotate_and_store
 from eagleray.kernels.paged_attention.native import paged_attention
 from eagleray.kernels.paged_attention.plan import AttentionPlan, plan_attention
-from eagleray.kernels.replay.api import StepInputs
+from eagleray.kernels.replay.api import StepInputs, StepIntegers
 from eagleray.kernels.replay.arena import Lifetime, place
 from eagleray.kernels.replay.native import NativeReplayer
 
@@ -108,6 +109,51 @@ def test_results_stay_when_later_steps_run(load: Callable[..., NativeLibrary]) -
     kept = [result[0].clone() for result in results]
     steps.run(hidden_of(sequences, 9), plan_of(sequences, 9))
     assert all(torch.equal(result[0], copy) for result, copy in zip(results, kept, strict=True))
+
+
+def test_results_that_nobody_keeps_are_right_until_the_next_step(load: Callable[..., NativeLibrary]) -> None:
+    """Of several programs that share their memory, also when a larger one comes, and where one is no whole tensor."""
+    library = load()
+    replayer, weight = NativeReplayer(library), torch.rand(SIZE)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        def compute() -> tuple[Tensor, ...]:
+            normed = rms_norm(library, x, weight, 1e-6)
+            return rms_norm(library, normed, weight, 1e-6), normed[1:], x
+
+        results = replayer.run(compute, StepInputs((x,)), None, keep=False)
+        assert all(map(torch.equal, results, compute()))
+        return results
+
+    sizes = (2, 3, 2, 3, 2, 9, 9, 9, 3, 2)
+    results = [run(torch.randn(size, SIZE)) for size in sizes]
+    addresses = [result[0].data_ptr() for result in results]
+    assert addresses[7] == addresses[8] == addresses[9]  # and no memory is taken anew
+
+
+def test_vectors_of_integers_are_an_input_whose_last_one_may_have_any_length(
+    load: Callable[..., NativeLibrary],
+) -> None:
+    library, table, num_computed = load(), torch.randn(50, 8), [0]
+    replayer = NativeReplayer(library)
+
+    def run(first: list[int], second: list[int]) -> None:
+        integers = StepIntegers("cpu", first, second)
+
+        def compute() -> tuple[Tensor, ...]:
+            num_computed[0] += 1
+            parts = [vector[:1] for vector in integers.tensors]
+            return *(gather_rows(library, table, part, torch.float32) for part in parts), integers.tensors[0]
+
+        found = replayer.run(compute, StepInputs(integers=integers), None)
+        for got, wanted in zip(found, (table[first[:1]], table[second[:1]], torch.tensor(first)), strict=True):
+            assert torch.equal(got, wanted)
+
+    for first, second in (([1, 2], [3]), ([4, 5], [6, 7, 8]), ([9, 10], [11, 12]), ([13, 14], [15])):
+        run(first, second)
+    assert num_computed == [2]
+    run([1, 2, 3], [4])  # another length of the first is another step
+    assert num_computed == [3]
 
 
 def test_a_step_in_which_torch_computes_is_never_replayed(load: Callable[..., NativeLibrary]) -> None:

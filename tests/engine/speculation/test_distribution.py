@@ -43,7 +43,7 @@ from torch import Tensor
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.execution import runner
-from eagleray.engine.execution.sampler import Choice, TokenRule, choices_of, choose_tokens
+from eagleray.engine.execution.sampler import Choice, TokenRule, build_sampling_batch, choices_of, choose_tokens
 from eagleray.engine.execution.verified import VerifiedRun
 from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.engine.speculation import growth
@@ -52,6 +52,7 @@ from eagleray.engine.speculation.noise import ChoiceNoise
 from eagleray.engine.speculation.rejection import choose_by_rejection
 from eagleray.engine.speculation.tree import DraftShape, DraftTree
 from eagleray.kernels.sampling.api import sample_tokens
+from eagleray.kernels.sampling.batch import SamplingBatch
 
 NUM_ANSWERS, NUM_OFTEN, BATCH_SIZE = 30_000, 200_000, 2_000
 
@@ -77,7 +78,8 @@ class Method:
         choices = [choices_of(run) for run in runs]
         flat = list(itertools.chain.from_iterable(choices))
         rows = torch.tensor([choice.history[-2:] for choice in flat])
-        chosen = iter(self.rule(TARGET[rows[:, 0], rows[:, 1]], flat).tolist())
+        logits = TARGET[rows[:, 0], rows[:, 1]]
+        chosen = iter(self.rule(logits, build_sampling_batch(flat, logits.shape[1], "cpu"), flat).tolist())
         return [runner._walk(run, 0, [next(chosen) for _ in own]) for run, own in zip(runs, choices, strict=True)]
 
 
@@ -189,12 +191,13 @@ def assert_found_out(method: Method) -> None:
     assert min(found.values()) < SIGNIFICANCE, found
 
 
-def one_noise_for_all_positions(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    return choose_tokens(sample_tokens, logits, [replace(choice, guessed=()) for choice in choices])
+def one_noise_for_all_positions(logits: Tensor, sampling: SamplingBatch, choices: Sequence[Choice]) -> Tensor:
+    of_first = [replace(choice, guessed=()) for choice in choices]
+    return sample_tokens(logits, build_sampling_batch(of_first, logits.shape[1], "cpu"))
 
 
-def whatever_is_guessed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    own = choose_tokens(sample_tokens, logits, choices)
+def whatever_is_guessed(logits: Tensor, sampling: SamplingBatch, choices: Sequence[Choice]) -> Tensor:
+    own = sample_tokens(logits, sampling)
     guessed = [choice.guess.token_id if choice.guess else token for choice, token in zip(choices, own, strict=True)]
     return torch.tensor(guessed)
 

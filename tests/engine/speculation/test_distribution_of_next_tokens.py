@@ -36,7 +36,7 @@ from torch import Tensor
 
 from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
-from eagleray.engine.execution.sampler import Choice, Guess, TokenRule, choose_tokens
+from eagleray.engine.execution.sampler import Choice, Guess, TokenRule, build_sampling_batch, choose_tokens
 from eagleray.engine.speculation import growth, rejection
 from eagleray.engine.speculation.growth import draw_chains
 from eagleray.engine.speculation.noise import ChoiceNoise
@@ -104,7 +104,8 @@ def choices_of(params: SamplingParams, drafts: Sequence[DraftTree]) -> list[Choi
 
 
 def draw(rule: TokenRule, choices: Sequence[Choice]) -> Counter[Answer]:
-    chosen = rule(TARGET[PROMPT].repeat(len(choices), 1), choices)
+    logits = TARGET[PROMPT].repeat(len(choices), 1)
+    chosen = rule(logits, build_sampling_batch(choices, logits.shape[1], "cpu"), choices)
     return Counter({(token,): count for token, count in enumerate(chosen.bincount().tolist()) if count})
 
 
