@@ -14,6 +14,7 @@ from eagleray.core.request import RequestSpec
 from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.scheduling.plan import ScheduledRun
 from eagleray.engine.speculation.tree import DraftTree, Proposal
+from eagleray.kernels.replay.api import StepIntegers
 from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
@@ -164,12 +165,20 @@ def _build_random(choices: Sequence[Choice], vocab_size: int, device: str) -> Ra
         return None
     drawn = [choices[row] for row in rows]
     params = [choice.spec.sampling for choice in drawn]
+    integers = StepIntegers(
+        device,
+        rows,
+        [param.seed or 0 for param in params],
+        [choice.spec.choice for choice in drawn],
+        [choice.position for choice in drawn],
+    )
+    row, seed, of_choice, position = integers.tensors
     return RandomRows(
-        rows=_integers(rows, device),
+        rows=row,
         temperature=_floats([param.temperature for param in params], device),
-        seed=_integers([param.seed or 0 for param in params], device),
-        choice=_integers([choice.spec.choice for choice in drawn], device),
-        position=_integers([choice.position for choice in drawn], device),
+        seed=seed,
+        choice=of_choice,
+        position=position,
         top_k_top_p=_build_top_k_top_p(params, vocab_size, device),
         min_p=_build_min_p(params, device),
     )

@@ -22,12 +22,13 @@ from eagleray.core.kv_layout import FeatureGroup, LayerGroup
 from eagleray.engine.execution.kv_tensors import KVTensors
 from eagleray.engine.execution.verified import VerifiedRun, VerifiedStep
 from eagleray.engine.speculation.growth import GrowDrafts, Level, grow_trees
-from eagleray.engine.speculation.noise import ChoiceNoise, shared_noise
+from eagleray.engine.speculation.noise import ChoiceNoise, noise_vectors, temperatures
 from eagleray.engine.speculation.proposer import WritesWithTarget, drafting_runs
 from eagleray.engine.speculation.tree import MAX_NODES, DraftTree
 from eagleray.engine.speculation.tree import chain as chain_of
-from eagleray.kernels.paged_attention.api import AttentionPlan, ChainPlan, plan_attention, plan_chains, tree_run
-from eagleray.kernels.replay.api import Replayer, StepInputs
+from eagleray.kernels.paged_attention.api import AttentionPlan, plan_attention, tree_run
+from eagleray.kernels.paged_attention.plan import chain_vectors, chains_of_vectors
+from eagleray.kernels.replay.api import Replayer, StepInputs, StepIntegers
 from eagleray.kernels.sampling.batch import SharedNoise
 from eagleray.kernels.select import Kernels
 
@@ -190,41 +191,41 @@ class ChainGuesser:
         """Chains of ``length`` after each request's last known token."""
         device = kv.group(kv.layout.groups[0].name).device
         has_hidden = start.hidden_BD is not None
-        plan = plan_chains(
-            [run.num_known - (not has_hidden) for run in runs],
-            length - has_hidden,
-            [run.run.block_ids for run in runs],
-            kv.layout.block_size_tokens,
+        block_size, block_tables = kv.layout.block_size_tokens, [run.run.block_ids for run in runs]
+        first_positions = [run.num_known - (not has_hidden) for run in runs]
+        integers = StepIntegers(
             device,
-            self.network.first_slot,
+            *noise_vectors(runs, length),
+            *(() if has_hidden else ([run.sampled[-1] for run in runs],)),
+            *chain_vectors(first_positions, length - has_hidden, block_tables, block_size),
         )
-        noise = shared_noise(runs, length, device)
-        last_B = None if has_hidden else torch.tensor([run.sampled[-1] for run in runs], device=device)
-        tensors = plan.tensors
-        of_noise = (noise.temperature, noise.seed, noise.choice, noise.position)
+        temperature_B = temperatures(runs, device)
         (token_ids_BL,) = self.replayer.run(
-            partial(self._compute, start, last_B, kv, plan, noise),
-            StepInputs((*of_noise, start.hidden_BD, start.features_BF, last_B, *tensors.fixed), tensors.ragged),
+            partial(self._compute, start, kv, integers, temperature_B, length),
+            StepInputs((temperature_B, start.hidden_BD, start.features_BF), integers=integers),
             kv,
             keep=False,
         )
         return [chain_of(token_ids) for token_ids in token_ids_BL.tolist()]
 
     def _compute(
-        self, start: ChainStart, last_B: Tensor | None, kv: KVTensors, plan: ChainPlan, noise: SharedNoise
+        self, start: ChainStart, kv: KVTensors, integers: StepIntegers, temperature_B: Tensor, length: int
     ) -> tuple[Tensor]:
-        network, hidden_BD = self.network, start.hidden_BD
-        features, token_ids_B = start.features_BF, last_B
+        network, hidden_BD, features = self.network, start.hidden_BD, start.features_BF
+        seed_B, choice_B, positions, *of_network = integers.tensors
+        token_ids_B = None if hidden_BD is not None else of_network.pop(0)
+        most_steps = length - (hidden_BD is not None)
+        plan = chains_of_vectors(of_network, most_steps, kv.layout.block_size_tokens, network.first_slot)
         guesses: list[Tensor] = []
         num_steps = 0
-        for position_B in noise.position.unbind():
+        for position_B in positions.view(length, -1).unbind():
             if token_ids_B is not None:
                 tokens = Tokens(token_ids_B, plan.positions_LB[num_steps], features, plan.step(num_steps))
                 hidden_BD = network.forward(tokens, kv)
                 num_steps += 1
             assert hidden_BD is not None
-            of_level = SharedNoise(noise.temperature, noise.seed, noise.choice, position_B)
-            token_ids_B = self.kernels.guess_tokens(network.compute_logits(hidden_BD), of_level, network.target_ids_V)
+            noise = SharedNoise(temperature_B, seed_B, choice_B, position_B)
+            token_ids_B = self.kernels.guess_tokens(network.compute_logits(hidden_BD), noise, network.target_ids_V)
             features = network.guessed_features(hidden_BD)
             guesses.append(token_ids_B)
         return (reduce(self.kernels.join_columns, [guess_B[:, None] for guess_B in guesses]),)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from eagleray.engine.execution.verified import VerifiedRun
-from eagleray.kernels.sampling.batch import SharedNoise
 from eagleray.kernels.sampling.noise import row_keys, token_noise
 
 
@@ -50,15 +49,16 @@ class ChoiceNoise:
         return scaled_BFC + noise_BFC * self.is_random_B[:, None, None]
 
 
-def shared_noise(runs: Sequence[VerifiedRun], length: int, device: torch.device | str) -> SharedNoise:
-    """For chains of ``length`` after each of B ``runs``; ``position`` is [length, B]."""
-    params = [run.run.spec.sampling for run in runs]
-    temperatures = [0.0 if param.is_greedy else param.temperature for param in params]
-    integers = [
-        [param.seed or 0 for param in params],
+def noise_vectors(runs: Sequence[VerifiedRun], length: int) -> list[list[int]]:
+    """Seeds and choices of B ``runs``, and positions of ``length`` guesses after each, those of one depth together."""
+    return [
+        [run.run.spec.sampling.seed or 0 for run in runs],
         [run.run.spec.choice for run in runs],
-        *([run.num_known + depth for run in runs] for depth in range(length)),
+        [run.num_known + depth for depth in range(length) for run in runs],
     ]
-    temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
-    integers_NB = torch.tensor(integers, dtype=torch.int64, device=device)
-    return SharedNoise(temperature_B, integers_NB[0], integers_NB[1], integers_NB[2:])
+
+
+def temperatures(runs: Sequence[VerifiedRun], device: torch.device | str) -> Tensor:
+    """float32 [B], as in ``SharedNoise``."""
+    params = [run.run.spec.sampling for run in runs]
+    return torch.tensor([0.0 if each.is_greedy else each.temperature for each in params], device=device)

@@ -208,11 +208,6 @@ class ChainPlan:
     block_size_tokens: int
     first_key: int
 
-    @property
-    def tensors(self) -> StepInputs:
-        """As ``AttentionPlan.tensors``."""
-        return StepInputs((self.positions_LB, self.slots_LB, self.query_starts, self.table_starts), (self.block_ids,))
-
     def step(self, index: int) -> AttentionPlan:
         """One of the steps."""
         return AttentionPlan(
@@ -239,6 +234,14 @@ def plan_chains(
     Raises:
         ValueError: a block table does not reach the last position.
     """
+    vectors = chain_vectors(first_positions, num_steps, block_tables, block_size_tokens)
+    return chains_of_vectors(StepIntegers(device, *vectors).tensors, num_steps, block_size_tokens, first_key)
+
+
+def chain_vectors(
+    first_positions: Sequence[int], num_steps: int, block_tables: Sequence[Sequence[int]], block_size_tokens: int
+) -> list[Sequence[int]]:
+    """As ``attention_vectors``, of ``plan_chains``. Raises ``ValueError`` as there."""
     size, num_sequences = block_size_tokens, len(first_positions)
     for index, (first, table) in enumerate(zip(first_positions, block_tables, strict=True)):
         if len(table) * size < first + num_steps:
@@ -247,18 +250,23 @@ def plan_chains(
             )
     positions = [first + step for step in range(num_steps) for first in first_positions]
     tables = [*block_tables] * num_steps
-    slots = [table[at // size] * size + at % size for table, at in zip(tables, positions, strict=True)]
-    positions_LB, slots_LB, query_starts, table_starts, block_ids = StepIntegers(
-        device,
+    return [
         positions,
-        slots,
+        [table[at // size] * size + at % size for table, at in zip(tables, positions, strict=True)],
         range(num_sequences + 1),
         list(accumulate(map(len, block_tables), initial=0)),
         list(chain.from_iterable(block_tables)),
-    ).tensors
-    shape = (num_steps, num_sequences)
+    ]
+
+
+def chains_of_vectors(
+    vectors: Sequence[torch.Tensor], num_steps: int, block_size_tokens: int, first_key: int
+) -> ChainPlan:
+    """The plan of ``chain_vectors`` as tensors."""
+    positions, slots, query_starts, table_starts, block_ids = vectors
+    shape = (num_steps, len(query_starts) - 1)
     return ChainPlan(
-        positions_LB.view(shape), slots_LB.view(shape), query_starts, table_starts, block_ids, size, first_key
+        positions.view(shape), slots.view(shape), query_starts, table_starts, block_ids, block_size_tokens, first_key
     )
 
 
