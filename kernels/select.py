@@ -69,7 +69,7 @@ class Kernels:
     sample_tokens: Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
     guess_tokens: Callable[[torch.Tensor, SharedNoise, torch.Tensor | None], torch.Tensor]
     copy_blocks: Callable[[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], None]
-    new_replayer: Callable[[], Replayer]  # one per network
+    new_replayer: Callable[[], Replayer]  # one for steps of one kind
 
     def for_drafts(self) -> Kernels:
         """For networks that only guess: what rounding makes wrong costs time, never a token."""

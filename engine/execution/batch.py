@@ -10,8 +10,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from eagleray.engine.scheduling.plan import ScheduledRun
-from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, tree_run
-from eagleray.kernels.paged_attention.plan import attention_vectors, plan_of_vectors
+from eagleray.kernels.paged_attention.api import AttentionPlan, TreeRun, attention_vectors, plan_of_vectors, tree_run
 from eagleray.kernels.replay.api import StepIntegers
 
 

@@ -4,11 +4,12 @@ text of the last one be made, while one computes."""
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Final
 
 import torch
@@ -53,9 +54,12 @@ class LocalStep:
 
     def result(self) -> StepResult:
         """Wait for the step; raises what it met, or ``EagleRayError`` when it does not end before the deadline."""
-        if not wait((self.future,), self.deadline_s).done:
-            raise _has_not_ended(self.deadline_s)
-        return self.future.result(timeout=0)
+        try:
+            return self.future.result(self.deadline_s)
+        except TimeoutError:
+            if self.future.done():  # it was the step's own
+                raise
+        raise _has_not_ended(self.deadline_s)
 
 
 class LocalExecutor:
@@ -96,9 +100,10 @@ class LocalExecutor:
     def submit(self, plan: StepPlan) -> LocalStep:
         """Returns when the step computes or waits for its turn, or shortly. Whoever goes on in Python before that, with
         text and outputs of the step before, keeps the thread that prepares the step from the interpreter."""
-        computes = threading.Event()
-        self._last_step = self._thread.submit(self._run, plan, computes.set)
-        computes.wait(_PREPARING_S)
+        computes: SimpleQueue[None] = SimpleQueue()
+        self._last_step = self._thread.submit(self._run, plan, partial(computes.put, None))
+        with suppress(Empty):
+            computes.get(timeout=_PREPARING_S)
         return LocalStep(self._last_step, self._step_deadline_s)
 
     def _run(self, plan: StepPlan, on_compute: Callable[[], None]) -> StepResult:

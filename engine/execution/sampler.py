@@ -19,7 +19,8 @@ from eagleray.kernels.sampling.api import compute_logprobs
 from eagleray.kernels.sampling.batch import LogitBias, MinP, Penalties, RandomRows, SamplingBatch, TopKTopP
 
 SampleTokens = Callable[[Tensor, SamplingBatch], Tensor]  # ``kernels/sampling/api.sample_tokens``
-# Next tokens int64 [R] from logits [R, V], by what is asked of the sampler for these choices.
+# Next tokens int64 [R] from logits [R, V], by what is asked of the sampler for these choices. Where that is the best
+# token of each row, every rule takes it, and may not be asked.
 TokenRule = Callable[[Tensor, SamplingBatch, Sequence["Choice"]], Tensor]
 
 _FORBIDDEN: Final = float("-inf")

@@ -26,8 +26,13 @@ from eagleray.engine.speculation.noise import ChoiceNoise, noise_vectors, temper
 from eagleray.engine.speculation.proposer import WritesWithTarget, drafting_runs
 from eagleray.engine.speculation.tree import MAX_NODES, DraftTree
 from eagleray.engine.speculation.tree import chain as chain_of
-from eagleray.kernels.paged_attention.api import AttentionPlan, plan_attention, tree_run
-from eagleray.kernels.paged_attention.plan import chain_vectors, chains_of_vectors
+from eagleray.kernels.paged_attention.api import (
+    AttentionPlan,
+    chain_vectors,
+    chains_of_vectors,
+    plan_attention,
+    tree_run,
+)
 from eagleray.kernels.replay.api import Replayer, StepInputs, StepIntegers
 from eagleray.kernels.sampling.batch import SharedNoise
 from eagleray.kernels.select import Kernels

@@ -61,4 +61,5 @@ def noise_vectors(runs: Sequence[VerifiedRun], length: int) -> list[list[int]]:
 def temperatures(runs: Sequence[VerifiedRun], device: torch.device | str) -> Tensor:
     """float32 [B], as in ``SharedNoise``."""
     params = [run.run.spec.sampling for run in runs]
-    return torch.tensor([0.0 if each.is_greedy else each.temperature for each in params], device=device)
+    values = [0.0 if each.is_greedy else each.temperature for each in params]  # integers are as good, where offline
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -5,10 +5,27 @@ from __future__ import annotations
 import torch
 
 from eagleray.kernels.paged_attention import reference
-from eagleray.kernels.paged_attention.plan import AttentionPlan, ChainPlan, plan_attention, plan_chains
+from eagleray.kernels.paged_attention.plan import (
+    AttentionPlan,
+    attention_vectors,
+    chain_vectors,
+    chains_of_vectors,
+    plan_attention,
+    plan_of_vectors,
+)
 from eagleray.kernels.paged_attention.tree import TreeRun, tree_run
 
-__all__ = ["AttentionPlan", "ChainPlan", "TreeRun", "paged_attention", "plan_attention", "plan_chains", "tree_run"]
+__all__ = [
+    "AttentionPlan",
+    "TreeRun",
+    "attention_vectors",
+    "chain_vectors",
+    "chains_of_vectors",
+    "paged_attention",
+    "plan_attention",
+    "plan_of_vectors",
+    "tree_run",
+]
 
 
 def paged_attention(

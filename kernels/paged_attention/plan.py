@@ -221,27 +221,14 @@ class ChainPlan:
         )
 
 
-def plan_chains(
-    first_positions: Sequence[int],
-    num_steps: int,
-    block_tables: Sequence[Sequence[int]],
-    block_size_tokens: int,
-    device: torch.device | str,
-    first_key: int = 0,
-) -> ChainPlan:
-    """Prepare ``num_steps`` steps, sequence b beginning at ``first_positions[b]``; the rest as in ``plan_attention``.
+def chain_vectors(
+    first_positions: Sequence[int], num_steps: int, block_tables: Sequence[Sequence[int]], block_size_tokens: int
+) -> list[Sequence[int]]:
+    """As ``attention_vectors``, of ``num_steps`` steps, sequence b beginning at ``first_positions[b]``.
 
     Raises:
         ValueError: a block table does not reach the last position.
     """
-    vectors = chain_vectors(first_positions, num_steps, block_tables, block_size_tokens)
-    return chains_of_vectors(StepIntegers(device, *vectors).tensors, num_steps, block_size_tokens, first_key)
-
-
-def chain_vectors(
-    first_positions: Sequence[int], num_steps: int, block_tables: Sequence[Sequence[int]], block_size_tokens: int
-) -> list[Sequence[int]]:
-    """As ``attention_vectors``, of ``plan_chains``. Raises ``ValueError`` as there."""
     size, num_sequences = block_size_tokens, len(first_positions)
     for index, (first, table) in enumerate(zip(first_positions, block_tables, strict=True)):
         if len(table) * size < first + num_steps:
@@ -262,7 +249,7 @@ def chain_vectors(
 def chains_of_vectors(
     vectors: Sequence[torch.Tensor], num_steps: int, block_size_tokens: int, first_key: int
 ) -> ChainPlan:
-    """The plan of ``chain_vectors`` as tensors."""
+    """The plan of ``chain_vectors`` as tensors; ``first_key`` as in ``plan_attention``."""
     positions, slots, query_starts, table_starts, block_ids = vectors
     shape = (num_steps, len(query_starts) - 1)
     return ChainPlan(

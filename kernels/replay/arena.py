@@ -9,7 +9,7 @@ from typing import Final
 
 MAX_ROWS: Final = 128  # of a step that is recorded; with more, kernels take so long that what Python adds does not show
 MAX_PROGRAMS: Final = (
-    256  # kept for one network: sixteen requests, of which few guess, have over a hundred kinds of steps
+    256  # kept by one replayer: sixteen requests, of which few guess, have over a hundred kinds of steps
 )
 PROGRAM_LAYER_BYTES: Final = 4 * 2**10  # of a program, for each layer: its calls and what differs in them
 _ALIGNMENT_BYTES: Final = 64

@@ -29,8 +29,8 @@ class NativeReplayer:
     """Implements ``Replayer``; used by one thread at a time.
 
     A step is recorded when its shapes come for the second time: many do not. What it returns is written where it is to
-    stay, in memory that was there before: after a step each operation of torch takes some 20 us, as it has emptied the
-    caches.
+    stay, in memory that was there before if nobody keeps it: after a step each operation of torch takes some 20 us, as
+    the caches are empty.
     """
 
     def __init__(self, library: NativeLibrary) -> None:
@@ -52,7 +52,8 @@ class NativeReplayer:
         key = (variant, *_forms(inputs), _aliases(addresses))
         if key not in self._programs:
             self._remember(key, _NoProgram.SEEN_ONCE)
-            return compute()
+            with self._library.tape.recording():  # for nobody: replayers of its parts shall not begin to record them
+                return compute()
         self._programs.move_to_end(key)
         program = self._programs[key]
         if program is _NoProgram.IMPOSSIBLE:

@@ -229,8 +229,9 @@ class _Results:
             self.of_allocation[region.number] = self.first_index + len(self.forms)
             shape = tensor.shape if is_whole else torch.Size((region.num_bytes // tensor.element_size(),))
             self.forms.append((shape, tensor.dtype))
-            return Output(self.of_allocation[region.number], None if is_whole else part)
-        return Output(self.of_allocation[region.number], part)
+        index = self.of_allocation[region.number]
+        form = self.forms[index - self.first_index]
+        return Output(index, None if is_whole and form == (tensor.shape, tensor.dtype) else part)
 
 
 def _find_uses(

@@ -15,7 +15,6 @@ from eagleray.core.sampling_params import SamplingParams
 from eagleray.engine.execution import executor as execution
 from eagleray.engine.execution.executor import LocalExecutor, build_executor
 from eagleray.engine.scheduling.plan import BlockCopy, ScheduledRun, StepPlan
-from eagleray.engine.speculation.eagle import EagleInStep
 from eagleray.models.decoder import Decoder
 from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.random_weights import save_random_checkpoint
@@ -57,7 +56,7 @@ def test_a_step_is_submitted_when_all_is_prepared_and_kernels_compute(
 ) -> None:
     """Until then who submits it would only take the interpreter from who prepares it."""
     executor = build(folders, with_head)
-    last_of_preparing = (EagleInStep, "companion") if with_head else (execution.ModelRunner, "_swap")
+    last_of_preparing = (execution.ModelRunner, "_ask")
     first_of_computing = (Decoder, "forward_with" if with_head else "forward")
     is_submitted, order = threading.Event(), list[str]()
 

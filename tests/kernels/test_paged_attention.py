@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eagleray.kernels.kv_ops.api import copy_blocks, write_kv
-from eagleray.kernels.paged_attention.api import paged_attention, plan_attention, plan_chains
+from eagleray.kernels.paged_attention.api import chain_vectors, chains_of_vectors, paged_attention, plan_attention
+from eagleray.kernels.replay.api import StepIntegers
 
 BLOCK_SIZE_TOKENS = 4
 HEAD_DIM = 8
@@ -140,11 +141,12 @@ def test_copy_blocks_copies_whole_blocks_and_reads_before_it_writes() -> None:
 
 def test_the_steps_of_a_chain_are_planned_as_one_by_one() -> None:
     first_positions, tables = [3, 9], [[7, 2], [1, 5, 4]]
-    chains = plan_chains(first_positions, 2, tables, 4, "cpu", first_key=1)
+    vectors = StepIntegers("cpu", *chain_vectors(first_positions, 2, tables, 4)).tensors
+    chains = chains_of_vectors(vectors, 2, 4, first_key=1)
     for step in range(2):
         planned = plan_attention([0, 1, 2], [first + step for first in first_positions], tables, 4, "cpu", first_key=1)
         assert chains.step(step).slots_T.tolist() == planned.slots_T.tolist()
         assert chains.step(step).tables.prefix_lengths.tolist() == planned.tables.prefix_lengths.tolist()
         assert chains.step(step).first_key == planned.first_key
     with pytest.raises(ValueError, match="sequence 1 needs 4 blocks, its table has 3"):
-        plan_chains(first_positions, 4, tables, 4, "cpu")
+        chain_vectors(first_positions, 4, tables, 4)

@@ -36,7 +36,7 @@ CONFIG = {
 SAMPLING = (
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=0.9, seed=4),
-    SamplingParams(temperature=2.0, seed=5),
+    SamplingParams(temperature=2, seed=5),
 )
 
 
@@ -85,7 +85,7 @@ def forget_last_tokens(kv: KVTensors, runs: Sequence[VerifiedRun]) -> None:
 def token_after(decoder: Decoder, kernels: Kernels, hidden: torch.Tensor, spec: RequestSpec, position: int) -> int:
     """As the target chooses it."""
     numbers = [torch.tensor([number]) for number in (spec.sampling.seed or 0, spec.choice, position)]
-    random = RandomRows(torch.tensor([0]), torch.tensor([spec.sampling.temperature]), *numbers)
+    random = RandomRows(torch.tensor([0]), torch.tensor([float(spec.sampling.temperature)]), *numbers)
     batch = SamplingBatch(random=None if spec.sampling.is_greedy else random)
     return int(kernels.sample_tokens(decoder.compute_logits(hidden), batch))
 
@@ -111,6 +111,12 @@ def test_a_chain_is_what_the_network_itself_would_answer(
             for position, guess in enumerate(chain.token_ids, start=run.num_known):
                 assert guess == token_after(decoder, kernels, hidden, run.run.spec, position)
                 hidden = compute(decoder, kv, [guess], position, run.run.block_ids)
+
+
+def test_temperatures_may_be_whole_numbers(decoder: Decoder, kernels: Kernels) -> None:
+    kv = KVTensors(KVLayout(BLOCK_SIZE, (decoder.layer_group("float32"),)), NUM_BLOCKS)
+    guesser = ChainGuesser.of(DecoderNetwork(decoder, "target"), kernels)
+    assert len(guesser.guess(ChainStart(torch.ones(1, 32)), kv, verified_runs(0)[2:], 1)) == 1
 
 
 def test_guesses_with_chance_in_them_are_not_the_best_ones(decoder: Decoder, kernels: Kernels) -> None:
