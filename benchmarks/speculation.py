@@ -35,7 +35,7 @@ from speculation_report import (
     sections,
     write_report,
 )
-from speculation_runs import NO_SPECULATION, Contender, in_turns, read_prompts
+from speculation_runs import NO_SPECULATION, Contender, in_short_turns, in_turns, read_prompts
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
@@ -132,7 +132,11 @@ def _compare(
         # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
         num_prompts = max(options.num_prompts, options.waves * batch)
         asked = list(islice(cycle(prompts), num_prompts))
-        rounds = in_turns([plain, *guessing], asked, batch, options.max_tokens, options.repeats, options.untimed)
+        turns = (asked, batch, options.max_tokens, options.repeats, options.untimed)
+        if options.turn_steps:
+            rounds = in_short_turns([plain, *guessing], *turns, options.turn_steps)
+        else:
+            rounds = in_turns([plain, *guessing], *turns)
         plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
         always = [] if options.controller_only else [options.depth]  # the others' depth is not one
         depths = [*always, *[None] * (len(guessing) - len(always))]
@@ -224,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--controller-only", action="store_true", help="leave out what always guesses: many short rounds take less")
     add("--idle", action="store_true", help="measure also drafts that never guess, and a second engine without one")
     add("--untimed", type=int, default=1, help="rounds before them, in which controllers learn and steps are recorded")
+    add("--turn-steps", type=int, default=0,
+        help="instead of rounds take turns of so many steps (40), in which an answer follows another; --repeats counts "
+        "them: small differences show sooner, and answers are not compared")  # fmt: skip
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")
     add("--json", type=Path, help="write everything to this file, after every row")
     add("--add", action="store_true", help="keep the rows that the file has already")

@@ -165,6 +165,43 @@ class Contender:
         steps, prefill_s = tuple(self._timer.steps), self._timer.prefill_s
         return Round(self.name, batch, duration_s, num_tokens, acceptance, answers, steps, prefill_s)
 
+    def fill(self, prompts: Sequence[Sequence[int]], batch: int, max_tokens: int) -> None:
+        """From now on ``take_steps`` answers them again and again, so many at a time. As the next step is under way
+        when an answer is known to have ended, that one goes without a request in its place."""
+        # The first answers end one after the other, as later ones do.
+        first_lengths = [max(1, max_tokens * (place + 1) // batch) for place in range(batch)]
+        lengths = itertools.chain(first_lengths, itertools.repeat(max_tokens))
+        self._waiting = zip(itertools.cycle(enumerate(prompts)), lengths, strict=False)
+        self._batch, self._running = batch, set[str]()
+
+    def take_steps(self, num_steps: int) -> Round:
+        """Up to the end of a step, so that nothing computes while others have their turn. Answers are not kept."""
+        self._timer.begin()
+        acceptances: list[Acceptance | None] = []
+        num_tokens, start_s = 0, time.perf_counter()
+        for _ in range(num_steps):
+            while len(self._running) < self._batch:
+                (place, token_ids), max_tokens = next(self._waiting)
+                self._running.add(self._add(token_ids, max_tokens, seed=place))
+            outcome = self._engine.step()
+            acceptances.append(outcome.acceptance)
+            for output in outcome.outputs:
+                num_tokens += len(output.token_ids)
+                if output.finish_reason is not None:
+                    self._running.remove(output.request_id)
+        self._engine.wait()
+        duration_s = time.perf_counter() - start_s
+        steps, prefill_s = tuple(self._timer.steps), self._timer.prefill_s
+        acceptance = total_acceptance(acceptances)
+        return Round(self.name, self._batch, duration_s, num_tokens, acceptance, (), steps, prefill_s)
+
+    def empty(self) -> None:
+        """Whatever still runs is given up."""
+        for request_id in self._running:
+            self._engine.end(request_id)
+        while not self._engine.step().is_idle:
+            pass
+
     def _add(self, token_ids: Sequence[int], max_tokens: int, seed: int) -> str:
         request_id = str(next(self._numbers))
         spec = RequestSpec(
@@ -221,6 +258,37 @@ def in_turns(
         rounds, others_share = undisturbed(answer_all)
         repeated.append([replace(taken, others_share=others_share) for taken in rounds])
     return repeated
+
+
+def in_short_turns(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    max_tokens: int,
+    num_turns: int,
+    untimed: int,
+    num_steps: int,
+) -> list[list[Round]]:
+    """As ``in_turns``, but a turn is ``num_steps`` steps, and whenever an answer ends another begins: what a machine's
+    speed does within seconds then meets all contenders alike. There are no answers to compare."""
+    for contender in contenders:
+        contender.fill(prompts, batch, max_tokens)
+    turns = []
+    for turn in range(untimed + num_turns):
+        take_all = partial(_take_all, contenders, turn, num_steps)
+        if turn < untimed:
+            take_all()
+            continue
+        rounds, others_share = undisturbed(take_all)
+        turns.append([replace(taken, others_share=others_share) for taken in rounds])
+    for contender in contenders:
+        contender.empty()
+    return turns
+
+
+def _take_all(contenders: Sequence[Contender], first: int, num_steps: int) -> list[Round]:
+    rounds = {place: contenders[place].take_steps(num_steps) for place in _turned(range(len(contenders)), first)}
+    return [rounds[place] for place in range(len(contenders))]
 
 
 def _answer_all(

@@ -17,7 +17,7 @@ import speculation_runs
 from speculation import _config, _parser, main, methods_of
 from speculation_figures import Figure, Ratio, figure
 from speculation_report import IDLE, sections
-from speculation_runs import Contender, DecodingStep, Round, StepTimer, in_turns, read_prompts
+from speculation_runs import Contender, DecodingStep, Round, StepTimer, in_short_turns, in_turns, read_prompts
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.config import DEMO_MODEL_PATH, SpeculationConfig
@@ -199,6 +199,20 @@ def test_prompts_at_a_temperature_have_seeds_of_their_own_which_are_the_same_in_
     first, second = (contender.answer([prompt, prompt], 2, max_tokens=64).answers for _ in range(2))
     contender.close()
     assert first == second and first[0] != first[1]
+
+
+def test_in_short_turns_answers_follow_one_another_and_nothing_is_left_after_them() -> None:
+    config = _config(_parser().parse_args(["--batches", "2"]))
+    contenders = [Contender("none", config, None), Contender("another", config, None)]
+    prompts = read_prompts(_parser().parse_args([]).prompts, DEMO_MODEL_PATH)[:3]
+    turns = in_short_turns(contenders, prompts, 2, max_tokens=6, num_turns=4, untimed=1, num_steps=5)
+    assert [[taken.contender for taken in turn] for turn in turns] == [["none", "another"]] * 4
+    decoding = [step for turn in turns for taken in turn for step in taken.steps]
+    assert [step.num_requests for step in decoding].count(2) > len(decoding) / 2
+    assert all(0 < taken.num_tokens <= 2 * 5 for turn in turns for taken in turn)
+    for contender in contenders:
+        assert not contender._engine.has_work
+        contender.close()
 
 
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
