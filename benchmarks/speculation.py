@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(_QUICK)
+    if options.turn_steps < 0:
+        parser.error(
+            f"--turn-steps {options.turn_steps}: take 0 for whole rounds, or so many steps as a turn shall have"
+        )
     if options.add and not options.json:
         parser.error("--add needs --json FILE, the report to add to")
     if options.json and not options.json.parent.is_dir():

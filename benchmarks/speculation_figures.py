@@ -74,7 +74,7 @@ class Figure:
     plain_outside_s: float | None  # the same of the engine that does not guess
     prefill_share: float  # of the rounds' time: steps that computed some prompt
     guessing_share: float  # of the steps of the whole batch: those that had guesses to verify
-    num_differing_answers: int  # from those of the engine that does not guess
+    num_differing_answers: int | None  # from those of the engine that does not guess; None: none were kept
     pairs: Sequence[Pair]  # all of them
 
     @property
@@ -146,7 +146,9 @@ def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None)
         plain_outside_s=_median([step.outside_s for step in plain_steps]),
         prefill_share=sum(taken.prefill_s for taken in guessing) / sum(taken.duration_s for taken in guessing),
         guessing_share=len(verifying) / len(steps) if steps else 0.0,
-        num_differing_answers=sum(
+        num_differing_answers=None
+        if not any(taken.answers for taken in plain)
+        else sum(
             ours != theirs
             for taken, other in zip(guessing, plain, strict=True)
             for ours, theirs in zip(taken.answers, other.answers, strict=True)

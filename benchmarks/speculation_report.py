@@ -97,15 +97,19 @@ def sections(figures: Sequence[Figure]) -> list[Section]:
     found = [
         Section(
             ("always guessing", *speeds, *bounds, differing),
-            [(*_speed_cells(figure), *_bound_cells(figure), str(figure.num_differing_answers)) for figure in always],
+            [(*_speed_cells(figure), *_bound_cells(figure), _count(figure.num_differing_answers)) for figure in always],
         ),
         Section(
             ("controller", *speeds, differing),
-            [(*_speed_cells(figure), str(figure.num_differing_answers)) for figure in adaptive],
+            [(*_speed_cells(figure), _count(figure.num_differing_answers)) for figure in adaptive],
         ),
         Section(("kept, never guessing", *speeds), [_speed_cells(figure) for figure in idle]),
     ]
     return [section for section in found if section.rows]
+
+
+def _count(count: int | None) -> str:
+    return "-" if count is None else str(count)
 
 
 def _speed_cells(figure: Figure) -> tuple[str, ...]:

@@ -210,6 +210,8 @@ def test_in_short_turns_answers_follow_one_another_and_nothing_is_left_after_the
     decoding = [step for turn in turns for taken in turn for step in taken.steps]
     assert [step.num_requests for step in decoding].count(2) > len(decoding) / 2
     assert all(0 < taken.num_tokens <= 2 * 5 for turn in turns for taken in turn)
+    plain_rounds, other_rounds = zip(*turns, strict=True)
+    assert figure(plain_rounds, other_rounds, None).num_differing_answers is None
     for contender in contenders:
         assert not contender._engine.has_work
         contender.close()
