@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -49,14 +49,18 @@ class NullService:
     processes: dict[int, str]
 
     def measure(self, job: Job) -> Window:
-        """Have the client, a process of its own, do ``job`` here. Raises ``RuntimeError`` in the client's words."""
-        url = urlsplit(self.address)
-        job = msgspec.structs.replace(job, host=url.hostname, port=url.port, pids=tuple(self.processes))
-        command, given = [sys.executable, str(_CLIENT)], msgspec.json.encode(job)
-        done = subprocess.run(command, input=given, capture_output=True, timeout=_LOAD_DEADLINE_S, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the client failed: {done.stderr.decode(errors='replace')}")
-        return msgspec.json.decode(done.stdout, type=Window)
+        return measure_with_client(job, self.address, self.processes)
+
+
+def measure_with_client(job: Job, address: str, processes: Mapping[int, str]) -> Window:
+    """Have the client, a process of its own, do ``job`` there. Raises ``RuntimeError`` in the client's words."""
+    url = urlsplit(address)
+    job = msgspec.structs.replace(job, host=url.hostname, port=url.port, pids=tuple(processes))
+    command, given = [sys.executable, str(_CLIENT)], msgspec.json.encode(job)
+    done = subprocess.run(command, input=given, capture_output=True, timeout=_LOAD_DEADLINE_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the client failed: {done.stderr.decode(errors='replace')}")
+    return msgspec.json.decode(done.stdout, type=Window)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
+from bare_service import bare_service
 from interference import MAX_OTHERS_SHARE, mark, undisturbed
 from measure import Distribution, distribution
 from null_engine import MAX_MODEL_TOKENS
-from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, null_service
+from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, measure_with_client, null_service
 from process_cpu import ProcessUse
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
@@ -100,6 +101,7 @@ class Run:
     options: argparse.Namespace
     processes: Mapping[int, str]  # of some names there are several
     parts: Sequence[PartResult]
+    bare: Sequence[PartResult]  # the same asked of a service that does nothing but pass letters on
 
     @property
     def serving(self) -> list[str]:
@@ -161,18 +163,28 @@ def measure(options: argparse.Namespace) -> Run:
         prompt: statistics.median(direct.first_token_s(prompt) for _ in range(DIRECT_REPEATS)) for prompt in asked
     }
     measured: dict[str, list[tuple[Window, float]]] = {part.name: [] for part in PARTS}
+    bare: dict[str, list[tuple[Window, float]]] = {part.name: [] for part in BARE_PARTS}
     with null_service() as service:
         for _ in range(options.rounds):
             for part in PARTS:
                 job = part.new_job(service, options.window_s)
                 # The service's processes are below this one, and so is the client.
                 measured[part.name].append(undisturbed(partial(service.measure, job), tree_pid=os.getpid()))
+                if part in BARE_PARTS:
+                    bare[part.name].append(undisturbed(partial(_measure_bare, job), tree_pid=os.getpid()))
         processes = service.processes
     results = [
         PartResult(part, measured[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
         for part in PARTS
     ]
-    return Run(origin, options, processes, results)
+    bare_results = [PartResult(part, bare[part.name], None) for part in BARE_PARTS]
+    return Run(origin, options, processes, results, bare_results)
+
+
+def _measure_bare(job: Job) -> Window:
+    """With a new one each time: it does not hear of a client that hangs up."""
+    with bare_service() as (address, processes):
+        return measure_with_client(job, address, processes)
 
 
 # ---- the parts
@@ -206,14 +218,17 @@ def _streams(num_streams: int, step_us: int) -> Callable[[NullService, float], J
 
 
 IDLE: Final = Part("idle", _idle)
+FIRST_TOKEN: Final = Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT)
+PACED: Final = Part(f"{PACED_STREAMS} streams of 50 tokens/s", _streams(PACED_STREAMS, PACED_STEP_US), per_token=True)
 PARTS: Final = (
     IDLE,
-    Part("first token, one worker", _single(SHORT_PROMPT), direct_prompt=SHORT_PROMPT),
+    FIRST_TOKEN,
     Part("first token, split over two workers", _single(LONG_PROMPT), direct_prompt=LONG_PROMPT),
     Part(f"requests of one token, {CONNECTIONS} at once", _requests, per_request=True),
-    Part(f"{PACED_STREAMS} streams of 50 tokens/s", _streams(PACED_STREAMS, PACED_STEP_US), per_token=True),
+    PACED,
     Part(f"{MAX_STREAMS} streams, as fast as they go", _streams(MAX_STREAMS, 0), per_token=True),
 )
+BARE_PARTS: Final = (FIRST_TOKEN, PACED)  # what one hop and one event loop take at the least
 
 
 def _job(service: NullService, prompt: str, num_tokens: int, num_bodies: int, window_s: float, step_us: int = 0) -> Job:
@@ -250,6 +265,7 @@ def sections(run: Run) -> list[Section]:
         Section(("where a first token's time goes, mean ms", *STAGES, "first event"), _stage_rows(run)),
         Section(("processor time", "all that serve", *serving, *beside, "client"), _cpu_rows(run)),
         Section(("beyond idle", *run.names), _beyond_idle_rows(run)),
+        Section(("a bare service of two processes", "p50, ms", "p95, ms", "us per token"), _bare_rows(run)),
         Section(("counts", "tokens/s", "tokens per event", "bytes per token", "waits per 1,000 tokens"), _counts(run)),
     ]
 
@@ -316,6 +332,18 @@ def _beyond_idle_rows(run: Run) -> list[Sequence[str]]:
     return rows
 
 
+def _bare_rows(run: Run) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for part in run.bare:
+        if part.part.per_token:
+            cpu_s = [sum(use.cpu_s for use in window.processes.values()) / window.num_tokens for window in part.windows]
+            rows.append((part.name, "-", "-", f"{1e6 * statistics.median(cpu_s):.1f}"))
+        else:
+            first = part.first_event_s
+            rows.append((part.name, _ms(first.p50), _ms(first.p95), "-"))
+    return rows
+
+
 def _use_unit(part: PartResult) -> str:
     return f"us per {part.unit}" if part.part.per_token else f"ms per {part.unit}"
 
@@ -354,17 +382,19 @@ def _as_json(run: Run) -> bytes:
         "provenance": asdict(run.origin),
         "options": options,
         "processes": run.processes,
-        "parts": [
-            {
-                "name": part.part.name,
-                "engine_alone_s": part.direct_s,
-                "windows": [window for window, _ in part.measured],
-                "others_shares": [share for _, share in part.measured],
-            }
-            for part in run.parts
-        ],
+        "parts": [_part_as_json(part) for part in run.parts],
+        "bare": [_part_as_json(part) for part in run.bare],
     }
     return msgspec.json.format(msgspec.json.encode(everything)) + b"\n"
+
+
+def _part_as_json(part: PartResult) -> dict[str, Any]:
+    return {
+        "name": part.part.name,
+        "engine_alone_s": part.direct_s,
+        "windows": [window for window, _ in part.measured],
+        "others_shares": [share for _, share in part.measured],
+    }
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from eagleray.core.start_phases import StartPhases
 from eagleray.decode_workers.worker import build_decode_worker
 from eagleray.engine.execution.core_turns import CoreTurns, OwnCores, SharedCores
 from eagleray.engine.execution.executor import build_executor
+from eagleray.engine.execution.library_pages import give_back_library_pages
 from eagleray.engine.speculation.build import build_draft_policy
 from eagleray.kv_transfer.transports.select import make_transports
 from eagleray.prefill_workers.worker import build_prefill_worker
@@ -82,6 +83,7 @@ def build_worker_process(
         turns=turns,
     )
     progress.kernels_chosen(executor.computes_with)
+    give_back_library_pages()  # what importing has touched: a third of a worker that is ready
 
     def new_text_stream(spec: RequestSpec) -> OutputText:
         return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])

@@ -28,7 +28,7 @@ def own_groups(controller: str, proc: Path = PROC, control_groups: Path = CONTRO
 def lines_of(path: Path) -> list[str]:
     """None if there is no such file."""
     try:
-        return path.read_text(encoding="ascii").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 

@@ -9,8 +9,9 @@ import os
 from urllib.parse import urlsplit
 
 import pytest
+from bare_service import bare_service
 from null_service import INDEX, RAY, DirectEngine, null_service
-from overhead import IDLE, PARTS, PartResult, Run, sections
+from overhead import IDLE, PACED, PARTS, PartResult, Run, sections
 from process_cpu import ProcessUse, descendants, read_use
 from provenance import provenance
 from stream_load import Job, Window, run
@@ -39,6 +40,21 @@ async def test_the_client_counts_every_token_event_and_answer_of_its_window(
     assert len(window.first_event_s) > 0
     assert sum(window.answer_s) >= sum(window.first_event_s[: len(window.answer_s)]) > 0
     assert list(window.processes) == [os.getpid()] and window.processes[os.getpid()].cpu_s >= 0
+
+
+async def test_a_bare_service_says_the_letters_that_it_was_asked_for_at_the_pace_that_it_was_asked_for() -> None:
+    with bare_service() as (address, processes):
+        url = urlsplit(address)
+        body = {"model": "any", "max_tokens": 3, "seed": 20_000}
+        job = Job(
+            host=str(url.hostname), port=url.port or 0, pids=tuple(processes), path="/", bodies=(json.dumps(body),) * 2,
+            num_connections=2, settle_s=0.0, window_s=0.3,
+        )  # fmt: skip
+        window = await run(job)
+    assert window.num_answers > 0
+    assert 3 * (window.num_answers - 2) <= window.num_tokens <= 3 * (window.num_answers + 2)
+    assert min(window.answer_s) > 2 * 0.015  # two steps after the first
+    assert set(window.processes) == set(processes)
 
 
 async def test_processes_below_this_one_are_found_and_their_use_is_read() -> None:
@@ -98,7 +114,8 @@ def _tables() -> dict[str, dict[str, dict[str, str]]]:
     quiet, disturbed = _window(100, cpu_s=0.12, num_waits=500), _window(100, cpu_s=1.0, num_waits=1000)
     first = PartResult(PARTS[1], [(disturbed, 0.2), (quiet, 0.01)], 1e-3)
     requests = PartResult(PARTS[3], [(quiet, 0.01)], None)
-    shown = sections(Run(provenance(), argparse.Namespace(), PROCESSES, [idle, first, requests]))
+    streams = PartResult(PACED, [(quiet, 0.01)], None)
+    shown = sections(Run(provenance(), argparse.Namespace(), PROCESSES, [idle, first, requests], [first, streams]))
     return {
         table.header[0]: {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows} for table in shown
     }
@@ -120,6 +137,12 @@ def test_what_a_process_needs_when_idle_is_not_put_down_to_requests() -> None:
     rows = _tables()["beyond idle"]
     assert rows["first token, one worker, ms per request"]["ingress"] == "1.00"
     assert rows["first token, one worker, waits per request"]["ingress"] == "3.00"
+
+
+def test_a_bare_service_stands_beside_the_real_one() -> None:
+    rows = _tables()["a bare service of two processes"]
+    assert rows["first token, one worker"]["p50, ms"] == "3.00"
+    assert rows[PACED.name]["us per token"] == "6000.0"  # 0.12 s of each of five processes for 100 tokens
 
 
 def test_windows_that_others_disturbed_count_only_where_there_is_no_other_and_then_the_row_is_marked() -> None:
