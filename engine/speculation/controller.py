@@ -5,8 +5,7 @@
 Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, and
 what was learned from one shape or batch serves the others: a chain's guesses come true as those of a longer one do, and
 rows that were never verified are taken to cost what the sizes around them say. So little has to be tried. What is
-tried, because texts change, is paid for: all trials together may lose one part in a hundred of the time, and about as
-much on what the first steps of a kind take beyond others.
+tried, because texts change, is paid for: what trials have lost, by the clock, may be one part in a hundred of the time.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, size_class
+from eagleray.engine.speculation.measurements import Costs, GuessAcceptance, TrialLosses, size_class
 from eagleray.engine.speculation.tree import DraftShape
 
 _TRYING_SHARE: Final = 0.01  # of the time
@@ -28,10 +27,10 @@ _MOST_PATIENCE: Final = 8  # so many times as long until the next trial of what 
 _STEPS_BEFORE: Final = 2  # a trial's first verifies what was guessed before it, its second is unlike that one
 _ENOUGH: Final = 8  # measurements, where other programs disturb many steps: fewer are not believed
 _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes time itself
-_STEPS_WITHOUT: Final = 10  # guesses, where they do not pay: then little is learned that would change it
+_STEPS_WITHOUT: Final = 30  # guesses, where they do not pay: then little is learned that would change it
 _HEARD_OF_THEM: Final = 2  # the last of those
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
-_PAID_STEPS: Final = 40  # trials' first times may take as long from the beginning, and later their share of the time
+_PAID_STEPS: Final = 40  # trials may lose as much from the beginning, and later their share of the time
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then the others have to do
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
@@ -142,7 +141,9 @@ class AdaptiveDrafts:
         self._level_s = Costs()  # of guessing one token ahead, by requests
         self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
         self._enough = 1  # measurements to be believed
-        self._first_times = FirstTimes()
+        self._losses = TrialLosses()
+        self._gained = 1.0  # tokens of each request, in the step that is being told of
+        self._usual_token_s = 0.0  # for each of them
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
         self._num_steps = self._num_decoding = self._max_rows = 0  # with those of the latest step
@@ -179,16 +180,18 @@ class AdaptiveDrafts:
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         acceptance = self._options[shape].acceptance
         acceptance.note([count - 1 for count in num_tokens], shape.depth, self._num_steps)
+        self._gained = sum(num_tokens) / len(num_tokens)
         # Of the same requests whose tokens count: another's guesses were cut, or it came too late to be guessed for.
         acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 
     def note_times(self, times: StepTimes) -> int:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
         was_verified_for_trial, was_drafted_for_trial, _ = self._trials
-        is_first, is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
-        if is_first and self._verify_s.has_any:
-            beyond_s = verify_s - self._verify_s.at(times.num_rows, verify_s)
-            self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_verified_for_trial)
+        if (was_verified_for_trial or was_drafted_for_trial) and self._enough < _ENOUGH:  # else others make it dear
+            worth_s = self._gained * self._usual_token_s
+            self._losses.note(verify_s + times.draft_s, worth_s, self._verify_s.at(size, verify_s))
+        self._gained = 1.0
+        is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
         if is_usual and times.is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
             self._verify_s.note(times.num_rows, verify_s, step)
             self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
@@ -197,26 +200,22 @@ class AdaptiveDrafts:
                 self._catch_up_s.note(1, times.draft_s / times.num_caught_up, step)
         elif not times.num_caught_up:
             option = self._options[times.drafted]
-            is_first, is_usual = self._count((size, times.drafted), (size_class(size), times.drafted))
-            if is_first:
-                beyond_s = times.draft_s - self._draft_s(option, times.drafted, size)
-                self._first_times.note(beyond_s, self._verify_s.at(size, verify_s), was_drafted_for_trial)
-            if is_usual:
+            if self._count((size, times.drafted), (size_class(size), times.drafted)):
                 option.draft_s.note(size, times.draft_s, step)
                 self._level_s.note(size, times.draft_s / times.drafted.depth, step)
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
         return self._steps_left - _HEARD_OF_THEM if self._is_settled else 0
 
-    def _count(self, kind: Hashable, like: Hashable) -> tuple[bool, bool]:
-        """(Whether it is one of the first of its kind; whether it is measured.)
+    def _count(self, kind: Hashable, like: Hashable) -> bool:
+        """Whether a step of this kind is measured.
 
         What takes long at first says nothing of how long it takes from then on. Where hardly two steps are of one kind,
         nothing would ever be measured: of those that are ``like`` each other only the first ones are left out."""
         self._num_seen[kind] += 1
         is_first = self._num_seen[kind] <= _UNUSUAL_TIMES
         self._num_left_out[like] += is_first
-        return is_first, not is_first or self._num_left_out[like] > _MOST_LEFT_OUT
+        return not is_first or self._num_left_out[like] > _MOST_LEFT_OUT
 
     def _decide(self) -> None:
         num_decoding = self._num_decoding
@@ -226,6 +225,7 @@ class AdaptiveDrafts:
             for option in self._choices
         }
         self._decided_for, self._usual = num_decoding, self._best(costs)
+        self._usual_token_s = costs[self._usual]
         if not self._is_trial and not any(self._trials):  # else its last times are not told yet
             self._judge_trial()
         trial = self._due_for_trial(costs, self._usual, num_decoding)
@@ -262,13 +262,13 @@ class AdaptiveDrafts:
         if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
             return None
         share = _TRYING_SHARE / max(1, len(self._options))
-        paid_s = (_PAID_STEPS + _TRYING_SHARE * self._num_steps) * self._verify_s.at(num_decoding, 0.0)
+        step_s = self._verify_s.at(num_decoding, 0.0)
+        paid_s = (_PAID_STEPS + _TRYING_SHARE * self._num_steps) * step_s
         for option, cost in costs.items():
             lost_steps = self._steps_of_trial(option, num_decoding) * (cost / costs[best] - 1.0)
             patience = min(1 + option.num_lost_trials, _MOST_PATIENCE)
             is_paid_for = patience * lost_steps <= share * (self._num_steps - option.last_used)
-            num_first_times = sum(self._first_kinds(option, num_decoding))
-            if option is not best and is_paid_for and self._first_times.is_paid_for(num_first_times, paid_s):
+            if option is not best and is_paid_for and self._losses.leave_room(lost_steps * step_s, paid_s):
                 return option
         return None
 
@@ -278,15 +278,10 @@ class AdaptiveDrafts:
         return round(num_decoding * (1 + guesses))
 
     def _steps_of_trial(self, option: _Option, num_decoding: int) -> int:
-        """That it takes to measure it; of the last ones is told when they are over."""
-        return _STEPS_BEFORE + self._enough + self._first_kinds(option, num_decoding)[0]
-
-    def _first_kinds(self, option: _Option, num_decoding: int) -> tuple[int, int]:
-        """First times that it still has before it: (of verifying, of guessing)."""
+        """That it takes to measure it, after the first of its kind; of the last ones is told when they are over."""
         num_rows = num_decoding * (1 + (option.shape.max_nodes if option.shape else 0))
-        kinds = ((num_decoding, num_rows), (num_decoding, option.shape))
-        verify, draft = (max(0, _UNUSUAL_TIMES - self._num_seen[kind]) for kind in kinds)
-        return verify, draft if option.shape else 0
+        first_steps = max(0, _UNUSUAL_TIMES - self._num_seen[num_decoding, num_rows])
+        return _STEPS_BEFORE + self._enough + first_steps
 
     def _s_per_token(self, option: _Option, num_requests: int) -> float:
         """Of one request."""

@@ -1,5 +1,5 @@
-"""What the controller has measured: how long steps take by their size, how often guesses come true, and what the first
-steps of a kind take beyond others."""
+"""What the controller has measured: how long steps take by their size, how often guesses come true, and what trials
+have cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Final
 
 _SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
 _MEASUREMENTS: Final = 25  # of one kind that count
+_MANY: Final = 15  # so many tell what a step takes: fewer are told of then
 _LOW: Final = 0.15  # of them lie below what counts: other programs disturb many steps, and none to the better
 _OLD_STEPS: Final = 400  # what is older counts no more, where three measurements are younger
 _OUT_OF_ORDER: Final = 1.1  # so far measurements may contradict each other: they are noisy
@@ -19,7 +20,7 @@ _WEIGHT_OF_ACCEPTANCE: Final = 3.0  # guesses that this belief is worth
 _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one request
 _LEAST_KEPT: Final = 0.37  # of it at once, however long ago and of however many it was learned: trials tell little
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
-_MOST_BEYOND: Final = 4  # steps that a first time may take more: beyond that the machine has paused
+_MOST_LOST: Final = 8  # steps, by one: beyond that the machine has paused
 
 
 class GuessAcceptance:
@@ -64,21 +65,21 @@ class GuessAcceptance:
         return tokens
 
 
-class FirstTimes:
-    """What the first steps of a kind take beyond others, and how many of them trials have caused."""
+class TrialLosses:
+    """What trials have cost beside what was known to be best, whatever made them dear: guesses that did not come true,
+    programs that were recorded, other weights in the caches."""
 
     def __init__(self) -> None:
-        self._beyond_s: deque[float] = deque(maxlen=_MEASUREMENTS)
-        self._num_in_trials = 0
+        self._lost_s = 0.0
 
-    def note(self, beyond_s: float, step_s: float, is_trial: bool) -> None:
-        """One took ``beyond_s`` more than it will from then on, where a step takes ``step_s``."""
-        self._beyond_s.append(min(max(0.0, beyond_s), _MOST_BEYOND * step_s))
-        self._num_in_trials += is_trial
+    def note(self, took_s: float, worth_s: float, step_s: float) -> None:
+        """A step of a trial brought tokens for which the best choice takes ``worth_s``, where a step takes ``step_s``.
+        """
+        self._lost_s = max(0.0, self._lost_s + min(took_s - worth_s, _MOST_LOST * step_s))
 
-    def is_paid_for(self, count: int, paid_s: float) -> bool:
-        """Whether trials may cause so many more, where all of theirs together may take ``paid_s``."""
-        return count == 0 or not self._beyond_s or (self._num_in_trials + count) * fmean(self._beyond_s) <= paid_s
+    def leave_room(self, more_s: float, paid_s: float) -> bool:
+        """Whether another one may lose ``more_s``, where all together may lose ``paid_s``."""
+        return self._lost_s + more_s <= paid_s
 
 
 class Costs:
@@ -132,8 +133,7 @@ class Costs:
         return len(values) > 4 and quantile(values, 1 - _LOW) > 2 * quantile(values, _LOW)
 
     def is_well_known(self, size: int) -> bool:
-        """Whether as many were measured of one size as count."""
-        return len(self._measured.get(size_class(size), ())) == _MEASUREMENTS
+        return len(self._measured.get(size_class(size), ())) >= _MANY
 
     def at(self, size: int, otherwise: float, enough: int = 1) -> float:
         """As measured, or on a straight line through the sizes around it; ``otherwise`` before any measurement. Sizes

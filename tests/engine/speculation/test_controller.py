@@ -282,13 +282,15 @@ def test_it_finds_the_size_of_a_tree_that_is_best(
 
 @pytest.mark.parametrize("num_requests", [1, 4, 16])
 def test_where_neither_trees_nor_chains_pay_it_loses_little_and_hardly_guesses(num_requests: int) -> None:
-    for seed in range(3):
+    num_none = 0
+    for seed in range(8):
         world = tree_world(num_requests, (0.15, 0.05, 0.02), 2e-3, seed)
         policy = adaptive(TREES)
         chosen = [world.step(policy) for _ in range(1500)]
         assert max(map(world.tokens_per_s, TREES)) < 0.99 * world.tokens_per_s(None)  # or it would be wrong
-        assert chosen[-500:].count(None) > 0.95 * 500
+        num_none += chosen[-500:].count(None)  # a trial's luck may speak for guessing for a while
         assert world.num_tokens / world.spent_s > 0.98 * world.tokens_per_s(None)
+    assert num_none > 0.95 * 8 * 500
 
 
 @pytest.mark.parametrize("num_requests", [4, 16])

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from eagleray.engine.speculation.measurements import Costs, FirstTimes, GuessAcceptance, quantile
+from eagleray.engine.speculation.measurements import Costs, GuessAcceptance, TrialLosses, quantile
 
 
 @pytest.mark.parametrize("count", [6, 10, 25])
@@ -43,32 +43,27 @@ def test_measurements_that_scatter_are_told_from_those_that_were_disturbed() -> 
     assert costs.is_disturbed(2) and not costs.is_disturbed(1) and not costs.is_disturbed(3)
 
 
-def test_trials_pay_for_the_first_times_that_they_cause_and_for_no_others() -> None:
-    first_times = FirstTimes()
-    for is_trial in (False, True, False, True):
-        first_times.note(0.008, step_s=0.002, is_trial=is_trial)
-    assert first_times.is_paid_for(2, paid_s=0.0321)  # two were a trial's, two more come
-    assert not first_times.is_paid_for(2, paid_s=0.0319)
+def test_trials_wait_until_what_they_have_lost_is_paid_for() -> None:
+    losses = TrialLosses()
+    for _ in range(3):
+        losses.note(0.005, worth_s=0.003, step_s=0.002)
+    assert losses.leave_room(0.004, paid_s=0.0101)
+    assert not losses.leave_room(0.004, paid_s=0.0099)
 
 
-def test_what_causes_none_is_always_paid_for() -> None:
-    first_times = FirstTimes()
-    for _ in range(10):
-        first_times.note(0.008, step_s=0.002, is_trial=True)
-    assert first_times.is_paid_for(0, paid_s=0.0) and not first_times.is_paid_for(1, paid_s=0.08)
+def test_what_a_trial_gains_pays_for_others_but_not_in_advance() -> None:
+    losses = TrialLosses()
+    losses.note(0.001, worth_s=0.010, step_s=0.002)
+    assert not losses.leave_room(0.001, paid_s=0.0)
+    losses.note(0.005, worth_s=0.001, step_s=0.002)
+    losses.note(0.001, worth_s=0.004, step_s=0.002)
+    assert losses.leave_room(0.0, paid_s=0.00101) and not losses.leave_room(0.0, paid_s=0.00099)
 
 
-def test_a_pause_of_the_machine_is_no_first_time() -> None:
-    first_times = FirstTimes()
-    first_times.note(30.0, step_s=0.002, is_trial=True)
-    assert first_times.is_paid_for(1, paid_s=0.0161)  # each counts as four steps
-
-
-@pytest.mark.parametrize("beyond_s", [0.0, -0.001])
-def test_first_times_that_take_no_longer_than_others_cost_nothing(beyond_s: float) -> None:
-    first_times = FirstTimes()
-    first_times.note(beyond_s, step_s=0.002, is_trial=True)
-    assert first_times.is_paid_for(100, paid_s=0.0)
+def test_a_pause_of_the_machine_is_no_loss_of_a_trial() -> None:
+    losses = TrialLosses()
+    losses.note(30.0, worth_s=0.002, step_s=0.002)
+    assert losses.leave_room(0.0, paid_s=0.0161)  # it counts as eight steps
 
 
 def share_true(acceptance: GuessAcceptance, level: int) -> float:
