@@ -12,6 +12,7 @@ of everything. ``results/README.md`` says how to read the numbers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from speculation_report import (
     sections,
     write_report,
 )
-from speculation_runs import NO_SPECULATION, Contender, in_short_turns, in_turns, read_prompts
+from speculation_runs import NO_SPECULATION, Contender, Round, in_short_turns, in_turns, read_prompts
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
@@ -43,6 +44,7 @@ from eagleray.models.draft_heads.random_draft import save_random_draft
 from eagleray.models.draft_heads.read import read_draft
 from eagleray.models.model_config import ModelConfig
 from eagleray.models.random_weights import save_random_checkpoint
+from eagleray.models.registry import load_model_config
 
 _PROMPTS: Final = Path(__file__).resolve().parent / "prompts" / "demo_held_out.jsonl"
 _KV_MEMORY_BYTES: Final = 512 * 2**20
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--turn-steps {options.turn_steps}: take 0 for whole rounds, or so many steps as a turn shall have"
         )
+    if options.engines < 1:
+        parser.error(f"--engines {options.engines}: take 1 or more")
     if options.add and not options.json:
         parser.error("--add needs --json FILE, the report to add to")
     if options.json and not options.json.parent.is_dir():
@@ -101,52 +105,59 @@ def measure(options: argparse.Namespace) -> Iterator[list[Figure]]:
     """Of one method and batch size after the other. Raises ``ConfigError`` for what cannot be served."""
     config = _config(options)
     prompts = read_prompts(options.prompts, config.model.folder)
-    plain = Contender(NO_SPECULATION, config, None, options.temperature)
+    model = load_model_config(config.model.folder)
     with tempfile.TemporaryDirectory() as folder:
-        for name, fields in methods_of(options, plain.model_config, Path(folder)).items():
-            yield from _compare(name, fields, plain, config, prompts, options)
-    plain.close()
+        for name, fields in methods_of(options, model, Path(folder)).items():
+            yield from _compare(name, fields, config, prompts, options)
 
 
 def _compare(
-    name: str,
-    fields: Mapping[str, Any],
-    plain: Contender,
-    config: Config,
-    prompts: Sequence[Sequence[int]],
-    options: argparse.Namespace,
+    name: str, fields: Mapping[str, Any], config: Config, prompts: Sequence[Sequence[int]], options: argparse.Namespace
 ) -> Iterator[list[Figure]]:
     """One method, always guessing (unless that is left out) and under its controller, in turns with no guessing. If
     asked for, its draft as well which never guesses: no controller can better that where guessing does not pay. And a
     second engine without one."""
-    guessing = [
-        Contender(
-            f"{name}{ADAPTIVE if adaptive else ''}",
-            config,
-            SpeculationConfig(**dict(fields, adaptive=adaptive)),
-            options.temperature,
-        )
-        for adaptive in ([True] if options.controller_only else [False, True])
-    ]
+    always = [] if options.controller_only else [options.depth]  # the others' depth is not one
+    taken: dict[int, list[list[Round]]] = {batch: [] for batch in options.batches}
+    for engines in range(options.engines):
+        with contextlib.ExitStack() as closing:
+            contenders = [
+                closing.enter_context(contextlib.closing(Contender(each, config, draft, options.temperature, **how)))
+                for each, draft, how in _contenders(name, fields, options)
+            ]
+            for batch in options.batches:
+                rounds = _take_turns(contenders, prompts, batch, options)
+                taken[batch] += [[replace(each, engines=engines) for each in turn] for turn in rounds]
+                if engines == options.engines - 1:
+                    plain_rounds, *guessing_rounds = zip(*taken[batch], strict=True)
+                    depths = [*always, *[None] * (len(guessing_rounds) - len(always))]
+                    yield [
+                        figure(plain_rounds, each, depth) for each, depth in zip(guessing_rounds, depths, strict=True)
+                    ]
+
+
+def _contenders(
+    name: str, fields: Mapping[str, Any], options: argparse.Namespace
+) -> Iterator[tuple[str, SpeculationConfig | None, dict[str, bool]]]:
+    """Arguments of each, the one that does not guess first."""
+    yield NO_SPECULATION, None, {}
+    for adaptive in [True] if options.controller_only else [False, True]:
+        yield f"{name}{ADAPTIVE if adaptive else ''}", SpeculationConfig(**dict(fields, adaptive=adaptive)), {}
     if options.idle:
-        kept = SpeculationConfig(**fields)
-        guessing.append(Contender(f"{NO_DRAFT}, beside {name}{IDLE}", config, None, options.temperature))
-        guessing.append(Contender(f"{name}{IDLE}", config, kept, options.temperature, never_guesses=True))
-    for batch in options.batches:
-        # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
-        num_prompts = max(options.num_prompts, options.waves * batch)
-        asked = list(islice(cycle(prompts), num_prompts))
-        turns = (asked, batch, options.max_tokens, options.repeats, options.untimed)
-        if options.turn_steps:
-            rounds = in_short_turns([plain, *guessing], *turns, options.turn_steps)
-        else:
-            rounds = in_turns([plain, *guessing], *turns)
-        plain_rounds, *guessing_rounds = zip(*rounds, strict=True)
-        always = [] if options.controller_only else [options.depth]  # the others' depth is not one
-        depths = [*always, *[None] * (len(guessing) - len(always))]
-        yield [figure(plain_rounds, taken, depth) for taken, depth in zip(guessing_rounds, depths, strict=True)]
-    for contender in guessing:
-        contender.close()
+        yield f"{NO_DRAFT}, beside {name}{IDLE}", None, {}
+        yield f"{name}{IDLE}", SpeculationConfig(**fields), {"never_guesses": True}
+
+
+def _take_turns(
+    contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], batch: int, options: argparse.Namespace
+) -> list[list[Round]]:
+    # Enough for some time with the whole batch: where answers run out, fewer and fewer decode together.
+    num_prompts = max(options.num_prompts, options.waves * batch)
+    asked = list(islice(cycle(prompts), num_prompts))
+    turns = (asked, batch, options.max_tokens, options.repeats, options.untimed)
+    if options.turn_steps:
+        return in_short_turns(contenders, *turns, options.turn_steps)
+    return in_turns(contenders, *turns)
 
 
 def methods_of(options: argparse.Namespace, target: ModelConfig, folder: Path) -> dict[str, dict[str, Any]]:
@@ -235,6 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--turn-steps", type=int, default=0,
         help="instead of rounds take turns of so many steps (40), in which an answer follows another; --repeats counts "
         "them: small differences show sooner, and answers are not compared")  # fmt: skip
+    add("--engines", type=int, default=1,
+        help="build all engines so many times, one after the other: two of equal work differ by some per cent as long "
+        "as they live, and the interval is of such pairs then")  # fmt: skip
     add("--quick", action="store_true", help="few prompts, short answers, two rounds: to see that it works")
     add("--json", type=Path, help="write everything to this file, after every row")
     add("--add", action="store_true", help="keep the rows that the file has already")

@@ -29,10 +29,16 @@ class Ratio:
     high: float | None
 
     @classmethod
-    def of_pairs(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    def of_pairs(cls, pairs: Sequence[Pair]) -> Ratio:
         """Of two speeds measured in turns: the geometric mean of their ratios, whose logarithms are taken to scatter
-        normally."""
-        logs = [math.log(our / their) for our, their in zip(ours, theirs, strict=True)]
+        normally. Two engines of equal work differ by some per cent for as long as they live, and each pair of them
+        differently: where there are several, the mean of each is one ratio."""
+        by_engines: dict[int, list[float]] = {}
+        for pair in pairs:
+            log = math.log(pair.tokens_per_s / pair.plain_tokens_per_s)
+            by_engines.setdefault(pair.engines, []).append(log)
+        means = [statistics.fmean(logs) for logs in by_engines.values()]
+        logs = means if len(means) > 1 else next(iter(by_engines.values()))
         mean = statistics.fmean(logs)
         if len(logs) == 1:
             return cls(math.exp(mean), None, None)
@@ -48,6 +54,7 @@ class Pair:
     tokens_per_s: float
     plain_tokens_per_s: float
     others_share: float  # of the cores, what other processes used meanwhile
+    engines: int = 0  # which ones, of those that were built one after the other
 
     @property
     def is_disturbed(self) -> bool:
@@ -118,7 +125,7 @@ class Figure:
 def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None) -> Figure:
     """Of rounds taken in turns over the same prompts."""
     pairs = [
-        Pair(taken.tokens_per_s, other.tokens_per_s, taken.others_share)
+        Pair(taken.tokens_per_s, other.tokens_per_s, taken.others_share, taken.engines)
         for taken, other in zip(guessing, plain, strict=True)
     ]
     if not all(pair.is_disturbed for pair in pairs):
@@ -138,7 +145,7 @@ def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None)
         rate_per_position=() if acceptance is None else acceptance.rate_per_position,
         tokens_per_s=statistics.median(speeds),
         plain_tokens_per_s=statistics.median(plain_speeds),
-        speed_up=Ratio.of_pairs(speeds, plain_speeds),
+        speed_up=Ratio.of_pairs([pair for pair in pairs if not pair.is_disturbed] or pairs),
         decode_s=_median([step.verify_s for step in plain_steps]),
         verify_s=_median([step.verify_s for step in verifying]),
         draft_s=_median([step.draft_s for step in steps]),

@@ -47,6 +47,10 @@ class SpeculationReport:
         origin, options = self.pieces[-1].origin, self.pieces[-1].options
         named = [options["model"], f"threads {options['threads']}", f"{options['depth']} tokens ahead"]
         named.append(f"answers of {options['max_tokens']}, rounds before that are not timed {options['untimed']}")
+        if int(options.get("turn_steps", 0)):
+            named.append(f"turns of {options['turn_steps']} steps")
+        if int(options.get("engines", 1)) > 1:
+            named.append(f"{options['engines']} sets of engines")
         if float(options["temperature"]):
             named.append(f"temperature {options['temperature']}")
         if options["verification"] != "target_token":

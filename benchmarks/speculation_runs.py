@@ -61,6 +61,7 @@ class Round:
     steps: Sequence[DecodingStep]
     prefill_s: float = 0.0  # of its duration, steps that computed some prompt
     others_share: float = 0.0  # of the cores, what other processes used during this round of all contenders
+    engines: int = 0  # which, of those that were built one after the other
 
     @property
     def tokens_per_s(self) -> float:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Final
 
 _SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found

@@ -15,7 +15,7 @@ import pytest
 import speculation
 import speculation_runs
 from speculation import _config, _parser, main, methods_of
-from speculation_figures import Figure, Ratio, figure
+from speculation_figures import Figure, Pair, Ratio, figure
 from speculation_report import IDLE, sections
 from speculation_runs import Contender, DecodingStep, Round, StepTimer, in_short_turns, in_turns, read_prompts
 
@@ -148,7 +148,7 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_those_that_compute_prom
 
 
 def test_the_speed_up_is_the_geometric_mean_of_pairs_with_students_interval() -> None:
-    ratio = Ratio.of_pairs([2.0, 8.0, 4.0], [1.0, 2.0, 1.0])  # 2, 4, 4
+    ratio = Ratio.of_pairs([Pair(2.0, 1.0, 0.0), Pair(8.0, 2.0, 0.0), Pair(4.0, 1.0, 0.0)])  # 2, 4, 4
     logs = [math.log(2), math.log(4), math.log(4)]
     mean = sum(logs) / 3
     half = 4.303 * math.sqrt(sum((log - mean) ** 2 for log in logs) / 2 / 3)
@@ -159,7 +159,14 @@ def test_the_speed_up_is_the_geometric_mean_of_pairs_with_students_interval() ->
 
 
 def test_a_single_pair_has_no_interval() -> None:
-    assert Ratio.of_pairs([3.0], [2.0]) == Ratio(1.5, None, None)
+    assert Ratio.of_pairs([Pair(3.0, 2.0, 0.0)]) == Ratio(1.5, None, None)
+
+
+def test_of_several_sets_of_engines_each_counts_once() -> None:
+    """However often their turns agree: they differ for as long as they live."""
+    pairs = [Pair(2.0, 1.0, 0.0, engines=0)] * 50 + [Pair(4.0, 1.0, 0.0, engines=1), Pair(1.0, 1.0, 0.0, engines=1)]
+    one_each = Ratio.of_pairs([Pair(2.0, 1.0, 0.0), Pair(2.0, 1.0, 0.0)])
+    assert Ratio.of_pairs(pairs) == one_each == Ratio(2.0, 2.0, 2.0)
 
 
 def test_answers_that_differ_are_counted() -> None:
@@ -321,3 +328,18 @@ def test_the_program_measures_the_demo_model(tmp_path: Path, capsys: pytest.Capt
 def test_a_model_that_is_not_there_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "/nowhere"]) == 2
     assert "model.path" in capsys.readouterr().err
+
+
+def test_engines_are_built_as_often_as_it_is_asked_and_each_set_says_which_it_is(tmp_path: Path) -> None:
+    options = ["--only", "ngram", "--controller-only", "--batches", "1", "--max-tokens", "8", "--num-prompts", "2"]
+    options += ["--turn-steps", "8", "--repeats", "2", "--engines", "2", "--json", str(tmp_path / "found.json")]
+    assert main(options) == 0
+    (piece,) = json.loads((tmp_path / "found.json").read_text())["pieces"]
+    (found,) = piece["figures"]
+    assert [pair["engines"] for pair in found["pairs"]] == [0, 0, 1, 1]
+
+
+def test_no_engines_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--engines", "0"])
+    assert "--engines 0: take 1 or more" in capsys.readouterr().err
