@@ -36,7 +36,15 @@ from speculation_report import (
     sections,
     write_report,
 )
-from speculation_runs import NO_SPECULATION, Contender, Round, in_short_turns, in_turns, read_prompts
+from speculation_runs import (
+    NO_SPECULATION,
+    Contender,
+    Round,
+    computing_on_one_core,
+    in_short_turns,
+    in_turns,
+    read_prompts,
+)
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
 from eagleray.core.errors import ConfigError
@@ -125,6 +133,10 @@ def _compare(
                 closing.enter_context(contextlib.closing(Contender(each, config, draft, options.temperature, **how)))
                 for each, draft, how in _contenders(name, fields, options)
             ]
+            for contender in contenders:
+                contender.answer(prompts[:1], batch=1, max_tokens=2)  # its threads begin
+            if options.threads == 1:
+                closing.enter_context(computing_on_one_core())
             for batch in options.batches:
                 rounds = _take_turns(contenders, prompts, batch, options)
                 taken[batch] += [[replace(each, engines=engines) for each in turn] for turn in rounds]
@@ -244,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--idle", action="store_true", help="measure also drafts that never guess, and a second engine without one")
     add("--untimed", type=int, default=1, help="rounds before them, in which controllers learn and steps are recorded")
     add("--turn-steps", type=int, default=0,
-        help="instead of rounds take turns of so many steps (40), in which an answer follows another; --repeats counts "
+        help="instead of rounds take turns of so many steps (10), in which an answer follows another; --repeats counts "
         "them: small differences show sooner, and answers are not compared")  # fmt: skip
     add("--engines", type=int, default=1,
         help="build all engines so many times, one after the other: two of equal work differ by some per cent as long "

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 from interference import MAX_OTHERS_SHARE
@@ -18,6 +19,8 @@ _STUDENT_T: Final = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
+
+_PAUSE_STEPS: Final = 50  # medians of an engine's steps: so long takes none that nobody has held up
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class Pair:
     plain_tokens_per_s: float
     others_share: float  # of the cores, what other processes used meanwhile
     engines: int = 0  # which ones, of those that were built one after the other
+    has_paused: bool = False  # the machine, for a while
 
     @property
     def is_disturbed(self) -> bool:
-        return self.others_share > MAX_OTHERS_SHARE
+        return self.has_paused or self.others_share > MAX_OTHERS_SHARE
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,17 @@ class Figure:
 
 def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None) -> Figure:
     """Of rounds taken in turns over the same prompts."""
+    long_s = [
+        _PAUSE_STEPS * (_median([step.wall_s for step in _full_steps(rounds)]) or inf) for rounds in (guessing, plain)
+    ]
     pairs = [
-        Pair(taken.tokens_per_s, other.tokens_per_s, taken.others_share, taken.engines)
+        Pair(
+            taken.tokens_per_s,
+            other.tokens_per_s,
+            taken.others_share,
+            taken.engines,
+            any(_longest_step_s(each) > most_s for each, most_s in zip((taken, other), long_s, strict=True)),
+        )
         for taken, other in zip(guessing, plain, strict=True)
     ]
     if not all(pair.is_disturbed for pair in pairs):
@@ -166,6 +179,10 @@ def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None)
 
 def _full_steps(rounds: Sequence[Round]) -> list[DecodingStep]:
     return [step for taken in rounds for step in taken.steps if step.num_requests == taken.batch]
+
+
+def _longest_step_s(taken: Round) -> float:
+    return max((step.wall_s for step in taken.steps), default=0.0)
 
 
 def _median(values: Sequence[float]) -> float | None:

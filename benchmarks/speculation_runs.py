@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -217,6 +221,30 @@ class Contender:
 
     def _new_text(self, spec: RequestSpec) -> OutputText:
         return OutputText(self._tokenizer, spec.sampling, spec.token_ids)
+
+
+@contextlib.contextmanager
+def computing_on_one_core() -> Iterator[None]:
+    """All threads but the calling one share a core, which it leaves to them: two cores of a machine that others use as
+    well differ by up to a tenth for seconds, and so would engines that compute on different ones. For engines of one
+    thread each that have computed before, so that their threads are there. Nothing happens where there is one core, or
+    no Linux."""
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if len(cores) > 1:
+        for thread in _other_threads():
+            os.sched_setaffinity(thread, cores[-1:])
+        os.sched_setaffinity(0, cores[:-1])
+    try:
+        yield
+    finally:
+        for thread in (0, *_other_threads()) if cores else ():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(thread, cores)
+
+
+def _other_threads() -> list[int]:
+    own = threading.get_native_id()
+    return [int(thread) for thread in os.listdir("/proc/self/task") if int(thread) != own]
 
 
 def read_prompts(path: Path, model: Path) -> list[list[int]]:

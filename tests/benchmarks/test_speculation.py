@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,16 @@ import speculation_runs
 from speculation import _config, _parser, main, methods_of
 from speculation_figures import Figure, Pair, Ratio, figure
 from speculation_report import IDLE, sections
-from speculation_runs import Contender, DecodingStep, Round, StepTimer, in_short_turns, in_turns, read_prompts
+from speculation_runs import (
+    Contender,
+    DecodingStep,
+    Round,
+    StepTimer,
+    computing_on_one_core,
+    in_short_turns,
+    in_turns,
+    read_prompts,
+)
 
 from eagleray.core.acceptance import Acceptance
 from eagleray.core.config import DEMO_MODEL_PATH, SpeculationConfig
@@ -337,6 +348,29 @@ def test_engines_are_built_as_often_as_it_is_asked_and_each_set_says_which_it_is
     (piece,) = json.loads((tmp_path / "found.json").read_text())["pieces"]
     (found,) = piece["figures"]
     assert [pair["engines"] for pair in found["pairs"]] == [0, 0, 1, 1]
+
+
+def test_a_turn_in_which_the_machine_stood_still_does_not_count() -> None:
+    usual, pause = DecodingStep(2, 0, 1e-3, 0.0, 1e-3), DecodingStep(2, 0, 1e-3, 0.0, 60e-3)
+    plain = [taken("none", 1.0, [usual] * 9) for _ in range(3)]
+    others = [taken("x", 1.0, [usual] * 9), taken("x", 4.0, [usual] * 8 + [pause]), taken("x", 1.0, [usual] * 9)]
+    found = figure(plain, others, None)
+    assert [pair.has_paused for pair in found.pairs] == [False, True, False]
+    assert len(found.counted_pairs) == 2 and found.speed_up.mean == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_threads_compute_on_one_core_and_have_all_again_afterwards() -> None:
+    before, stop = os.sched_getaffinity(0), threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    assert thread.native_id is not None
+    with computing_on_one_core():
+        (core,) = os.sched_getaffinity(thread.native_id)
+        assert core in before and core not in os.sched_getaffinity(0)
+    assert os.sched_getaffinity(thread.native_id) == os.sched_getaffinity(0) == before
+    stop.set()
+    thread.join()
 
 
 def test_no_engines_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
