@@ -72,7 +72,7 @@ class TrialLosses:
         self._lost_s = 0.0
 
     def note(self, took_s: float, worth_s: float, step_s: float) -> None:
-        """A step of a trial brought tokens for which the best choice takes ``worth_s``, where a step takes ``step_s``."""
+        """A step of a trial brought tokens for which the best choice takes ``worth_s``; a step takes ``step_s``."""
         self._lost_s = max(0.0, self._lost_s + min(took_s - worth_s, _MOST_LOST * step_s))
 
     def leave_room(self, more_s: float, paid_s: float) -> bool:
