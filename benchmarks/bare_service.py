@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -47,14 +48,13 @@ class Engine:
 
     async def _step(self, left: dict[int, int], step_s: float, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
-        next_s = loop.time()
         while left:
+            next_s = loop.time() + step_s  # as the null engine: what is late is not caught up with
             writer.write(" ".join(map(str, left)).encode() + b"\n")
             for stream in tuple(left):
                 left[stream] -= 1
                 if not left[stream]:
                     del left[stream]
-            next_s += step_s
             await asyncio.sleep(max(0.0, next_s - loop.time()))
 
 
@@ -124,9 +124,10 @@ def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def _first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
-    line = process.stdout.readline().strip()
+    has_said, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
+    line = process.stdout.readline().strip() if has_said else ""
     if not line:
-        raise RuntimeError("the bare service has ended before it listened")
+        raise RuntimeError("the bare service has not begun to listen")
     return line
 
 

@@ -139,7 +139,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run = measure(options)
-    others_share = max(part.others_share for part in run.parts)
+    others_share = max(part.others_share for part in (*run.parts, *run.bare))
     title = (
         f"{run.origin.num_cores} x {run.origin.cpu}, commit {run.origin.git_commit}, {run.origin.date}; others used at "
         f"most {others_share:.1%} of the cores{mark(others_share)}"

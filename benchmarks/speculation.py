@@ -44,6 +44,7 @@ from speculation_runs import (
     in_short_turns,
     in_turns,
     read_prompts,
+    turned,
 )
 
 from eagleray.core.config import DEMO_DRAFT_PATH, DEMO_MODEL, Config, SpeculationConfig, parse_config
@@ -129,12 +130,14 @@ def _compare(
     taken: dict[int, list[list[Round]]] = {batch: [] for batch in options.batches}
     for engines in range(options.engines):
         with contextlib.ExitStack() as closing:
-            contenders = [
-                closing.enter_context(contextlib.closing(Contender(each, config, draft, options.temperature, **how)))
-                for each, draft, how in _contenders(name, fields, options)
-            ]
-            for contender in contenders:
+            asked = list(_contenders(name, fields, options))
+            built = {}
+            for place in turned(range(len(asked)), engines):  # each set begins with another
+                each, draft, how = asked[place]
+                contender = Contender(each, config, draft, options.temperature, **how)
+                built[place] = closing.enter_context(contextlib.closing(contender))
                 contender.answer(prompts[:1], batch=1, max_tokens=2)  # its threads begin
+            contenders = [built[place] for place in range(len(asked))]
             if options.threads == 1:
                 closing.enter_context(computing_on_one_core())
             for batch in options.batches:

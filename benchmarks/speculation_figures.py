@@ -20,7 +20,7 @@ _STUDENT_T: Final = (
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
 
-_PAUSE_STEPS: Final = 50  # medians of an engine's steps: so long takes none that nobody has held up
+_PAUSE_STEPS: Final = 50  # medians of an engine's steps: a plain one takes so long only where the machine stands still
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ class Ratio:
     def of_pairs(cls, pairs: Sequence[Pair]) -> Ratio:
         """Of two speeds measured in turns: the geometric mean of their ratios, whose logarithms are taken to scatter
         normally. Two engines of equal work differ by some per cent for as long as they live, and each pair of them
-        differently: where there are several, the mean of each is one ratio."""
+        differently: where there are several, the mean of each is one ratio. Without an interval where all but one of
+        them were disturbed throughout."""
         by_engines: dict[int, list[float]] = {}
-        for pair in pairs:
+        for pair in [pair for pair in pairs if not pair.is_disturbed] or pairs:
             log = math.log(pair.tokens_per_s / pair.plain_tokens_per_s)
             by_engines.setdefault(pair.engines, []).append(log)
         means = [statistics.fmean(logs) for logs in by_engines.values()]
-        logs = means if len(means) > 1 else next(iter(by_engines.values()))
+        has_several = len({pair.engines for pair in pairs}) > 1
+        logs = means if has_several else next(iter(by_engines.values()))
         mean = statistics.fmean(logs)
         if len(logs) == 1:
             return cls(math.exp(mean), None, None)
@@ -137,7 +139,7 @@ def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None)
             other.tokens_per_s,
             taken.others_share,
             taken.engines,
-            any(_longest_step_s(each) > most_s for each, most_s in zip((taken, other), long_s, strict=True)),
+            any(_longest_plain_step_s(each) > most_s for each, most_s in zip((taken, other), long_s, strict=True)),
         )
         for taken, other in zip(guessing, plain, strict=True)
     ]
@@ -158,7 +160,7 @@ def figure(plain: Sequence[Round], guessing: Sequence[Round], depth: int | None)
         rate_per_position=() if acceptance is None else acceptance.rate_per_position,
         tokens_per_s=statistics.median(speeds),
         plain_tokens_per_s=statistics.median(plain_speeds),
-        speed_up=Ratio.of_pairs([pair for pair in pairs if not pair.is_disturbed] or pairs),
+        speed_up=Ratio.of_pairs(pairs),
         decode_s=_median([step.verify_s for step in plain_steps]),
         verify_s=_median([step.verify_s for step in verifying]),
         draft_s=_median([step.draft_s for step in steps]),
@@ -181,8 +183,9 @@ def _full_steps(rounds: Sequence[Round]) -> list[DecodingStep]:
     return [step for taken in rounds for step in taken.steps if step.num_requests == taken.batch]
 
 
-def _longest_step_s(taken: Round) -> float:
-    return max((step.wall_s for step in taken.steps), default=0.0)
+def _longest_plain_step_s(taken: Round) -> float:
+    """Nothing that an engine does makes such a step much longer than others: it neither guesses nor verifies."""
+    return max((step.wall_s for step in taken.steps if step.is_plain), default=0.0)
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -32,6 +32,7 @@ from eagleray.text.output import OutputText
 from eagleray.text.tokenizer import Tokenizer
 
 NO_SPECULATION: Final = "none"
+_IDLE_DRAFT_SHARE: Final = 0.1  # of a step: so long takes no guess
 
 Item = TypeVar("Item")
 
@@ -50,6 +51,11 @@ class DecodingStep:
     def outside_s(self) -> float:
         """Neither computing nor guessing: scheduling, Python, text where that takes longer than the step computes."""
         return self.wall_s - self.verify_s - self.draft_s
+
+    @property
+    def is_plain(self) -> bool:
+        """Neither guesses nor verifies; what guesses has little to do then."""
+        return self.num_guesses == 0 and self.draft_s < _IDLE_DRAFT_SHARE * self.verify_s
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,7 @@ def in_turns(
     another contender: A B C, B C A, C A B."""
     repeated = []
     for repeat in range(untimed + repeats):
-        answer_all = partial(_answer_all, contenders, repeat, _turned(prompts, repeat * batch), batch, max_tokens)
+        answer_all = partial(_answer_all, contenders, repeat, turned(prompts, repeat * batch), batch, max_tokens)
         if repeat < untimed:
             answer_all()
             continue
@@ -316,7 +322,7 @@ def in_short_turns(
 
 
 def _take_all(contenders: Sequence[Contender], first: int, num_steps: int) -> list[Round]:
-    rounds = {place: contenders[place].take_steps(num_steps) for place in _turned(range(len(contenders)), first)}
+    rounds = {place: contenders[place].take_steps(num_steps) for place in turned(range(len(contenders)), first)}
     return [rounds[place] for place in range(len(contenders))]
 
 
@@ -324,12 +330,12 @@ def _answer_all(
     contenders: Sequence[Contender], first: int, prompts: Sequence[Sequence[int]], batch: int, max_tokens: int
 ) -> list[Round]:
     """``first`` says who begins, not the order of what is returned."""
-    order = _turned(range(len(contenders)), first)
+    order = turned(range(len(contenders)), first)
     rounds = {place: contenders[place].answer(prompts, batch, max_tokens) for place in order}
     return [rounds[place] for place in range(len(contenders))]
 
 
-def _turned(items: Sequence[Item], first: int) -> list[Item]:
+def turned(items: Sequence[Item], first: int) -> list[Item]:
     """From one of them on, and round to it again."""
     first %= len(items)
     return [*items[first:], *items[:first]]

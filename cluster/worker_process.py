@@ -83,7 +83,7 @@ def build_worker_process(
         turns=turns,
     )
     progress.kernels_chosen(executor.computes_with)
-    give_back_library_pages()  # what importing has touched: a third of a worker that is ready
+    give_back_library_pages()  # most were touched by importing only
 
     def new_text_stream(spec: RequestSpec) -> OutputText:
         return OutputText(tokenizer, spec.sampling, spec.token_ids[: spec.num_prompt_tokens])

@@ -12,7 +12,8 @@ from eagleray.engine.execution.control_groups import PROC, lines_of
 
 _MADV_DONTNEED: Final = 4  # of madvise in Linux's <asm-generic/mman-common.h>
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) [^/]*(/?)")  # its first line, see proc_pid_smaps(5)
-_OWN_PAGES: Final = re.compile(r"(?:Anonymous|Swap): +(\d+) kB")  # that are no more as in the file: the fields after it
+# The fields after it: pages that are no more as in the file, and huge ones that never were any file's.
+_OWN_PAGES: Final = re.compile(r"(?:Anonymous|Shared_Hugetlb|Private_Hugetlb|Swap): +(\d+) kB")
 
 
 def give_back_library_pages(proc: Path = PROC) -> None:
@@ -38,5 +39,5 @@ def _unchanged_code(smaps: list[str]) -> Iterator[tuple[int, int]]:
             code, own_kib = (int(mapping[1], 16), int(mapping[2], 16)) if is_code else None, []
         elif own_pages := _OWN_PAGES.match(line):
             own_kib.append(int(own_pages[1]))
-            if code and own_kib == [0, 0]:
+            if code and own_kib == [0, 0, 0, 0]:
                 yield code

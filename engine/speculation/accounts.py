@@ -46,7 +46,9 @@ class GuessAccounts:
             }
         if is_decode_only:
             self._untold_size = len(plan.runs)
-            self._num_untold = self._policy.note_times(self._times(plan, result, guessed, outside_s, is_like_the_last))
+            self._num_untold = self._policy.note_times(
+                self._times(plan, result, counted, guessed, outside_s, is_like_the_last)
+            )
 
     def _note_acceptance(self, guessed: DraftShape, counted: Sequence[tuple[ScheduledRun, int]]) -> None:
         """Not of those that had no guesses, or were cut short, for want of room or because they have just come here:
@@ -64,6 +66,7 @@ class GuessAccounts:
         self,
         plan: StepPlan,
         result: StepResult,
+        counted: Sequence[tuple[ScheduledRun, int]],
         guessed: DraftShape | None,
         outside_s: float,
         is_like_the_last: bool,
@@ -82,6 +85,7 @@ class GuessAccounts:
             num_caught_up,
             outside_s,
             is_like_the_last,
+            sum([num_sampled for _, num_sampled in counted]) / len(counted) if counted else 1.0,
         )
 
 

@@ -5,7 +5,7 @@
 Tokens per step depend on the text, times on the machine and the number of requests; each is followed by itself, and
 what was learned from one shape or batch serves the others: a chain's guesses come true as those of a longer one do, and
 rows that were never verified are taken to cost what the sizes around them say. So little has to be tried. What is
-tried, because texts change, is paid for: what trials have lost, by the clock, may be one part in a hundred of the time.
+tried, because texts change, is paid for: trials may lose one step in a hundred, by the clock.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     num_caught_up: int = 0  # tokens of earlier steps that the network took in beside the newest ones
     outside_s: float = 0.0  # beside both: scheduling, taking tokens in, waiting for cores; more where more is verified
     is_like_the_last: bool = True  # the step before verified what the same shape had guessed
+    tokens_each: float = 1.0  # that it brought, of each request
 
 
 class DraftPolicy(Protocol):
@@ -142,8 +143,6 @@ class AdaptiveDrafts:
         self._catch_up_s = Costs()  # of a network while nothing is guessed, per token: of size 1
         self._enough = 1  # measurements to be believed
         self._losses = TrialLosses()
-        self._gained = 1.0  # tokens of each request, in the step that is being told of
-        self._usual_token_s = 0.0  # for each of them
         self._num_seen: Counter[Hashable] = Counter()  # steps, by what they computed
         self._num_left_out: Counter[Hashable] = Counter()  # of them, those that were not measured, by about how much
         self._num_steps = self._num_decoding = self._max_rows = 0  # with those of the latest step
@@ -180,17 +179,12 @@ class AdaptiveDrafts:
     def note_acceptance(self, shape: DraftShape, num_guesses: int, num_tokens: Sequence[int]) -> None:
         acceptance = self._options[shape].acceptance
         acceptance.note([count - 1 for count in num_tokens], shape.depth, self._num_steps)
-        self._gained = sum(num_tokens) / len(num_tokens)
         # Of the same requests whose tokens count: another's guesses were cut, or it came too late to be guessed for.
         acceptance.note_found(num_guesses / (len(num_tokens) * shape.max_nodes))
 
     def note_times(self, times: StepTimes) -> int:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
-        was_verified_for_trial, was_drafted_for_trial, _ = self._trials
-        if (was_verified_for_trial or was_drafted_for_trial) and self._enough < _ENOUGH:  # else others make it dear
-            worth_s = self._gained * self._usual_token_s
-            self._losses.note(verify_s + times.draft_s, worth_s, self._verify_s.at(size, verify_s))
-        self._gained = 1.0
+        self._note_loss(times, verify_s + times.draft_s)
         is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
         if is_usual and times.is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
             self._verify_s.note(times.num_rows, verify_s, step)
@@ -206,6 +200,20 @@ class AdaptiveDrafts:
         if self._steps_left <= 0:  # here, where nobody waits
             self._decide()
         return self._steps_left - _HEARD_OF_THEM if self._is_settled else 0
+
+    def _note_loss(self, times: StepTimes, took_s: float) -> None:
+        """Of a step of a trial. While other programs make steps longer it is not known."""
+        if self._enough == _ENOUGH or not self._verify_s.has_any:
+            return
+        was_verified_for_trial, was_drafted_for_trial, _ = self._trials
+        is_plain = times.drafted is None and times.verified is None
+        if was_verified_for_trial or was_drafted_for_trial:
+            shape = self._usual.shape
+            tokens = self._usual.acceptance.tokens_per_step(shape.depth) if shape else 1.0
+            step_s = tokens * self._s_per_token(self._usual, times.num_requests)
+            self._losses.note(took_s / step_s, times.tokens_each / tokens)
+        elif is_plain and self._usual is self._none:
+            self._losses.note_usual(took_s / self._s_per_token(self._none, times.num_requests))
 
     def _count(self, kind: Hashable, like: Hashable) -> bool:
         """Whether a step of this kind is measured.
@@ -225,7 +233,6 @@ class AdaptiveDrafts:
             for option in self._choices
         }
         self._decided_for, self._usual = num_decoding, self._best(costs)
-        self._usual_token_s = costs[self._usual]
         if not self._is_trial and not any(self._trials):  # else its last times are not told yet
             self._judge_trial()
         trial = self._due_for_trial(costs, self._usual, num_decoding)
@@ -242,6 +249,7 @@ class AdaptiveDrafts:
 
     def _judge_trial(self) -> None:
         """One that was cut off before it was measured tells nothing."""
+        self._losses.end_trial()
         if self._tried is not None and self._is_tried_measured:
             has_lost = self._tried is not self._usual
             self._tried.num_lost_trials = self._tried.num_lost_trials + 1 if has_lost else 0
@@ -262,13 +270,12 @@ class AdaptiveDrafts:
         if self._num_steps - self._last_trial < _MIN_STEPS_BETWEEN_TRIALS:
             return None
         share = _TRYING_SHARE / max(1, len(self._options))
-        step_s = self._verify_s.at(num_decoding, 0.0)
-        paid_s = (_PAID_STEPS + _TRYING_SHARE * self._num_steps) * step_s
+        paid_steps = _PAID_STEPS + _TRYING_SHARE * self._num_steps
         for option, cost in costs.items():
             lost_steps = self._steps_of_trial(option, num_decoding) * (cost / costs[best] - 1.0)
             patience = min(1 + option.num_lost_trials, _MOST_PATIENCE)
             is_paid_for = patience * lost_steps <= share * (self._num_steps - option.last_used)
-            if option is not best and is_paid_for and self._losses.leave_room(lost_steps * step_s, paid_s):
+            if option is not best and is_paid_for and self._losses.leave_room(lost_steps, paid_steps):
                 return option
         return None
 

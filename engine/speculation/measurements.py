@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-_SMOOTHING: Final = 0.1  # weight of the newest share of guesses that were found
+_SMOOTHING: Final = 0.1  # weight of the newest in what is smoothed
 _MEASUREMENTS: Final = 25  # of one kind that count
 _MANY: Final = 15  # so many tell what a step takes: fewer are told of then
 _LOW: Final = 0.15  # of them lie below what counts: other programs disturb many steps, and none to the better
@@ -20,6 +20,7 @@ _FORGETTING: Final = 0.01  # of what is known of acceptance, per step of one req
 _LEAST_KEPT: Final = 0.37  # of it at once, however long ago and of however many it was learned: trials tell little
 _COST_OF_ROWS: Final = 0.3  # share of a step that grows with its rows, before anything is known
 _MOST_LOST: Final = 8  # steps, by one: beyond that the machine has paused
+_MOST_USUAL: Final = 2.0  # known costs that a usual step takes: beyond that others disturb it
 
 
 class GuessAcceptance:
@@ -66,18 +67,29 @@ class GuessAcceptance:
 
 class TrialLosses:
     """What trials have cost beside what was known to be best, whatever made them dear: guesses that did not come true,
-    programs that were recorded, other weights in the caches."""
+    programs that were recorded, other weights in the caches. In steps, so that it counts for any number of requests."""
 
     def __init__(self) -> None:
-        self._lost_s = 0.0
+        self._lost_steps = 0.0
+        self._of_trial = 0.0  # of the one under way, or told of just now
+        self._usual_steps = 1.0  # that a usual step takes on average: costs are low quantiles
 
-    def note(self, took_s: float, worth_s: float, step_s: float) -> None:
-        """A step of a trial brought tokens for which the best choice takes ``worth_s``; a step takes ``step_s``."""
-        self._lost_s = max(0.0, self._lost_s + min(took_s - worth_s, _MOST_LOST * step_s))
+    def note(self, took_steps: float, worth_steps: float) -> None:
+        """A trial's step took as long as so many of the best choice are known to take, which would bring its tokens in
+        ``worth_steps``."""
+        self._of_trial += min(took_steps / self._usual_steps - worth_steps, _MOST_LOST)
 
-    def leave_room(self, more_s: float, paid_s: float) -> bool:
-        """Whether another one may lose ``more_s``, where all together may lose ``paid_s``."""
-        return self._lost_s + more_s <= paid_s
+    def note_usual(self, took_steps: float) -> None:
+        """A step of the best choice itself."""
+        self._usual_steps += _SMOOTHING * (min(max(1.0, took_steps), _MOST_USUAL) - self._usual_steps)
+
+    def end_trial(self) -> None:
+        """All of its steps have been told of. What it has gained pays for others, but not in advance."""
+        self._lost_steps, self._of_trial = max(0.0, self._lost_steps + self._of_trial), 0.0
+
+    def leave_room(self, more_steps: float, paid_steps: float) -> bool:
+        """Whether another one may lose ``more_steps``, where all together may lose ``paid_steps``."""
+        return self._lost_steps + self._of_trial + more_steps <= paid_steps
 
 
 class Costs:

@@ -91,7 +91,8 @@ class World:
         caught_up = self.num_requests if self.upkeep_s and shape is None else 0
         outside_s = self.outside_s(num_rows)
         times = (verify_s, draft_s)
-        policy.note_times(StepTimes(self.num_requests, num_rows, *times, shape, verified, caught_up, outside_s))
+        told_times = StepTimes(self.num_requests, num_rows, *times, shape, verified, caught_up, outside_s)
+        policy.note_times(msgspec.structs.replace(told_times, tokens_each=sum(gained) / len(gained)))
         self.pending = shape
         self.spent_s += verify_s + draft_s + outside_s
         self.num_tokens += sum(gained)
@@ -223,7 +224,8 @@ class Measured(World):
         if verified is not None and told:
             policy.note_acceptance(verified, num_rows - self.num_requests, told)
         times = (self._measured(num_rows, verify_s), self._measured(shape, draft_s))
-        policy.note_times(StepTimes(self.num_requests, num_rows, *times, shape, verified))
+        tokens_each = sum(gained) / len(gained)
+        policy.note_times(StepTimes(self.num_requests, num_rows, *times, shape, verified, tokens_each=tokens_each))
         self.pending, self.found = shape, [self.random.random() < self.share_found for _ in self.found]
         self.times_drafted[shape] += 1
         self.spent_s += verify_s + draft_s

@@ -46,24 +46,36 @@ def test_measurements_that_scatter_are_told_from_those_that_were_disturbed() -> 
 def test_trials_wait_until_what_they_have_lost_is_paid_for() -> None:
     losses = TrialLosses()
     for _ in range(3):
-        losses.note(0.005, worth_s=0.003, step_s=0.002)
-    assert losses.leave_room(0.004, paid_s=0.0101)
-    assert not losses.leave_room(0.004, paid_s=0.0099)
+        losses.note(2.5, worth_steps=1.5)
+    assert losses.leave_room(2.0, paid_steps=5.01) and not losses.leave_room(2.0, paid_steps=4.99)
+    losses.end_trial()
+    assert losses.leave_room(2.0, paid_steps=5.01) and not losses.leave_room(2.0, paid_steps=4.99)
 
 
-def test_what_a_trial_gains_pays_for_others_but_not_in_advance() -> None:
+def test_what_a_trial_gains_pays_for_its_other_steps_and_for_trials_before_it_but_not_in_advance() -> None:
     losses = TrialLosses()
-    losses.note(0.001, worth_s=0.010, step_s=0.002)
-    assert not losses.leave_room(0.001, paid_s=0.0)
-    losses.note(0.005, worth_s=0.001, step_s=0.002)
-    losses.note(0.001, worth_s=0.004, step_s=0.002)
-    assert losses.leave_room(0.0, paid_s=0.00101) and not losses.leave_room(0.0, paid_s=0.00099)
+    for took_steps, worth_steps in ((1.25, 0.0), (1.0, 3.0)):  # guesses that come true are paid for a step before
+        losses.note(took_steps, worth_steps)
+    losses.end_trial()
+    losses.note(3.0, worth_steps=1.0)
+    assert losses.leave_room(0.0, paid_steps=2.01) and not losses.leave_room(0.0, paid_steps=1.99)
 
 
 def test_a_pause_of_the_machine_is_no_loss_of_a_trial() -> None:
     losses = TrialLosses()
-    losses.note(30.0, worth_s=0.002, step_s=0.002)
-    assert losses.leave_room(0.0, paid_s=0.0161)  # it counts as eight steps
+    losses.note(3000.0, worth_steps=1.0)
+    assert losses.leave_room(0.0, paid_steps=8.01)
+
+
+def test_a_trial_that_is_as_good_as_what_is_usual_has_lost_nothing() -> None:
+    """Known costs are what few steps are faster than: on average a step takes longer, of a trial as any other."""
+    chance, losses, usual = random.Random(0), TrialLosses(), TrialLosses()
+    for _ in range(400):
+        losses.note_usual(chance.uniform(1.0, 1.4))
+    for _ in range(100):
+        for each in (losses, usual):
+            each.note(chance.uniform(1.0, 1.4), worth_steps=1.0)
+    assert losses.leave_room(0.0, paid_steps=4.0) and not usual.leave_room(0.0, paid_steps=12.0)
 
 
 def share_true(acceptance: GuessAcceptance, level: int) -> float:
