@@ -34,6 +34,7 @@ _PAID_STEPS: Final = 40  # trials may lose as much from the beginning, and later
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then the others have to do
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
+_GAIN_TO_BEGIN: Final = 1.04  # and to begin with it so much: what few guesses say of acceptance is noisier
 _GAIN_TO_CHANGE: Final = 1.01  # and another way to guess so much more than the one before
 
 
@@ -162,6 +163,9 @@ class AdaptiveDrafts:
             self._trials.append(False)
             return None
         self._num_steps += 1
+        if self._is_settled and self._steps_left > 0 and num_decoding == self._decided_for:
+            self._steps_left -= 1  # as in most steps where guessing does not pay: nothing else changes
+            return None
         self._num_decoding, self._max_rows = num_decoding, max_rows
         has_changed = num_decoding != self._decided_for and not (self._is_trial and self._trials[-1])
         if self._steps_left <= 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
@@ -245,7 +249,7 @@ class AdaptiveDrafts:
         does_not_pay &= self._tried is None
         self._chosen = self._usual
         self._steps_left = _STEPS_WITHOUT if does_not_pay else _STEPS_OF_DECISION
-        self._is_settled = does_not_pay and self._enough < _ENOUGH and self._verify_s.is_well_known(num_decoding)
+        self._is_settled = does_not_pay and self._verify_s.is_well_known(num_decoding)
 
     def _judge_trial(self) -> None:
         """One that was cut off before it was measured tells nothing."""
@@ -257,7 +261,8 @@ class AdaptiveDrafts:
 
     def _best(self, costs: Mapping[_Option, float]) -> _Option:
         """What it was before, unless another choice promises more than measurements are wrong by."""
-        promising = [option for option in costs if _GAIN_TO_GUESS * costs[option] < costs[self._none]]
+        gain = _GAIN_TO_BEGIN if self._usual is self._none else _GAIN_TO_GUESS
+        promising = [option for option in costs if gain * costs[option] < costs[self._none]]
         if not self._verify_s.has_any or not promising:
             return self._none
         best = min(promising, key=costs.__getitem__)

@@ -98,8 +98,10 @@ class NetworkProposer:
     def propose(self, step: VerifiedStep) -> dict[str, DraftTree]:
         if self.in_step is not None:
             self.in_step.settle(step)
-        drafting = drafting_runs(step)
         is_up_to_date = self.shares_target_kv or self.in_step is not None
+        if is_up_to_date and step.shape is None:
+            return {}
+        drafting = drafting_runs(step)
         start = self._start(step, drafting) if drafting or not is_up_to_date else None
         if start is None or not drafting or step.shape is None:
             return {}
