@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 import uvicorn
+from stream_load import Job, Window, measure_with_client
 
 _EVENT: Final = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 _DONE: Final = b"data: [DONE]\n\n"
@@ -99,6 +100,12 @@ class Front:
             for stream in line.split():
                 if letters := self._streams.get(int(stream)):
                     letters.put_nowait(None)
+
+
+def measure_bare(job: Job) -> Window:
+    """With a new one each time: it does not hear of a client that hangs up."""
+    with bare_service() as (address, processes):
+        return measure_with_client(job, address, processes)
 
 
 @contextlib.contextmanager

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 from null_engine import new_null_executor
 from process_cpu import descendants
-from stream_load import Job, Window
+from stream_load import Job, Window, measure_with_client
 
 from eagleray.core.clock import SystemClock
 from eagleray.core.config import Config, Environment, parse_config, prepare_ray_environment
@@ -35,8 +32,6 @@ _REPLICA_TITLE: Final = "ray::ServeReplica:eagleray:"
 _INDEX_TITLES: Final = ("valkey-server", "redis-server")
 INDEX, RAY = "index", "Ray's own"  # processes beside those that requests pass through
 _CONNECTED_DEADLINE_S: Final = 60.0
-_LOAD_DEADLINE_S: Final = 120.0
-_CLIENT: Final = Path(__file__).with_name("stream_load.py")
 
 
 @dataclass(frozen=True)
@@ -52,15 +47,20 @@ class NullService:
         return measure_with_client(job, self.address, self.processes)
 
 
-def measure_with_client(job: Job, address: str, processes: Mapping[int, str]) -> Window:
-    """Have the client, a process of its own, do ``job`` there. Raises ``RuntimeError`` in the client's words."""
-    url = urlsplit(address)
-    job = msgspec.structs.replace(job, host=url.hostname, port=url.port, pids=tuple(processes))
-    command, given = [sys.executable, str(_CLIENT)], msgspec.json.encode(job)
-    done = subprocess.run(command, input=given, capture_output=True, timeout=_LOAD_DEADLINE_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the client failed: {done.stderr.decode(errors='replace')}")
-    return msgspec.json.decode(done.stdout, type=Window)
+def request_body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> str:
+    """Of a chat for the null engine, which says a token every ``step_us``. Salts share no cached prefix."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": num_tokens,
+        "seed": step_us,  # what the null engine takes its pace from
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_timing": True,
+        "cache_salt": salt,
+    }
+    return msgspec.json.encode(body).decode()
 
 
 @contextlib.contextmanager

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from bare_service import bare_service
+from bare_service import measure_bare
 from interference import MAX_OTHERS_SHARE, mark, undisturbed
 from measure import Distribution, distribution
 from null_engine import MAX_MODEL_TOKENS
-from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, measure_with_client, null_service
+from null_service import INDEX, MAX_STREAMS, RAY, DirectEngine, NullService, null_service, request_body
 from process_cpu import ProcessUse
 from provenance import Provenance, provenance
 from report import Section, to_markdown, to_terminal
@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> Run:
                 # The service's processes are below this one, and so is the client.
                 measured[part.name].append(undisturbed(partial(service.measure, job), tree_pid=os.getpid()))
                 if part in BARE_PARTS:
-                    bare[part.name].append(undisturbed(partial(_measure_bare, job), tree_pid=os.getpid()))
+                    bare[part.name].append(undisturbed(partial(measure_bare, job), tree_pid=os.getpid()))
         processes = service.processes
     results = [
         PartResult(part, measured[part.name], direct_s[part.direct_prompt] if part.direct_prompt else None)
@@ -179,12 +179,6 @@ def measure(options: argparse.Namespace) -> Run:
     ]
     bare_results = [PartResult(part, bare[part.name], None) for part in BARE_PARTS]
     return Run(origin, options, processes, results, bare_results)
-
-
-def _measure_bare(job: Job) -> Window:
-    """With a new one each time: it does not hear of a client that hangs up."""
-    with bare_service() as (address, processes):
-        return measure_with_client(job, address, processes)
 
 
 # ---- the parts
@@ -232,26 +226,11 @@ BARE_PARTS: Final = (FIRST_TOKEN, PACED)  # what one hop and one event loop take
 
 
 def _job(service: NullService, prompt: str, num_tokens: int, num_bodies: int, window_s: float, step_us: int = 0) -> Job:
-    bodies = tuple(_body(service.model, prompt, num_tokens, step_us, str(salt)) for salt in range(num_bodies))
+    bodies = tuple(request_body(service.model, prompt, num_tokens, step_us, str(salt)) for salt in range(num_bodies))
     return Job(
         host="", port=0, pids=(), path="/v1/chat/completions", bodies=bodies, num_connections=1, settle_s=SETTLE_S,
         window_s=window_s,
     )  # fmt: skip
-
-
-def _body(model: str, prompt: str, num_tokens: int, step_us: int, salt: str) -> str:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": num_tokens,
-        "seed": step_us,  # what the null engine takes its pace from
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_timing": True,
-        "cache_salt": salt,
-    }
-    return msgspec.json.encode(body).decode()
 
 
 # ---- what is shown

@@ -6,11 +6,14 @@ A program of its own, so that its processor time is its own: ``python stream_loa
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 from process_cpu import ProcessUse, read_use
@@ -18,6 +21,7 @@ from process_cpu import ProcessUse, read_use
 _END_OF_BODY: Final = b"0\r\n\r\n"
 _FIRST_EVENT: Final = b"data: "
 _START_DEADLINE_S: Final = 30.0
+_LOAD_DEADLINE_S: Final = 120.0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,6 +203,17 @@ def _mean_account(accounts: list[dict[str, Any]]) -> dict[str, float]:
     flat = [account | {f"queue.{name}": s for name, s in (account.get("queue") or {}).items()} for account in accounts]
     names = [name for name in flat[0] if name.endswith("_s")] if flat else []
     return {name: sum(account[name] for account in flat) / len(flat) for name in names}
+
+
+def measure_with_client(job: Job, address: str, processes: Mapping[int, str]) -> Window:
+    """Have the client, a process of its own, do ``job`` there. Raises ``RuntimeError`` in the client's words."""
+    url = urlsplit(address)
+    job = msgspec.structs.replace(job, host=url.hostname, port=url.port, pids=tuple(processes))
+    command, given = [sys.executable, __file__], msgspec.json.encode(job)
+    done = subprocess.run(command, input=given, capture_output=True, timeout=_LOAD_DEADLINE_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the client failed: {done.stderr.decode(errors='replace')}")
+    return msgspec.json.decode(done.stdout, type=Window)
 
 
 def main() -> None:

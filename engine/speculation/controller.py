@@ -163,10 +163,11 @@ class AdaptiveDrafts:
             self._trials.append(False)
             return None
         self._num_steps += 1
-        if self._is_settled and self._steps_left > 0 and num_decoding == self._decided_for:
-            self._steps_left -= 1  # as in most steps where guessing does not pay: nothing else changes
-            return None
         self._num_decoding, self._max_rows = num_decoding, max_rows
+        if self._is_settled and self._steps_left > 0 and num_decoding == self._decided_for:
+            self._steps_left -= 1  # as in most steps where guessing does not pay: there is nothing to find out
+            self._none.last_used = self._num_steps
+            return None
         has_changed = num_decoding != self._decided_for and not (self._is_trial and self._trials[-1])
         if self._steps_left <= 0 or has_changed or not _fits(self._chosen, num_decoding, max_rows):
             self._decide()
@@ -188,9 +189,13 @@ class AdaptiveDrafts:
 
     def note_times(self, times: StepTimes) -> int:
         size, step, verify_s = times.num_requests, self._num_steps, times.verify_s + times.outside_s
-        self._note_loss(times, verify_s + times.draft_s)
+        was_verified_for_trial, was_drafted_for_trial, _ = self._trials
+        if was_verified_for_trial or was_drafted_for_trial:
+            self._note_loss(times, verify_s + times.draft_s)
         is_usual = self._count((size, times.num_rows), size_class(times.num_rows))
         if is_usual and times.is_like_the_last:  # else other weights and programs are in the caches: a tenth dearer
+            if self._usual is self._none and times.drafted is None and times.verified is None:
+                self._losses.note_usual((verify_s + times.draft_s) / self._s_per_token(self._none, size))
             self._verify_s.note(times.num_rows, verify_s, step)
             self._is_tried_measured |= self._tried is not None and times.verified == self._tried.shape
         if times.drafted is None:
@@ -209,15 +214,10 @@ class AdaptiveDrafts:
         """Of a step of a trial. While other programs make steps longer it is not known."""
         if self._enough == _ENOUGH or not self._verify_s.has_any:
             return
-        was_verified_for_trial, was_drafted_for_trial, _ = self._trials
-        is_plain = times.drafted is None and times.verified is None
-        if was_verified_for_trial or was_drafted_for_trial:
-            shape = self._usual.shape
-            tokens = self._usual.acceptance.tokens_per_step(shape.depth) if shape else 1.0
-            step_s = tokens * self._s_per_token(self._usual, times.num_requests)
-            self._losses.note(took_s / step_s, times.tokens_each / tokens)
-        elif is_plain and self._usual is self._none:
-            self._losses.note_usual(took_s / self._s_per_token(self._none, times.num_requests))
+        shape = self._usual.shape
+        tokens = self._usual.acceptance.tokens_per_step(shape.depth) if shape else 1.0
+        step_s = tokens * self._s_per_token(self._usual, times.num_requests)
+        self._losses.note(took_s / step_s, times.tokens_each / tokens)
 
     def _count(self, kind: Hashable, like: Hashable) -> bool:
         """Whether a step of this kind is measured.

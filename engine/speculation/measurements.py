@@ -80,7 +80,7 @@ class TrialLosses:
         self._of_trial += min(took_steps / self._usual_steps - worth_steps, _MOST_LOST)
 
     def note_usual(self, took_steps: float) -> None:
-        """A step of the best choice itself."""
+        """A plain step, where that is the best choice."""
         self._usual_steps += _SMOOTHING * (min(max(1.0, took_steps), _MOST_USUAL) - self._usual_steps)
 
     def end_trial(self) -> None:
