@@ -21,7 +21,7 @@ import msgspec
 from eagleray.engine.speculation.measurements import Costs, GuessAcceptance, TrialLosses, size_class
 from eagleray.engine.speculation.tree import DraftShape
 
-_TRYING_SHARE: Final = 0.01  # of the time
+_TRYING_SHARE: Final = 0.01  # of the steps
 _MIN_STEPS_BETWEEN_TRIALS: Final = 20
 _MOST_PATIENCE: Final = 8  # so many times as long until the next trial of what has lost several in a row
 _STEPS_BEFORE: Final = 2  # a trial's first verifies what was guessed before it, its second is unlike that one
@@ -30,7 +30,7 @@ _STEPS_OF_DECISION: Final = 4  # while as many requests decode: to decide takes 
 _STEPS_WITHOUT: Final = 30  # guesses, where they do not pay: then little is learned that would change it
 _HEARD_OF_THEM: Final = 2  # the last of those
 _UNUSUAL_TIMES: Final = 2  # the first of their kind: memory is touched, and steps are recorded to be replayed
-_PAID_STEPS: Final = 40  # trials may lose as much from the beginning, and later their share of the time
+_PAID_STEPS: Final = 40  # trials may lose as much from the beginning, and later their share of the steps
 _MOST_LEFT_OUT: Final = 8  # of those that cost about the same: then the others have to do
 _COST_OF_LEVEL: Final = 0.1  # guessing one token ahead, in steps of the target, before anything is known
 _GAIN_TO_GUESS: Final = 1.02  # guessing must promise so much more than not guessing: measurements are noisy
